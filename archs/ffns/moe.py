@@ -1,0 +1,73 @@
+"""A mixture of SwiGLU experts without dropped tokens, routed as in Jamba (arXiv:2403.19887) and Mixtral (2401.04088).
+
+Router weights are the softmax over all experts, not renormalized over the chosen ones, as in Jamba's code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import ops
+from ..ffn import FFN, default_d_ff
+from ..layers import linear, linear_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Options of MoE."""
+
+    n_experts: int = 16
+    """Experts in the layer."""
+    top_k: int = 2
+    """Experts that each token uses."""
+    d_ff: int | None = None
+    """Inner width of one expert; None means 8/3 d_model, up to a multiple of 8."""
+    balance_weight: float = 0.01
+    """Weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961, eq. 4); 0 turns it off."""
+
+
+class MoE(FFN[MoEConfig]):
+    """y = sum over the top_k experts e of p[e] expert_e(x), with p = softmax(router(x))."""
+
+    Config = MoEConfig
+
+    def __init__(self, d_model: int, config: MoEConfig, *, residual_scale: float = 1.0) -> None:
+        super().__init__(d_model, config, residual_scale=residual_scale)
+        if not 1 <= config.top_k <= config.n_experts:
+            raise ValueError(f"top_k={config.top_k} must be between 1 and n_experts={config.n_experts}")
+        d_ff = config.d_ff or default_d_ff(d_model)
+        n = config.n_experts
+        self.router = linear(d_model, n)
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * d_ff, d_model).uniform_(-(d_model**-0.5), d_model**-0.5))
+        bound = residual_scale * d_ff**-0.5
+        self.down_proj = nn.Parameter(torch.empty(n, d_model, d_ff).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See FFN.forward. The auxiliary loss is top_k-normalized: 1 times its weight at perfect balance."""
+        tokens = x.flatten(0, -2)  # (T, D)
+        probs = self.router(tokens).float().softmax(-1)  # (T, n_experts)
+        weight, expert = probs.topk(self.config.top_k, dim=-1)  # (T, top_k)
+        order = expert.flatten().argsort(stable=True)  # assignments, sorted by expert
+        counts = torch.bincount(expert.flatten(), minlength=self.config.n_experts)
+        token = order // self.config.top_k
+        gate, up = ops.grouped_mm(tokens[token], self.gate_up_proj, counts).chunk(2, dim=-1)
+        y = ops.grouped_mm(F.silu(gate) * up, self.down_proj, counts) * weight.flatten()[order, None]
+        y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
+        load = counts / counts.sum()
+        balance = self.config.balance_weight * self.config.n_experts * (load * probs.mean(0)).sum()
+        return y.to(x.dtype).view_as(x), balance
+
+    def flops_per_token(self) -> float:
+        """The router and top_k experts."""
+        per_expert = (self.gate_up_proj.numel() + self.down_proj.numel()) / self.config.n_experts
+        return linear_flops(self) + 2 * self.config.top_k * per_expert
+
+    @property
+    def n_inactive_params(self) -> int:
+        """Parameters of the experts that one token does not use."""
+        total = self.gate_up_proj.numel() + self.down_proj.numel()
+        return total - total // self.config.n_experts * self.config.top_k

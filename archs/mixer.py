@@ -1,0 +1,130 @@
+"""The interface every sequence mixer implements, and the legend of axis names.
+
+Axes, in tuples and comments: B batch, L length, D d_model, E d_inner, N d_state, H heads, P head_dim, G groups,
+K d_conv, V vocabulary, S keys. Batch first, length second, channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class State:
+    """What a mixer carries from one token to the next. Subclasses add fields: tensors, batch first, and plain numbers.
+
+    A state is consumed by the call it is passed to: the callee may reuse its storage, so keep only the state that comes
+    back, or `clone` first.
+    """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held. True on any device, so `init_state(..., device="meta")` measures without allocating."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def clone(self) -> Self:
+        """A copy that shares no storage."""
+        return self._map(torch.clone)
+
+    def detach(self) -> Self:
+        """The same values outside the autograd graph, for truncated backpropagation."""
+        return self._map(torch.detach)
+
+    def select(self, rows: Tensor) -> Self:
+        """The state of some batch rows, (n,) int64, with repeats allowed: beam search, finished sequences."""
+        return self._map(lambda t: t.index_select(0, rows))
+
+    def _map(self, function: Any) -> Self:
+        return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+S = TypeVar("S", bound=State)
+C = TypeVar("C")
+
+
+class Mixer(nn.Module, Generic[C, S]):
+    """Mixes information along the sequence axis, causally: output t depends on inputs 0..t only.
+
+    A mixer is one file in archs/mixers/ and one line in archs/registry.py. It sees (B, L, D) in and out; the norm, the
+    residual and the channel mixing belong to Block. It creates and initializes its own parameters, and nothing else
+    initializes them again. What every mixer must hold is stated by tests/archs/test_contract.py: a full pass, any split
+    into chunks, token by token, packed documents apart and left-padded rows all give the same outputs and gradients.
+    """
+
+    Config: ClassVar[type[Any]]
+    """Frozen dataclass of options, every field with a default."""
+
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset()
+    """Names of this module's own parameters that the optimizer must not decay (A_log, ...). Vectors never decay."""
+
+    lr_scale: ClassVar[Mapping[str, float]] = {}
+    """Learning-rate multipliers for this module's own parameters (S4D trains its poles slower, for instance)."""
+
+    def __init__(self, d_model: int, config: C, *, residual_scale: float = 1.0) -> None:
+        """Builds the mixer for width `d_model`.
+
+        Args:
+            d_model: D.
+            config: an instance of `Config`.
+            residual_scale: factor on the initial weights of the projection into the residual stream, so that the
+                variance of a deep stack does not grow with its depth (GPT-2, section 2.3).
+        """
+        super().__init__()
+        self.d_model = d_model
+        self.config = config
+        self.residual_scale = residual_scale
+
+    def forward(self, x: Tensor, state: S | None = None, *, starts: Tensor | None = None) -> tuple[Tensor, S | None]:
+        """Runs over a sequence: training, prefill, a chunk of a prefill, or one decode step.
+
+        Args:
+            x: (B, L, D).
+            state: the state before x[:, 0], or None to start from nothing and keep nothing (training).
+            starts: (B, L) bool, True at the first token of a document, at which everything before (a given state too)
+                is forgotten.
+
+        Returns:
+            y, (B, L, D), and the state after x[:, L-1]: None in gives None out. Only the returned state is valid
+            afterwards: a given one is updated in place, unless gradients are recorded.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: S) -> tuple[Tensor, S]:
+        """Runs one token: x and y are (B, D). Equals forward at length 1."""
+        y, after = self(x[:, None], state)
+        return y[:, 0], after
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> S:
+        """An empty state for `batch_size` rows of at most `max_len` tokens (recurrent mixers ignore max_len).
+
+        `dtype` is that of the activations kept; recurrent states stay in float32 whatever it is.
+        """
+        raise NotImplementedError
+
+    def flops_per_token(self, context_len: float) -> float:
+        """Forward FLOPs (a multiply-add is two) of one token with `context_len` tokens before it."""
+        raise NotImplementedError
+
+    def sequence_flops(self, seq_len: int) -> float:
+        """Forward FLOPs of a whole sequence: the sum over its tokens, unless sequences are computed another way."""
+        return sum(self.flops_per_token(t) for t in range(seq_len))
+
+    def may_write_in_place(self, *tensors: Tensor) -> bool:
+        """Whether a state may be updated in place: not while autograd records any of these tensors."""
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

@@ -1,0 +1,66 @@
+"""LSTM (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000): the recurrent baseline before all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import ops
+from ..layers import linear, linear_flops
+from ..mixer import Mixer, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSTMConfig:
+    """Options of LSTM."""
+
+    expand: float = 1
+    """E / D, where E is the number of cells."""
+
+
+@dataclass
+class LSTMState(State):
+    """Constant in the context length."""
+
+    lstm: Tensor
+    """Output and cell of the last token, (B, 2, E), float32."""
+
+
+class LSTM(Mixer[LSTMConfig, LSTMState]):
+    """One LSTM layer and a projection back to the residual stream."""
+
+    Config = LSTMConfig
+
+    def __init__(self, d_model: int, config: LSTMConfig, *, residual_scale: float = 1.0) -> None:
+        super().__init__(d_model, config, residual_scale=residual_scale)
+        E = self.d_inner = int(config.expand * d_model)
+        self.in_proj = linear(d_model, 4 * E, bias=True)
+        self.weight = nn.Parameter(torch.empty(4 * E, E).uniform_(-(E**-0.5), E**-0.5))
+        self.out_proj = linear(E, d_model, scale=residual_scale)
+        with torch.no_grad():
+            self.in_proj.bias[E : 2 * E] = 1.0  # forget gates start open (Jozefowicz et al. 2015, section 4.2)
+
+    def forward(
+        self, x: Tensor, state: LSTMState | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, LSTMState | None]:
+        """See Mixer.forward."""
+        y, lstm = ops.lstm_scan(self.in_proj(x), self.weight, None if state is None else state.lstm, starts)
+        return self.out_proj(y), None if state is None else LSTMState(lstm)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LSTMState:
+        """See Mixer.init_state."""
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        return LSTMState(torch.zeros(batch_size, 2, self.d_inner, device=device, dtype=wide))
+
+    def flops_per_token(self, context_len: float) -> float:
+        """Projections, the recurrent product, and 10 operations per cell for the gates."""
+        return linear_flops(self) + 2 * self.weight.numel() + 10 * self.d_inner

@@ -1,0 +1,1 @@
+"""What is measured, the report, and the `crossover` command."""

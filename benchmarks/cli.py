@@ -1,0 +1,98 @@
+"""The `crossover` command. Importing it, and `--help`, load nothing heavier than the parser."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg, subcommand
+
+from .config import CompareConfig, ContextConfig, GenerateConfig, LearningRateConfig, ReportConfig
+
+__all__ = ["main"]
+
+_DESCRIPTION = (
+    "At which context length does which sequence model win? Trains Transformer, S4D, Mamba, Jamba and LSTM language "
+    "models at equal budgets, measures them against the context length, and writes one report."
+)
+
+
+@dataclass(frozen=True)
+class _Train:
+    """Train one model; has its own options: crossover train --help."""
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Measure one thing: speed and memory against context length, or learning rates."""
+
+    what: Annotated[
+        Annotated[ContextConfig, subcommand("context")] | Annotated[LearningRateConfig, subcommand("lr")],
+        arg(name=""),
+    ]
+
+
+_Command = (
+    Annotated[CompareConfig, subcommand("compare")]
+    | Annotated[_Train, subcommand("train")]
+    | Annotated[_Bench, subcommand("bench")]
+    | Annotated[ReportConfig, subcommand("report")]
+    | Annotated[GenerateConfig, subcommand("generate")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    0 done, 1 something failed, 2 a request that cannot be met (one line on stderr), 130 or 143 stopped.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        from ..train.__main__ import main as train
+
+        return train(words[1:], prog="crossover train")
+    try:
+        parsed = tyro.cli(_Command, prog="crossover", description=_DESCRIPTION, args=words)  # pyright: ignore[reportArgumentType,reportCallIssue]
+        return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *words])
+    except ValueError as error:
+        print(f"crossover: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"crossover: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncrossover: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(command: object, words: Sequence[str]) -> int:
+    match command:
+        case CompareConfig():
+            from .compare import compare
+
+            return compare(command, command=words)
+        case ContextConfig():
+            from .compare import bench_context
+
+            return bench_context(command, command=words)
+        case LearningRateConfig():
+            from .learning_rate import bench_lr
+
+            return bench_lr(command, command=words)
+        case ReportConfig(folder=folder):
+            from .report import write_report
+
+            print(write_report(folder))
+            return 0
+        case GenerateConfig():
+            from .generate import generate
+
+            print(generate(command))
+            return 0
+        case _:
+            raise AssertionError(f"no command handles {type(command).__name__}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

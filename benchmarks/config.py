@@ -1,0 +1,350 @@
+"""Options of the benchmark commands: frozen dataclasses that import nothing heavy, so that `--help` is fast."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ..train.config import Count
+
+__all__ = [
+    "ARCHS",
+    "ByteSize",
+    "CompareConfig",
+    "ContextConfig",
+    "GenerateConfig",
+    "LearningRateConfig",
+    "MeasureConfig",
+    "ReportConfig",
+    "format_bytes",
+    "parse_bytes",
+    "suggestion",
+]
+
+ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
+
+Precision = Literal["auto", "fp32", "bf16"]
+Phase = Literal["train", "prefill", "decode"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as 3GiB, 512MiB or 2e9 (KiB, MiB, GiB are powers of 1024; kB, MB, GB of 1000)."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"'{text}' is not a size in bytes; write it like 3GiB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Writes a size with three significant digits in powers of 1024: 3 GiB, 1.5 MiB, 132 KiB."""
+    size, units = float(n_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while abs(size) >= 999.5 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"
+
+
+ByteSize = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=lambda words: parse_bytes(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [format_bytes(value).replace(" ", "")],
+    ),
+]
+
+
+def suggestion(word: str, valid: Iterable[str]) -> str:
+    """Ends an error message about an unknown name: the nearest valid one if there is one, and all of them."""
+    names = sorted(valid)
+    nearest = difflib.get_close_matches(word, names, n=1)
+    meant = f"did you mean '{nearest[0]}'? " if nearest else ""
+    return f"{meant}valid names: {', '.join(names)}"
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {number}")
+
+
+def _check_archs(archs: tuple[str, ...]) -> None:
+    if not archs:
+        raise ValueError("--archs names no architecture")
+    if len(set(archs)) < len(archs):
+        raise ValueError(f"--archs names an architecture twice: {' '.join(archs)}")
+
+
+def _check_context(context: tuple[int, ...]) -> None:
+    if not context:
+        raise ValueError("--context names no length")
+    if list(context) != sorted(set(context)):
+        raise ValueError(f"--context must be increasing lengths in tokens, got {' '.join(map(str, context))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How a cell (one architecture at one context length) is measured; part of the identity of a result."""
+
+    tokens_per_batch: int = 8192
+    """Tokens in one training step of the benchmark; the batch is max(1, tokens_per_batch // length) sequences."""
+
+    prompts: int = 1
+    """Sequences read at once in prefill and continued at once in decode."""
+
+    decode_tokens: int = 32
+    """Tokens generated one at a time in each repeat of the decode measurement."""
+
+    time_box: float = 2.0
+    """Seconds spent on the repeats of one phase; at least --min-repeats are made whatever they take."""
+
+    min_repeats: int = 3
+    """Fewest repeats of a phase after its warm-up."""
+
+    timeout: float = 300.0
+    """Seconds after which a phase is stopped and recorded as a timeout."""
+
+    memory_limit: ByteSize = 3 * 2**30
+    """Most memory a measurement may allocate (RLIMIT_DATA on the CPU, allocator limit on CUDA); more is recorded as
+    out of memory. The Python process itself takes about 0.3 GiB of it."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "tokens_per_batch", "prompts", "decode_tokens", "time_box", "min_repeats", "timeout", "memory_limit"
+        )
+        if self.memory_limit < 2**29:
+            raise ValueError(
+                f"--memory-limit {format_bytes(self.memory_limit)} is too little for Python and torch: give 512MiB"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train every architecture at one budget, measure them against the context length, write the report.
+
+    The defaults are a demo for two CPU cores: some minutes, under 4 GiB, no download. Finished runs and measurements of
+    the same settings are kept, so the same command goes on where it stopped.
+    """
+
+    archs: tuple[str, ...] = ARCHS
+    """Architectures; the first is the baseline that the report compares the others with."""
+
+    params: Count = 1_000_000
+    """Parameters of every model, reached within 2 % (1M, 500k)."""
+
+    seeds: int = 1
+    """Runs per architecture, with seeds 0, 1, ..."""
+
+    steps: int = 600
+    """Optimizer steps of every run."""
+
+    batch_size: int = 8
+    """Sequences per step."""
+
+    seq_len: int = 512
+    """Tokens per training sequence."""
+
+    context: tuple[int, ...] = (128, 512, 2048, 8192)
+    """Context lengths in tokens at which speed and memory are measured."""
+
+    eval_tokens: Count = 65_536
+    """Held-out tokens read by one validation, always the same ones."""
+
+    position_len: int | None = None
+    """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""
+
+    data: str = "stdlib"
+    """'stdlib' (the running Python's standard library), a file or folder, or hf:NAME[:CONFIG]."""
+
+    column: str = "text"
+    """Column that holds the text in JSONL, Parquet or hub data."""
+
+    tokenizer: str = "bytes"
+    """'bytes', 'bpe:SIZE', or a tokenizer.json."""
+
+    out: Path = Path("runs/compare")
+    """Folder of the comparison."""
+
+    precision: Precision = "auto"
+    """Arithmetic of training and measurements; 'auto' takes the fastest that is safe on this device."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+
+    threads: int | None = None
+    """CPU threads of every process; all cores when not given."""
+
+    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
+
+    fresh: bool = False
+    """Move what is in --out aside and start over."""
+
+    def __post_init__(self) -> None:
+        _check_archs(self.archs)
+        _check_context(self.context)
+        _check_positive(self, "params", "seeds", "steps", "batch_size", "seq_len", "eval_tokens")
+        if self.threads is not None:
+            _check_positive(self, "threads")
+        if self.position_len is not None and self.position_len < self.seq_len:
+            raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """Measure training, prefill and decode speed, peak memory and state size at each context length."""
+
+    archs: tuple[str, ...] = ARCHS
+    """Architectures; the first is the baseline that the report compares the others with."""
+
+    params: Count = 1_000_000
+    """Parameters of every model, reached within 2 % (1M, 500k)."""
+
+    context: tuple[int, ...] = (128, 512, 2048, 8192)
+    """Context lengths in tokens."""
+
+    vocab_size: int = 256
+    """Vocabulary of the models; tokens are drawn at random."""
+
+    out: Path = Path("runs/context")
+    """Folder that gets context.jsonl, context.csv and the report."""
+
+    precision: Precision = "auto"
+    """Arithmetic; 'auto' takes the fastest that is safe on this device."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+
+    threads: int | None = None
+    """CPU threads of every process; all cores when not given."""
+
+    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
+
+    fresh: bool = False
+    """Move what is in --out aside and start over."""
+
+    def __post_init__(self) -> None:
+        _check_archs(self.archs)
+        _check_context(self.context)
+        _check_positive(self, "params", "vocab_size")
+        if self.threads is not None:
+            _check_positive(self, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateConfig:
+    """Try several peak learning rates per architecture under one rule and say which is best.
+
+    The rule: same steps, same data in the same order, same schedule; the lowest validation bits per byte wins. A winner
+    at the end of the list means that the list is too short.
+    """
+
+    archs: tuple[str, ...] = ARCHS
+    """Architectures to tune."""
+
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    """Peak learning rates to try."""
+
+    params: Count = 1_000_000
+    """Parameters of every model, reached within 2 % (1M, 500k)."""
+
+    seeds: int = 1
+    """Runs per rate, with seeds 0, 1, ...; the mean over seeds decides."""
+
+    steps: int = 200
+    """Optimizer steps of every run."""
+
+    batch_size: int = 8
+    """Sequences per step."""
+
+    seq_len: int = 512
+    """Tokens per training sequence."""
+
+    eval_tokens: Count = 65_536
+    """Held-out tokens read by one validation, always the same ones."""
+
+    data: str = "stdlib"
+    """'stdlib' (the running Python's standard library), a file or folder, or hf:NAME[:CONFIG]."""
+
+    column: str = "text"
+    """Column that holds the text in JSONL, Parquet or hub data."""
+
+    tokenizer: str = "bytes"
+    """'bytes', 'bpe:SIZE', or a tokenizer.json."""
+
+    out: Path = Path("runs/lr")
+    """Folder that gets the runs and lr.csv."""
+
+    precision: Precision = "auto"
+    """Arithmetic of training; 'auto' takes the fastest that is safe on this device."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+
+    threads: int | None = None
+    """CPU threads of every process; all cores when not given."""
+
+    fresh: bool = False
+    """Move what is in --out aside and start over."""
+
+    def __post_init__(self) -> None:
+        _check_archs(self.archs)
+        if not self.rates:
+            raise ValueError("--rates names no learning rate")
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError(f"--rates names a rate twice: {' '.join(map(str, self.rates))}")
+        _check_positive(self, "rates", "params", "seeds", "steps", "batch_size", "seq_len", "eval_tokens")
+        if self.threads is not None:
+            _check_positive(self, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Rebuild the report of a folder from its files: report.html, report.md, context.csv, quality.csv, summary.json."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of a comparison, or of runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Run folder, checkpoint folder or saved model."""
+
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """Text to continue."""
+
+    max_new_tokens: int = 200
+    """Tokens to add."""
+
+    temperature: float = 0.8
+    """Sampling temperature; 0 takes the most likely token."""
+
+    top_p: float | None = 0.95
+    """Sample among the most likely tokens that together have this probability."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_new_tokens")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")

@@ -1,0 +1,58 @@
+"""The definition: every score, one mask, one softmax, in float32 or float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .visible import visible_keys
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    starts: Tensor | None = None,
+    first_key: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Computes softmax(scale q k^T + mask) v; the queries are the last L of the valid keys.
+
+    Grouped keys (Ainslie et al. 2023, arXiv:2305.13245): query head h reads key head h // (H / H_kv).
+
+    Args:
+        q: queries, (B, L, H, P).
+        k: keys, (B, S, H_kv, P) with S >= L and H a multiple of H_kv.
+        v: values, (B, S, H_kv, P).
+        causal: whether a query sees only keys up to its own position.
+        window: number of latest keys that a query sees, itself included; None means all.
+        starts: (B, L) bool, True where a document begins among the queries: older keys are hidden from it on.
+        first_key: (B,) int, first key that the queries before any start may see; None means 0.
+        kv_len: number of valid keys, a scalar int tensor, where k and v are a cache of fixed size; None means S.
+        scale: factor on the scores; None means P ** -0.5.
+
+    Returns:
+        o, (B, L, H, P), in q's dtype.
+
+    Raises:
+        ValueError: if H is not a multiple of H_kv, or if there are fewer keys than queries.
+    """
+    L, H, P = q.shape[1:]
+    if H % k.shape[2]:
+        raise ValueError(f"{H} query heads cannot share {k.shape[2]} key heads evenly")
+    if k.shape[1] < L:
+        raise ValueError(f"{k.shape[1]} keys for {L} queries: the queries must be the last of the keys")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.to(dtype).repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("blhp,bshp->bhls", q.to(dtype), k) * (P**-0.5 if scale is None else scale)
+    end = torch.as_tensor(k.shape[1], device=q.device) if kv_len is None else kv_len
+    queries = end - L + torch.arange(L, device=q.device)
+    keys = torch.arange(k.shape[1], device=q.device)
+    visible = visible_keys(
+        queries, keys, n_queries=L, end=end, causal=causal, window=window, starts=starts, first_key=first_key
+    )
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhls,bshp->blhp", weights, v).to(q.dtype)

@@ -1,0 +1,38 @@
+"""F.conv1d over the window and the input together; across documents, where taps must be masked, shifted multiply-adds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..documents import tokens_since_start
+from .reference import ACTIVATIONS
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.causal_conv1d."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}, expected one of {ACTIVATIONS}")
+    (batch, L, E), K = x.shape, weight.shape[1]
+    past = x.new_zeros(batch, K - 1, E) if initial_state is None else initial_state.to(x.dtype)
+    inputs = torch.cat([past, x], dim=1)  # (B, K-1+L, E)
+    if starts is None:
+        y = F.conv1d(inputs.mT, weight[:, None], bias, groups=E).mT
+        window = inputs[:, L:]
+    else:
+        since = tokens_since_start(starts)[..., None]  # (B, L, 1)
+        y = x * weight[:, K - 1] if bias is None else torch.addcmul(bias, x, weight[:, K - 1])
+        for lag in range(1, K):
+            shifted = inputs[:, K - 1 - lag : K - 1 - lag + L]
+            y = torch.addcmul(y, torch.where(since >= lag, shifted, 0.0), weight[:, K - 1 - lag])
+        lag = torch.arange(K - 1, 0, -1, device=x.device)[:, None]  # of each entry, seen from the next token
+        window = torch.where(since[:, -1:] + 1 >= lag, inputs[:, L:], 0.0)
+    return (y if activation is None else F.silu(y)).to(x.dtype), window

@@ -1,0 +1,109 @@
+"""Chooses which implementation of an operation runs: reference, plain PyTorch, the CPU path or Triton."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Generic, ParamSpec, TypeVar
+
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKENDS = ("reference", "torch", "cpu", "triton")
+"""Every backend an operation may have, the judge first."""
+
+# Plain globals: torch.compile guards on them, but cannot trace a ContextVar.
+_forced: str | None = None
+_record: dict[str, tuple[str, ...]] | None = None
+
+
+class Unsupported(Exception):
+    """An implementation cannot take these arguments. The message says which one and why."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """A slower implementation ran where a faster one was expected. Tests and benchmarks make this an error."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operation inside the block on one backend, and raises `Unsupported` instead of falling back.
+
+    Raises:
+        ValueError: if `name` is not one of BACKENDS.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    global _forced
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
+    """Collects, inside the block, which backends ran for each operation: {"attention": ("torch",), ...}."""
+    global _record
+    previous, _record = _record, {}
+    try:
+        yield _record
+    finally:
+        _record = previous
+
+
+class Op(Generic[P, R]):
+    """One operation and its interchangeable implementations, called like the reference.
+
+    Every implementation has the reference's signature, agrees with it to the tolerance its test states, and raises
+    `Unsupported` for arguments it cannot take. The device of the first argument decides which are tried, fastest
+    first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        *,
+        torch: Callable[P, R],
+        cpu: Callable[P, R] | None = None,
+        triton: Callable[P, R] | None = None,
+    ) -> None:
+        self.__name__, self.__doc__ = reference.__name__, reference.__doc__
+        found = {"reference": reference, "torch": torch, "cpu": cpu, "triton": triton}
+        self._implementations = {name: function for name, function in found.items() if function is not None}
+        self._by_device = {
+            device: tuple(name for name in names if name in self._implementations)
+            for device, names in {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}.items()
+        }
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that can run here, the reference first."""
+        return tuple(self._implementations)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls the reference's signature, on the implementation that the device and `use_backend` pick."""
+        if _forced is not None:
+            if _forced not in self._implementations:
+                raise Unsupported(f"{self.__name__} has no {_forced} implementation here, only {self.backends}")
+            return self._run(_forced, *args, **kwargs)
+        x = next(iter((*args, *kwargs.values())))
+        assert isinstance(x, Tensor)
+        *fast, last = self._by_device.get(x.device.type, ("torch",))
+        for name in fast:
+            try:
+                return self._run(name, *args, **kwargs)
+            except Unsupported as error:
+                message = f"{self.__name__}: {name} is passed over: {error}"
+                warnings.warn(message, KernelFallbackWarning, stacklevel=2)
+        return self._run(last, *args, **kwargs)
+
+    def _run(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        result = self._implementations[name](*args, **kwargs)
+        if _record is not None and name not in (seen := _record.get(self.__name__, ())):
+            _record[self.__name__] = tuple(sorted((*seen, name)))
+        return result

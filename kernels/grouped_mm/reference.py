@@ -1,0 +1,22 @@
+"""The definition: the matrix of each row is looked up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Computes y[t] = weight[g(t)] x[t], where the first counts[0] rows belong to group 0, the next to group 1, ...
+
+    Args:
+        x: (T, D), rows sorted by group.
+        weight: one matrix per group, (G, F, D), laid out as nn.Linear's.
+        counts: number of rows of each group, (G,) int64, with sum T; zero is fine.
+
+    Returns:
+        y, (T, F), in x's dtype.
+    """
+    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.einsum("td,tfd->tf", x.to(dtype), weight[group].to(dtype)).to(x.dtype)

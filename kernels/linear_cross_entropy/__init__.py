@@ -1,0 +1,1 @@
+"""The language-model head and its loss as one operation, so that the logits never exist whole."""

@@ -1,0 +1,55 @@
+"""Every operation of the project, each callable as an ordinary function: the only door of this folder.
+
+Adding an operation: `<name>/reference.py` is its definition and judge, `<name>/torch_impl.py` runs on any device, and
+one line here makes it an `Op`. tests/kernels compares every backend of every operation with the reference.
+"""
+
+from __future__ import annotations
+
+from .attention import reference as _attention
+from .attention import torch_impl as _attention_torch
+from .causal_conv1d import reference as _causal_conv1d
+from .causal_conv1d import torch_impl as _causal_conv1d_torch
+from .dispatch import Op
+from .grouped_mm import reference as _grouped_mm
+from .grouped_mm import torch_impl as _grouped_mm_torch
+from .linear_cross_entropy import reference as _linear_cross_entropy
+from .linear_cross_entropy import torch_impl as _linear_cross_entropy_torch
+from .long_conv import reference as _long_conv
+from .long_conv import torch_impl as _long_conv_torch
+from .lstm_scan import reference as _lstm_scan
+from .lstm_scan import torch_impl as _lstm_scan_torch
+from .rms_norm import reference as _rms_norm
+from .rms_norm import torch_impl as _rms_norm_torch
+from .selective_scan import reference as _selective_scan
+from .selective_scan import torch_impl as _selective_scan_torch
+
+attention = Op(_attention.attention, torch=_attention_torch.attention)
+selective_scan = Op(_selective_scan.selective_scan, torch=_selective_scan_torch.selective_scan)
+causal_conv1d = Op(_causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d)
+ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)
+long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)
+ssm_scan = Op(_long_conv.ssm_scan, torch=_long_conv_torch.ssm_scan)
+lstm_scan = Op(_lstm_scan.lstm_scan, torch=_lstm_scan_torch.lstm_scan)
+rms_norm = Op(_rms_norm.rms_norm, torch=_rms_norm_torch.rms_norm)
+linear_cross_entropy = Op(
+    _linear_cross_entropy.linear_cross_entropy, torch=_linear_cross_entropy_torch.linear_cross_entropy
+)
+grouped_mm = Op(_grouped_mm.grouped_mm, torch=_grouped_mm_torch.grouped_mm)
+
+OPS: dict[str, Op] = {name: op for name, op in globals().items() if isinstance(op, Op)}
+"""All of the above by name."""
+
+__all__ = [
+    "OPS",
+    "attention",
+    "causal_conv1d",
+    "grouped_mm",
+    "linear_cross_entropy",
+    "long_conv",
+    "lstm_scan",
+    "rms_norm",
+    "selective_scan",
+    "ssm_kernel",
+    "ssm_scan",
+]

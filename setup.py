@@ -1,0 +1,49 @@
+"""Packaging: the top-level folders are imported as crossover.kernels, .archs, .train and .benchmarks.
+
+An install adds one name to site-packages, `crossover`, and nothing under a generic name. `kernels/` has no __init__.py
+on purpose: with the repository root on sys.path, a regular package of that name would hide Hugging Face's `kernels`
+and break `import transformers`; a folder without __init__.py never does (PEP 420). Exact versions: constraints.txt.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+NAME = "crossover"
+FOLDERS = ("kernels", "archs", "train", "benchmarks")
+HF = ["transformers>=5.0"]
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="Transformer, S4, Mamba, Jamba and LSTM language models as one experiment: equal budgets, one report.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "einops>=0.8",
+        "datasets>=3.0",
+        "tokenizers>=0.20",
+        "safetensors>=0.4",
+        "tensorboard>=2.15",
+        "matplotlib>=3.8",
+        "tyro>=1.0",
+        "rich>=13.0",
+        "filelock>=3.12",
+    ],
+    extras_require={
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "basedpyright>=1.20", "setuptools>=77", "pip>=23.0", *HF],
+        "hf": HF,
+        "eval": ["lm-eval>=0.4.13"],
+        "slurm": ["submitit>=1.5"],
+    },
+    package_dir={f"{NAME}.{folder}": folder for folder in FOLDERS},
+    packages=[
+        f"{NAME}.{package}"
+        for folder in FOLDERS
+        for package in (folder, *(f"{folder}.{sub}" for sub in find_namespace_packages(folder)))
+    ],
+    package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS},
+    entry_points={"console_scripts": ["crossover = crossover.benchmarks.cli:main"]},
+)

@@ -1,0 +1,202 @@
+"""Writes comparison folders in the formats of the trainer and the context benchmark, with numbers from formulas."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
+CONTEXT = (128, 512, 2048, 8192)
+REFERENCES = {"zlib": 1.86, "xz": 1.47}
+
+# final bits per byte, training tokens/s at 128 tokens and its fall with length, seconds factor, state bytes
+_QUALITY = {"transformer": 2.31, "s4d": 2.55, "mamba": 2.12, "jamba": 2.18, "lstm": 2.62}
+_SPEED = {"transformer": 40e3, "s4d": 31e3, "mamba": 24e3, "jamba": 20e3, "lstm": 9e3}
+_ACTIVE = {"jamba": 0.62}
+
+SETTINGS: dict[str, Any] = {
+    "tokens_per_batch": 8192,
+    "prompts": 1,
+    "decode_tokens": 32,
+    "time_box": 2.0,
+    "min_repeats": 3,
+    "timeout": 300.0,
+    "memory_limit": 3 * 2**30,
+    "precision": "fp32",
+    "device": "cpu",
+    "threads": 2,
+    "allocator": "freed memory is kept for reuse (glibc mallopt), for every model alike",
+}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+def append_line(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+def corpus(digest: str = "c0ffee" * 10 + "abcd") -> dict[str, Any]:
+    return {
+        "name": "stdlib of Python 3.11.7",
+        "digest": digest,
+        "n_documents": 533,
+        "n_train_documents": 506,
+        "n_val_documents": 27,
+        "train_bytes": 9_880_000,
+        "val_bytes": 520_000,
+        "train_tokens": 9_880_000,
+        "val_tokens": 520_000,
+        "reference_bits_per_byte": REFERENCES,
+    }
+
+
+def write_run(
+    folder: Path,
+    arch: str,
+    *,
+    seed: int = 0,
+    steps: int = 600,
+    n_params: int | None = None,
+    status: str = "done",
+    digest: str | None = None,
+    seq_len: int = 512,
+) -> Path:
+    """Writes one finished (or otherwise ended) run."""
+    home = folder / f"{arch}-s{seed}"
+    i = ARCHS.index(arch)
+    n_params = n_params or (1_000_000 + 2_900 * i if i % 2 == 0 else 1_000_000 - 2_900 * i)
+    tokens_per_step = 8 * seq_len
+    provenance = {
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "git_dirty": False,
+        "command": f"python -m crossover.train --name {arch}-s{seed}",
+        "python": "3.11.7",
+        "torch": "2.13.0+cpu",
+        "platform": "Linux-6.1-x86_64",
+        "cpu": "AMD EPYC 9R45",
+        "device": "cpu",
+        "threads": 2,
+        "precision": "fp32",
+        "started": "2026-03-02T10:11:12+00:00",
+        "hostname_hash": "89abcdef0123",
+        "peak_memory_method": "resident set",
+    }
+    facts = {
+        "arch": arch,
+        "seed": seed,
+        "n_params": n_params,
+        "n_active_params": int(n_params * _ACTIVE.get(arch, 1)),
+        "flops_per_token": 6.1e6 * (1 + 0.1 * i),
+        "state_bytes": seq_len * 2048 if arch == "transformer" else 98_304 * (1 + i % 3),
+    }
+    train = {"steps": steps, "batch_size": 8, "seq_len": seq_len, "grad_accumulation": 1, "precision": "auto"}
+    optim = {"lr": 1e-3 * (1 + i), "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0}
+    data = {"source": "stdlib", "tokenizer": "bytes", "packing": "concat"}
+    write_json(
+        home / "run.json",
+        {
+            "name": home.name,
+            **facts,
+            "config": {"name": home.name, "seed": seed, "optim": optim, "train": train, "data": data},
+            "model": {"d_model": 64 * (2 + i % 3), "n_layers": 4 + 2 * (i % 2)},
+            "corpus": corpus(digest or corpus()["digest"]),
+            "provenance": provenance,
+        },
+    )
+    lines, speed = [], _SPEED[arch] * 0.9
+    for step in range(0, steps + 1, max(1, steps // 12)):
+        seconds = step * tokens_per_step / speed
+        value = _QUALITY[arch] + 0.013 * seed + (8 - _QUALITY[arch]) * math.exp(-6.5 * (step / steps) ** 0.55)
+        here = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds}
+        if step:
+            lines.append({**here, "train/loss": value * math.log(2), "train/lr": 1e-3, "perf/tokens_per_second": speed})
+        lines.append({**here, "val/loss": value * math.log(2), "val/bits_per_byte": value})
+        lines.append({"step": step, "sample": "def f(x):\n    return x"})
+    (home / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    last = [line for line in lines if "val/loss" in line][-1]
+    write_json(
+        home / "result.json",
+        {
+            **facts,
+            "status": status,
+            "error": None if status == "done" else "the loss is nan",
+            "val_bits_per_byte": last["val/bits_per_byte"],
+            "val_loss": last["val/loss"],
+            "tokens": last["tokens"],
+            "steps": steps,
+            "train_seconds": last["seconds"],
+            "tokens_per_second": speed,
+            "peak_bytes": 400_000_000,
+            "precision": "fp32",
+            "device": "cpu",
+            "backend": {"linear_cross_entropy": ["torch"], "attention" if i % 3 == 0 else "selective_scan": ["torch"]},
+            "corpus_digest": corpus()["digest"],
+            "position_bits_per_byte": _positions(arch, seq_len),
+            "sample": f"def {arch}(self, name):\n    <b>if</b> name is None:\n        return self.{arch}\x00s\n",
+        },
+    )
+    return home
+
+
+def _positions(arch: str, seq_len: int) -> list[dict[str, Any]]:
+    bounds = (0, *(2**k for k in range((4 * seq_len).bit_length())))
+    rows = []
+    for start, stop in pairwise(bounds):
+        value = _QUALITY[arch] + 3.5 * (stop**-0.55)
+        if arch == "transformer" and start >= seq_len:
+            value += 0.8 * math.log2(stop / seq_len)
+        rows.append({"start": start, "stop": stop, "bits_per_byte": value, "n_tokens": 100 * (stop - start)})
+    return rows
+
+
+def cell(arch: str, phase: str, context_len: int, *, status: str | None = None) -> dict[str, Any]:
+    """One context cell; the Transformer's training slows down beyond some hundred tokens and overflows at 8,192."""
+    is_attention = arch in ("transformer", "jamba")
+    slow = 1 + context_len / (500 if arch == "transformer" else 4000) if is_attention else 1.0
+    speed = {"train": 1.0, "prefill": 3.1, "decode": 0.012}[phase] * _SPEED[arch] / slow
+    overflows = arch in ("transformer", "lstm") and phase == "train" and context_len >= 8192
+    status = status or ("out_of_memory" if overflows else "done")
+    done = status == "done"
+    state = context_len * (2048 if arch == "transformer" else 256) if is_attention else 98_304
+    return {
+        "arch": arch,
+        "phase": phase,
+        "context_len": context_len,
+        "n_params": 1_000_000,
+        "n_active_params": 1_000_000,
+        "batch_size": max(1, 8192 // context_len) if phase == "train" else 1,
+        "tokens_per_second": speed if done else None,
+        "spread": [speed * 0.96, speed * 1.05] if done else None,
+        "repeats": 7 if done else None,
+        "peak_bytes": int(2e8 + slow * (1e8 if phase == "train" else 2e7)) if done else None,
+        "peak_method": "resident set" if done else None,
+        "state_bytes": state if done else None,
+        "backend": {"attention": ["torch"]} if done else {},
+        "dtype": "fp32",
+        "status": status,
+        "error": None if done else "can't allocate memory",
+        "model": {},
+        "settings": SETTINGS,
+    }
+
+
+def write_comparison(
+    folder: Path, *, archs: Sequence[str] = ARCHS, seeds: int = 2, context: Sequence[int] = CONTEXT
+) -> Path:
+    """Writes a whole comparison as `crossover compare` leaves it, without its report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch in archs:
+        for seed in range(seeds):
+            write_run(folder, arch, seed=seed)
+    cells = [cell(arch, phase, L) for L in context for arch in archs for phase in ("decode", "prefill", "train")]
+    (folder / "context.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cells))
+    config = {"archs": list(archs), "params": 1_000_000, "seeds": seeds, "context": list(context)}
+    provenance = {"command": "crossover compare", "cpu": "AMD EPYC 9R45", "device": "cpu"}
+    write_json(folder / "compare.json", {"config": config, "provenance": provenance, "failures": {}})
+    return folder

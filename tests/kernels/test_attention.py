@@ -1,0 +1,96 @@
+"""Attention's masks against a loop over pairs, and its blocks against one another."""
+
+import pytest
+import torch
+from crossover.kernels import ops
+from crossover.kernels.attention import torch_impl
+from crossover.kernels.check import assert_same, example, values_and_gradients
+from crossover.kernels.dispatch import use_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def sees(
+    query: int, key: int, past: int, causal: bool, window: int | None, starts: torch.Tensor | None, first_key: int
+) -> bool:
+    """Whether one query sees one key of one row, said in words: positions on the axis of all keys."""
+    if (causal and key > query) or key < first_key:
+        return False
+    if window is not None and abs(query - key) >= window:
+        return False
+    marks = [] if starts is None else [past + i for i, mark in enumerate(starts.tolist()) if mark]
+    return not any(min(query, key) < mark <= max(query, key) for mark in marks)
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.attention.backends])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    L=st.integers(1, 9),
+    past=st.integers(0, 6),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 8),
+    with_starts=st.booleans(),
+    with_first_key=st.booleans(),
+    spare=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_query_reads_exactly_the_keys_it_sees(
+    backend: str,
+    L: int,
+    past: int,
+    causal: bool,
+    window: int | None,
+    with_starts: bool,
+    with_first_key: bool,
+    spare: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    B = 2
+    S = past + L
+    starts = torch.rand(B, L) < 0.3 if with_starts else None
+    first_key = torch.randint(past + 1, (B,)) if with_first_key else None
+    kv_len = torch.tensor(S) if spare else None
+    # one-hot values: the output is the row of attention weights; invalid cache entries are poisoned
+    q, k = torch.randn(B, L, 2, 4), torch.full((B, S + spare, 1, 4), 1e4)
+    k[:, :S] = torch.randn(B, S, 1, 4)
+    v = torch.eye(S + spare)[None, :, None].expand(B, -1, -1, -1)
+    with use_backend(backend):
+        weights = ops.attention(
+            q, k, v, causal=causal, window=window, starts=starts, first_key=first_key, kv_len=kv_len
+        )
+    expected = [
+        [
+            [
+                sees(past + i, j, past, causal, window, None if starts is None else starts[b], int(first_key[b]) if first_key is not None else 0)
+                for j in range(S)
+            ]
+            for i in range(L)
+        ]
+        for b in range(B)
+    ]
+    read = weights[..., :S] > 0
+    assert torch.equal(read, torch.tensor(expected)[:, :, None].expand_as(read))
+    torch.testing.assert_close(weights[..., :S].sum(-1), torch.ones(B, L, 2))
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = example("attention")
+    whole = values_and_gradients(ops.attention, tensors, window=7)
+    monkeypatch.setattr(torch_impl, "QUERY_BLOCK", 5)
+    assert_same(values_and_gradients(ops.attention, tensors, window=7), whole, 1e-12)
+
+
+def test_scale_defaults_to_the_inverse_root_of_the_head_width() -> None:
+    t = example("attention", optional=False)
+    torch.testing.assert_close(ops.attention(**t), ops.attention(**t, scale=t["q"].shape[-1] ** -0.5))
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.attention.backends])
+def test_shapes_that_cannot_be_are_named(backend: str) -> None:
+    q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 3, 8)
+    with use_backend(backend):
+        with pytest.raises(ValueError, match="4 query heads cannot share 3 key heads"):
+            ops.attention(q, k, k)
+        with pytest.raises(ValueError, match="2 keys for 3 queries"):
+            ops.attention(q, k[:, :2, :2], k[:, :2, :2])

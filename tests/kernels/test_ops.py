@@ -1,0 +1,151 @@
+"""Every backend of every operation against its reference in float64: values, gradients, states."""
+
+import pytest
+import torch
+from crossover.kernels import ops
+from crossover.kernels.check import assert_same, example, options, relative_error, to, values_and_gradients
+from crossover.kernels.dispatch import use_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+IMPLEMENTATIONS = [(name, backend) for name, op in ops.OPS.items() for backend in op.backends if backend != "reference"]
+STATEFUL = {"selective_scan": ("u", "y"), "causal_conv1d": ("x", "y"), "ssm_scan": ("u", "y"), "lstm_scan": ("gates", "y")}
+SIZES = {
+    "B": st.integers(1, 3),
+    "L": st.integers(1, 70),
+    "E": st.integers(1, 9),
+    "N": st.integers(2, 7),
+    "optional": st.booleans(),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def run(name: str, backend: str, tensors: dict[str, torch.Tensor], **others: object) -> dict[str, torch.Tensor]:
+    with use_backend(backend):
+        return values_and_gradients(ops.OPS[name], tensors, **others)
+
+
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(**SIZES)
+def test_matches_the_definition_in_float32(
+    name: str, backend: str, B: int, L: int, E: int, N: int, optional: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    tensors, others = example(name, B=B, L=L, E=E, N=N, optional=optional), options(name, optional=optional, L=L)
+    expected = run(name, "reference", tensors, **others)
+    actual = run(name, backend, to(tensors, torch.float32), **others)
+    plain = run(name, "reference", to(tensors, torch.float32), **others)
+    # no worse than twice what the definition itself loses in float32; the floor covers sums taken in another order
+    for key, value in actual.items():
+        allowed = 2 * relative_error(plain[key], expected[key]) + 1e-5
+        assert relative_error(value, expected[key]) <= allowed, key
+
+
+@pytest.mark.parametrize("name", [n for n, b in IMPLEMENTATIONS if b == "torch"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(**SIZES)
+def test_plain_pytorch_is_exact_in_float64(
+    name: str, B: int, L: int, E: int, N: int, optional: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    tensors, others = example(name, B=B, L=L, E=E, N=N, optional=optional), options(name, optional=optional, L=L)
+    assert_same(run(name, "torch", tensors, **others), run(name, "reference", tensors, **others), 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_half_precision_inputs_lose_no_more_than_their_own_rounding(
+    name: str, backend: str, dtype: torch.dtype
+) -> None:
+    tensors, others = to(example(name), dtype), options(name)
+    with use_backend("reference"):
+        expected = ops.OPS[name](**to(tensors, torch.float64), **others)
+    with use_backend(backend):
+        actual = ops.OPS[name](**tensors, **others)
+    expected, actual = (x if isinstance(x, tuple) else (x,) for x in (expected, actual))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= (3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_takes_inputs_that_are_not_contiguous(name: str, backend: str) -> None:
+    tensors, others = to(example(name), torch.float32), options(name)
+    strided = {k: t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1) for k, t in tensors.items()}
+    assert any(not t.is_contiguous() for t in strided.values())
+    assert_same(run(name, backend, strided, **others), run(name, backend, tensors, **others), 1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_repeats_bit_for_bit(name: str, backend: str) -> None:
+    tensors, others = to(example(name), torch.float32), options(name)
+    first, second = run(name, backend, tensors, **others), run(name, backend, tensors, **others)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("cut", [1, 16, 36])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
+    tensors, others = example(name), options(name)
+    y, state = ops.OPS[name](**tensors, **others)
+    sequence = {k for k, t in tensors.items() if k not in ("initial_state", "kernel") and t.dim() > 1 and t.shape[1] == 37}
+    first = {k: t[:, :cut] if k in sequence else t for k, t in tensors.items()}
+    y1, middle = ops.OPS[name](**first, **others)
+    second = {k: t[:, cut:] if k in sequence else t for k, t in tensors.items()} | {"initial_state": middle}
+    y2, last = ops.OPS[name](**second, **others)
+    torch.testing.assert_close(torch.cat([y1, y2], dim=1), y)
+    torch.testing.assert_close(last, state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_start_forgets_everything_before_it(name: str, backend: str) -> None:
+    tensors, others = example(name), options(name)
+    starts = torch.zeros_like(tensors["starts"])
+    starts[:, 20] = True
+    with use_backend(backend):
+        whole, state = ops.OPS[name](**tensors | {"starts": starts}, **others)
+        cut = {k: t[:, 20:] if t.dim() > 1 and t.shape[1] == 37 else t for k, t in tensors.items() if k != "starts"}
+        apart, apart_state = ops.OPS[name](**{k: t for k, t in cut.items() if k != "initial_state"}, **others)
+    torch.testing.assert_close(whole[:, 20:], apart)
+    torch.testing.assert_close(state, apart_state)
+
+
+def test_selective_scan_keeps_nothing_of_size_length_times_states() -> None:
+    # one saved tensor of (B, L, E, N) would be N = 64 times an activation
+    B, L, E, N = 1, 512, 32, 64
+    tensors = to(example("selective_scan", B=B, L=L, E=E, N=N, optional=False), torch.float32)
+    tensors = {k: t.requires_grad_() for k, t in tensors.items()}
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        ops.selective_scan(**tensors, delta_softplus=True)
+    assert max(saved) < B * L * E * N / 8
+
+
+def test_loss_of_no_counted_token_is_zero_and_has_zero_gradient() -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    loss, z = ops.linear_cross_entropy(x, torch.randn(4, 3), torch.full((5,), -100), z_loss=0.1)
+    (loss + z).backward()
+    assert loss.item() == z.item() == 0
+    assert torch.equal(x.grad, torch.zeros(5, 3))  # pyright: ignore[reportArgumentType]
+
+
+def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossover.kernels.linear_cross_entropy import torch_impl
+
+    tensors, others = example("linear_cross_entropy"), options("linear_cross_entropy")
+    whole = run("linear_cross_entropy", "torch", tensors, **others)
+    monkeypatch.setattr(torch_impl, "LOGITS", 5 * 6)  # five tokens at a time
+    assert_same(run("linear_cross_entropy", "torch", tensors, **others), whole, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "lstm_scan"])
+def test_custom_operators_are_registered_soundly(name: str) -> None:
+    from crossover.kernels.lstm_scan import torch_impl as lstm
+    from crossover.kernels.selective_scan import torch_impl as scan
+
+    t = {k: v.float().requires_grad_(v.is_floating_point()) for k, v in to(example(name, L=20), torch.float32).items() if k != "starts"}
+    if name == "lstm_scan":
+        torch.library.opcheck(lstm._scan, (t["gates"], t["weight"], t["initial_state"], None))
+    else:
+        torch.library.opcheck(scan._scan, (t["u"], t["delta"].exp(), t["A"], t["B"], t["C"], t["initial_state"], None))

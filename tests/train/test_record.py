@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from crossover.train.record import MetricsLog, provenance, read_json, read_metrics, write_json
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def training(step: int) -> dict[str, float]:
+    return {"step": step, "tokens": step * 8, "train/loss": 1 / step, "perf/tokens_per_second": 10.0 * step}
+
+
+def board(directory: Path) -> EventAccumulator:
+    events = EventAccumulator(str(directory / "tb"))
+    events.Reload()
+    return events
+
+
+def scalars(directory: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(directory).Scalars(tag)]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_appended(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.append(training(step))
+        assert read_metrics(tmp_path / "metrics.jsonl")[-1] == training(step)
+    log.close()
+
+
+def test_tensorboard_shows_the_recorded_values_under_the_same_tags(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.append(training(1))
+    log.append(training(4))
+    log.append({"step": 4, "tokens": 32, "val/bits_per_byte": 2.5})
+    log.append({"step": 4, "sample": "def f():\n    pass"})
+    log.close()
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (4, 0.25)]
+    assert scalars(tmp_path, "val/bits_per_byte") == [(4, 2.5)]
+    assert set(board(tmp_path).Tags()["scalars"]) == {"train/loss", "perf/tokens_per_second", "val/bits_per_byte"}
+    assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
+    (text,) = board(tmp_path).Tensors("sample/text_summary")
+    assert b"def f():\n        pass" in text.tensor_proto.string_val[0]
+
+
+def test_resuming_drops_what_was_recorded_beyond_the_checkpoint(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.append(training(step))
+    log.close()
+    log = MetricsLog(tmp_path, first_step=2)
+    log.append(training(3) | {"train/loss": 9.0})
+    log.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_a_new_run_in_an_old_directory_starts_an_empty_record(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.append(training(5))
+    log.close()
+    MetricsLog(tmp_path).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_torn_last_line_is_passed_over_and_any_other_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "train/lo')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"step": 1, "train/lo\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1, is not JSON"):
+        read_metrics(path)
+
+
+def test_a_failure_of_tensorboard_warns_once_and_the_record_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "tb").write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="no more TensorBoard events") as warned:
+        log = MetricsLog(tmp_path)
+        log.append(training(1))
+        log.append(training(2))
+        log.close()
+    assert len(warned) == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_disk_that_fills_up_ends_tensorboard_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = MetricsLog(tmp_path)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        log.append(training(1))
+    log.append(training(2))
+    log.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_numbers_that_json_lacks_are_never_recorded(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        log.append({"step": 1, "train/loss": float("nan")})
+    log.close()
+
+
+def test_a_reader_never_sees_half_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1}
+
+
+def test_provenance_names_code_command_versions_and_machine_but_not_the_host() -> None:
+    import platform
+
+    found = provenance(torch.device("cpu"), ["crossover", "train", "--name", "two words"])
+    assert found["command"] == "crossover train --name 'two words'"
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert {"git_commit", "git_dirty", "python", "platform", "cpu", "device", "started"} <= set(found)
+    assert platform.node() not in json.dumps({**found, "platform": ""})

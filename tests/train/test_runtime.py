@@ -1,0 +1,197 @@
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from crossover.train.runtime import (
+    Interrupted,
+    PeakMemory,
+    Stopwatch,
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    keep_freed_memory,
+    stop_signals,
+)
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_stopwatch_counts_training_only() -> None:
+    clock = FakeClock()
+    watch = Stopwatch(clock=clock)
+    for seconds, idle in ((10.0, 5.0), (2.0, 70.0), (3.0, 900.0)):
+        with watch.step(60):
+            clock.now += seconds
+        clock.now += idle
+    assert watch.seconds == 15.0
+    assert watch.tokens_per_second == 120 / 5.0  # without the first step
+    assert watch.lap() == 180 / 15.0
+    with watch.step(60):
+        clock.now += 6.0
+    assert watch.lap() == 10.0
+
+
+def test_the_stopwatch_continues_and_leaves_out_the_first_step_of_each_process() -> None:
+    clock = FakeClock()
+    first = Stopwatch(clock=clock)
+    second = None
+    for watch_number in range(2):
+        watch = first if watch_number == 0 else (second := Stopwatch(**first.state, clock=clock))
+        for seconds in (10.0, 2.0):
+            with watch.step(60):
+                clock.now += seconds
+    assert second is not None
+    assert second.seconds == 24.0
+    assert second.tokens_per_second == 30.0
+
+
+def test_one_step_has_no_speed_yet() -> None:
+    watch = Stopwatch(clock=FakeClock())
+    with watch.step(60):
+        pass
+    assert watch.tokens_per_second is None
+
+
+def test_a_step_that_raises_is_not_counted() -> None:
+    clock = FakeClock()
+    watch = Stopwatch(clock=clock)
+    with pytest.raises(KeyError), watch.step(60):
+        clock.now += 1.0
+        raise KeyError
+    assert watch.seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"), [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+)
+def test_the_cpu_takes_bf16_only_where_it_has_instructions_for_it(
+    amx: bool, avx512: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    chosen = choose_precision("auto", CPU)
+    assert chosen.name == expected
+    assert "bf16 instructions" in chosen.reason
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_autocast_sets_the_arithmetic_of_products(name: str, dtype: torch.dtype) -> None:
+    weight = torch.ones(2, 2)
+    with choose_precision(name, CPU).autocast(CPU):
+        assert (weight @ weight).dtype == dtype
+    assert weight.dtype == torch.float32
+
+
+def test_a_device_that_is_not_here_is_one_sentence() -> None:
+    absent = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=rf"train\.device={absent} cannot be used here .*choose cpu or auto"):
+        choose_device(absent)
+    with pytest.raises(ValueError, match=r"train\.device=gpu cannot be used here"):
+        choose_device("gpu")
+
+
+def test_the_real_allocator_error_of_the_cpu_means_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_other_errors_are_told_apart(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before() -> None:
+    size = 64 * 2**20
+    before = torch.ones(size, dtype=torch.uint8)
+    del before
+    memory = PeakMemory(CPU)
+    assert memory.peak_bytes() < size // 2
+    inside = torch.ones(size, dtype=torch.uint8)
+    del inside
+    assert size * 0.9 < memory.peak_bytes() < size * 1.5
+
+
+def _faults(connection: object, keep: bool) -> None:
+    import resource
+
+    if keep:
+        assert keep_freed_memory()
+    for _ in range(2):  # the first round fills the heap
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(64 * 2**20, dtype=torch.uint8)
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)  # pyright: ignore
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an allocator setting of glibc")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    context, faults = multiprocessing.get_context("fork"), {}
+    for keep in (False, True):
+        here, there = context.Pipe()
+        child = context.Process(target=_faults, args=(there, keep))
+        child.start()
+        faults[keep] = here.recv()
+        child.join()
+    assert faults[True] * 4 < faults[False]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_where_it_is_safe(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match=f"stopped by {signum.name}"), stop_signals() as poll:
+        poll()
+        signal.raise_signal(signum)
+        reached = True
+        poll()
+    assert reached
+    assert signal.getsignal(signum) == before
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    def twice(poll: Callable[[], None]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with stop_signals() as poll, pytest.raises(KeyboardInterrupt):
+        twice(poll)
+
+
+def test_the_peak_of_a_parent_is_not_inherited(tmp_path: Path) -> None:
+    held = bytearray(64 * 2**20)
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_own_peak, args=(there,))
+    child.start()
+    assert here.recv() < len(held) // 2
+    child.join()
+    assert time.monotonic() > started
+
+
+def _own_peak(connection: object) -> None:
+    connection.send(PeakMemory(CPU).peak_bytes())  # pyright: ignore[reportAttributeAccessIssue]

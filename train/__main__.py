@@ -1,0 +1,63 @@
+"""python -m crossover.train [RUN.toml] [--model.preset mamba --params 1M ...], also known as `crossover train`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+from .config import RunConfig, parse
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.train") -> int:
+    """Trains one model as the command line says and returns the exit code.
+
+    0 done, 1 failed, 2 a request that cannot be met (one line on stderr), 3 out of memory, 130 or 143 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    run = parse(argv, prog)
+    try:
+        with _one_line_warnings():
+            return _train(run, argv, prog)
+    except KeyboardInterrupt:  # before the run has begun, or the second one
+        return 130
+
+
+def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
+    # These import torch, which --help and a mistyped option need not wait for.
+    from .checkpoint import CheckpointError
+    from .data import load_corpus
+    from .trainer import ResumeError, Trainer
+
+    try:
+        corpus = load_corpus(run.data, progress=sys.stderr.isatty())
+        trainer = Trainer(run, corpus, command=[*prog.split(), *argv])
+    except ValueError as error:
+        return _refuse(prog, error)
+    try:
+        return trainer.fit().exit_code
+    except (ResumeError, CheckpointError) as error:  # any other ValueError from here on is a mistake of ours
+        return _refuse(prog, error)
+
+
+def _refuse(prog: str, error: ValueError) -> int:
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Shows warnings without the source line, which tells a user nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())

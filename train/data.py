@@ -1,0 +1,248 @@
+"""Training data: documents as one memory-mapped token stream per split, and the windows that runs read from it.
+
+A corpus is cached under the digest of its documents, split and tokenizer, so a changed file gives another corpus and is
+never served stale. Documents follow each other with one separator between them; byte counts include the separators.
+
+Windows are a pure function of seed and step (Philox, Salmon et al. 2011): the position in the data is the step number,
+resuming needs no sampler state, and the processes of one run share one global batch, of which rank r of R takes rows
+`batch[r::R]`, so that the data does not depend on their number.
+"""
+
+import hashlib
+import json
+import lzma
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from .cache import DataError, cache_folder, publish
+from .config import DataConfig
+from .documents import read_documents, split_documents
+from .tokenizer import Tokenizer, open_tokenizer
+
+__all__ = [
+    "Corpus",
+    "DataError",
+    "check_lengths",
+    "document_starts",
+    "load_corpus",
+    "train_batch",
+    "val_windows",
+]
+
+FORMAT = 1
+"""Part of every digest; raised when the meaning of a cached corpus changes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Two token streams, training and validation, and what they stand for."""
+
+    name: str
+    digest: str
+    """SHA-256 (hex) over documents, split and tokenizer; equal digests mean equal streams."""
+    documents_digest: str
+    """SHA-256 (hex) over documents and split: bits per byte compare across tokenizers where it is equal."""
+    n_train_documents: int
+    n_val_documents: int
+    skipped: dict[str, int]
+    """Files and rows that were left out, by reason."""
+    tokenizer: Tokenizer
+    train: np.memmap
+    """Token ids, 1-D, in the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
+    val: np.memmap
+    train_bytes: int
+    """UTF-8 bytes of the training documents, with one per separator: the same for every tokenizer."""
+    val_bytes: int
+    reference_bits_per_byte: dict[str, float]
+    """What general compressors need for the validation stream of bytes: zlib level 9, xz preset 6."""
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in both splits."""
+        return self.n_train_documents + self.n_val_documents
+
+    @property
+    def separator(self) -> int:
+        """Token id between documents."""
+        return self.tokenizer.separator
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what a result must say about its data, as JSON-able values."""
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "documents_digest": self.documents_digest,
+            "n_documents": self.n_documents,
+            "n_train_documents": self.n_train_documents,
+            "n_val_documents": self.n_val_documents,
+            "skipped": self.skipped,
+            "tokenizer": {
+                "name": self.tokenizer.name,
+                "digest": self.tokenizer.digest,
+                "vocab_size": self.tokenizer.vocab_size,
+                "separator": self.tokenizer.separator,
+            },
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "train_bytes": self.train_bytes,
+            "val_bytes": self.val_bytes,
+            "reference_bits_per_byte": self.reference_bits_per_byte,
+        }
+
+
+def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
+    """Reads the documents, and tokenizes them unless the cache holds this very content.
+
+    Args:
+        config: source, column, tokenizer, val_fraction and cache are used.
+        progress: show the bars of `datasets` and `tokenizers`, on a terminal.
+
+    Raises:
+        DataError: if the source, the tokenizer or the cache cannot be used.
+    """
+    cache = cache_folder(config.cache)
+    documents = read_documents(config.source, column=config.column, cache=cache, progress=progress)
+    train, val = split_documents(documents.texts, config.val_fraction)
+    tokenizer = open_tokenizer(config.tokenizer, train, cache=cache, progress=progress)
+    documents_digest = _documents_digest(train, val)
+    digest = hashlib.sha256(f"{FORMAT} {documents_digest} {tokenizer.digest}".encode()).hexdigest()
+    folder = cache / "corpora" / digest[:32]
+    with FileLock(cache / f"corpus-{digest[:32]}.lock"):
+        stored = _open(folder)
+        if stored is None:
+            shutil.rmtree(folder, ignore_errors=True)  # cut short by a power failure, if it is there at all
+            _write(folder, train, val, tokenizer)
+            stored = _open(folder)
+            assert stored is not None, folder
+    return Corpus(
+        name=documents.name,
+        digest=digest,
+        documents_digest=documents_digest,
+        n_train_documents=len(train),
+        n_val_documents=len(val),
+        skipped=dict(documents.skipped),
+        tokenizer=tokenizer,
+        **stored,
+    )
+
+
+def check_lengths(corpus: Corpus, seq_len: int) -> None:
+    """Raises DataError unless both splits hold a window of seq_len + 1 tokens; call it before building a model."""
+    _check_length(corpus.name, "training", corpus.train, seq_len)
+    _check_length(corpus.name, "validation", corpus.val, seq_len)
+
+
+def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int, micro: int = 0) -> np.ndarray:
+    """Returns the training windows of one step, a pure function of its arguments; (batch_size, seq_len + 1) int64.
+
+    A window holds inputs [:, :-1] and targets [:, 1:], starts anywhere and stays inside the stream. Rows do not depend
+    on batch_size: a larger batch begins with the rows of a smaller one.
+
+    Args:
+        corpus: the data.
+        seed: key of the counter-based generator, 0 <= seed < 2**128.
+        step: optimizer step, from 0.
+        batch_size: rows of the global batch; rank r of R takes rows [r::R].
+        seq_len: tokens to predict per row.
+        micro: index of the micro-batch within the step, for gradient accumulation.
+
+    Raises:
+        DataError: if the training split is shorter than one window.
+    """
+    _check_length(corpus.name, "training", corpus.train, seq_len)
+    # Raw Philox output, because NumPy guarantees it across versions and Generator.integers not (NEP 19); the bias of
+    # the remainder is below len(train) / 2**64.
+    raw = np.random.Philox(key=seed, counter=[0, 0, step, micro]).random_raw(batch_size)
+    return _windows(corpus.train, (raw % np.uint64(len(corpus.train) - seq_len)).astype(np.int64), seq_len)
+
+
+def val_windows(corpus: Corpus, seq_len: int, max_tokens: int) -> np.ndarray:
+    """Returns fixed, ordered windows spread evenly over the whole validation stream; (n, seq_len + 1) int64.
+
+    They predict n * seq_len distinct tokens: as many as fit into max_tokens and the stream, and at least one window.
+
+    Raises:
+        DataError: if the validation split is shorter than one window.
+    """
+    _check_length(corpus.name, "validation", corpus.val, seq_len)
+    last = len(corpus.val) - 1 - seq_len
+    n = max(1, min(max_tokens, len(corpus.val) - 1) // seq_len)
+    return _windows(corpus.val, np.arange(n) * last // max(n - 1, 1), seq_len)
+
+
+def document_starts(tokens: np.ndarray, separator: int) -> np.ndarray:
+    """Returns where documents start, bool in the shape of tokens: True after each separator along the last axis.
+
+    The first token of a row is not marked, whatever it is: what came before it is not in the row.
+    """
+    starts = np.zeros(tokens.shape, dtype=bool)
+    starts[..., 1:] = tokens[..., :-1] == separator
+    return starts
+
+
+def _check_length(name: str, split: str, tokens: np.ndarray, seq_len: int) -> None:
+    if len(tokens) <= seq_len:
+        raise DataError(
+            f"the {split} split of {name} has {len(tokens)} tokens, too few for a window of {seq_len} + 1: "
+            f"give more text with --data, change --data.val-fraction or shorten --train.seq-len"
+        )
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
+    return tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)
+
+
+def _documents_digest(train: Sequence[str], val: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for split, texts in ((b"train", train), (b"val", val)):
+        digest.update(split)
+        for text in texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _write(folder: Path, train: Sequence[str], val: Sequence[str], tokenizer: Tokenizer) -> None:
+    stream = "\0".join(val).encode()
+    record = {
+        "train_bytes": sum(len(text.encode()) for text in train) + len(train) - 1,
+        "val_bytes": len(stream),
+        "reference_bits_per_byte": {
+            "zlib": 8 * len(zlib.compress(stream, 9)) / len(stream),
+            "xz": 8 * len(lzma.compress(stream, preset=6)) / len(stream),
+        },
+    }
+    with publish(folder) as draft:
+        np.save(draft / "train.npy", _encode(train, tokenizer))
+        np.save(draft / "val.npy", _encode(val, tokenizer))
+        (draft / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the documents as one stream of ids, after checking that each of them can be restored byte for byte."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    separator = np.array([tokenizer.separator], dtype=dtype)
+    parts: list[np.ndarray] = []
+    for text, ids in zip(texts, tokenizer.encode_each(texts), strict=True):
+        if tokenizer.to_bytes(ids) != text.encode():
+            raise DataError(
+                f"the tokenizer {tokenizer.name} changes the text of the document that begins {text[:40]!r}, "
+                f"so bits per byte would be wrong: use --tokenizer bytes, bpe:SIZE, or a file that keeps every byte"
+            )
+        parts += [ids.astype(dtype), separator]
+    return np.concatenate(parts[:-1])
+
+
+def _open(folder: Path) -> dict[str, Any] | None:
+    """Returns what `_write` published, arrays memory-mapped; None if it is missing or an array is cut short."""
+    try:
+        record = json.loads((folder / "corpus.json").read_text())
+        return record | {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val")}
+    except (FileNotFoundError, ValueError, EOFError):
+        return None

@@ -1,0 +1,116 @@
+"""What a run shows while it works: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+__all__ = ["Display", "duration", "farewell", "greeting"]
+
+
+def duration(seconds: float) -> str:
+    """Writes a time span as people read it: 42 s, 3:05 min, 2:10:00 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d} h"
+
+
+class Display:
+    """Shows a run of `steps` steps on standard output. A reader that goes away (`| head`) does not end the run."""
+
+    def __init__(self, steps: int, *, done: int = 0) -> None:
+        self._steps = steps
+        self._quality = ""
+        self._bar: Progress | None = None
+        console = Console(highlight=False)
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("training", total=steps, completed=done, state="")
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(escape(text), soft_wrap=True)
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            # From here on to nowhere; otherwise Python complains again when it flushes standard output at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def trained(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
+        """Shows a line of training metrics."""
+        state = f"loss {record['train/loss']:.3f}  {record['perf/tokens_per_second']:,.0f} tokens/s"
+        left = f"{duration(seconds_left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], state=f"{state}{self._quality}  {left}")
+        else:
+            self.say(f"step {record['step']}/{self._steps}  {state}  {left}")
+
+    def validated(self, record: Mapping[str, Any]) -> None:
+        """Shows a validation."""
+        quality = f"{record['val/bits_per_byte']:.3f} bits per byte"
+        self._quality = f"  {quality}"
+        self.say(f"step {record['step']}/{self._steps}  held-out text: {quality}")
+
+
+def greeting(record: Mapping[str, Any], directory: Path) -> str:
+    """Says what is about to be trained, from run.json."""
+    corpus, machine = record["corpus"], record["provenance"]
+    active = "" if record["n_active_params"] == record["n_params"] else f" ({record['n_active_params']:,} active)"
+    lines = [
+        f"{directory}: {record['arch']}, {record['n_params']:,} parameters{active}, "
+        f"{record['flops_per_token'] / 1e6:.1f} MFLOPs per trained token",
+        f"{corpus['name']}: {corpus['train_bytes'] / 1e6:.2f} MB to train on, "
+        f"{corpus['val_bytes'] / 1e6:.2f} MB held out ({_references(corpus)})",
+        f"{machine['device']}, {machine['threads']} threads, {machine['precision']} ({machine['precision_reason']})",
+    ]
+    if record["resumed_from_step"]:
+        lines.append(f"continuing from step {record['resumed_from_step']}")
+    return "\n".join(lines)
+
+
+def farewell(result: Mapping[str, Any], record: Mapping[str, Any], directory: Path) -> str:
+    """Says how it went, from result.json and run.json."""
+    if result["status"] != "done":
+        hint = "; the same command continues" if result["status"] == "interrupted" and result["steps"] else ""
+        return f"{result['status'].replace('_', ' ')} at step {result['steps']}: {result['error']}{hint}"
+    speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
+    return (
+        f"{result['val_bits_per_byte']:.3f} bits per byte on held-out text ({_references(record['corpus'])}) after "
+        f"{duration(result['train_seconds'])} of training{speed}\n"
+        f"results: {directory}    curves: tensorboard --logdir {directory.parent}"
+    )
+
+
+def _references(corpus: Mapping[str, Any]) -> str:
+    parts = (f"{name} needs {value:.3f}" for name, value in corpus["reference_bits_per_byte"].items())
+    return f"{', '.join(parts)} bits per byte"

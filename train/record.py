@@ -1,0 +1,182 @@
+"""What a run writes down: run.json and result.json, metrics.jsonl, and the TensorBoard events derived from it.
+
+metrics.jsonl is the record: one JSON object per line, flushed at once, so that it survives a kill to the last line.
+TensorBoard repeats it; where TensorBoard fails (a full disk, say), one warning is given and training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["MetricsLog", "provenance", "read_json", "read_metrics", "write_json"]
+
+LAYOUT = {
+    "Quality": {
+        "training loss (nats per token)": ["Multiline", ["train/loss"]],
+        "held-out text (bits per byte)": ["Multiline", ["val/bits_per_byte"]],
+    },
+    "Cost": {
+        "speed (tokens per second)": ["Multiline", ["perf/tokens_per_second"]],
+        "peak memory (bytes)": ["Multiline", ["perf/peak_bytes"]],
+    },
+}
+"""TensorBoard's custom scalars page."""
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes one JSON file by rename, so that a reader finds the old file or the new one and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads run.json or result.json."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a torn last line, which a killed run may leave, is passed over.
+
+    Raises:
+        ValueError: if any other line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON") from None
+    return records
+
+
+class MetricsLog:
+    """The metrics of one run: metrics.jsonl, and TensorBoard events of the same values under the same tags."""
+
+    def __init__(self, directory: Path, *, first_step: int = 0) -> None:
+        """Continues the log of a run after `first_step` steps: what was recorded beyond it is dropped."""
+        path = directory / "metrics.jsonl"
+        records = read_metrics(path) if path.exists() else []
+        kept = [record for record in records if record["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _TensorBoard(directory / "tb", purge_step=first_step + 1)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
+        self._file.write(_line(record))
+        self._file.flush()
+        self._board.append(record)
+
+    def close(self) -> None:
+        """Ends the log."""
+        self._file.close()
+        self._board.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+class _TensorBoard:
+    """TensorBoard events, as long as they can be written."""
+
+    def __init__(self, directory: Path, *, purge_step: int) -> None:
+        # Imported here: it takes a second, and the configuration and the tests of other modules do not need it.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._directory = directory
+        self._writer = None
+        try:
+            self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+            self._writer.add_custom_scalars(LAYOUT)
+        except OSError as error:
+            self._give_up(error)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            return
+        step = record["step"]
+        try:
+            for tag, value in record.items():
+                if "/" in tag and value is not None:
+                    self._writer.add_scalar(tag, value, step)
+            if "sample" in record:
+                # Indented, Markdown shows it as it is.
+                self._writer.add_text("sample", "    " + record["sample"].replace("\n", "\n    "), step)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        warnings.warn(
+            f"no more TensorBoard events in {self._directory} ({error.strerror or error}); metrics.jsonl has them all",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Says where numbers come from: code, command, versions, machine, time.
+
+    The host is named by a hash only. `git_commit` and `git_dirty` are None outside a git checkout.
+    """
+    status = _git("status", "--porcelain")
+    is_cuda = device.type == "cuda"
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "command": shlex.join(command),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if is_cuda else None,
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "threads": torch.get_num_threads(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hostname_hash": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
