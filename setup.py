@@ -22,6 +22,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
+        "numba>=0.60",
         "einops>=0.8",
         "datasets>=3.0",
         "tokenizers>=0.20",
@@ -33,7 +34,15 @@ setup(
         "filelock>=3.12",
     ],
     extras_require={
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "basedpyright>=1.20", "setuptools>=77", "pip>=23.0", *HF],
+        "dev": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "basedpyright>=1.20",
+            "setuptools>=77",
+            "pip>=23.0",
+            *HF,
+        ],
         "hf": HF,
         "eval": ["lm-eval>=0.4.13"],
         "slurm": ["submitit>=1.5"],

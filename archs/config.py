@@ -55,7 +55,9 @@ class ModelConfig:
         for section, names in (("mixer", {m for m, _ in self.period}), ("ffn", {f for _, f in self.period if f})):
             for name in getattr(self, section):
                 if name not in names:
-                    raise ValueError(f"model.{section}.{name} has options, but no layer of {list(self.pattern)} uses it")
+                    raise ValueError(
+                        f"model.{section}.{name} has options, but no layer of {list(self.pattern)} uses it"
+                    )
             for name in names:
                 self._layer(section, name)
 
@@ -94,8 +96,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, from which `from_dict` makes an equal config."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {name: dict(options) for name, options in values["mixer"].items()}
-        return values | {"pattern": list(self.pattern), "mixer": plain, "ffn": {k: dict(v) for k, v in self.ffn.items()}}
+        sections = {name: {k: dict(v) for k, v in values[name].items()} for name in ("mixer", "ffn")}
+        return values | sections | {"pattern": list(self.pattern)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -204,8 +204,14 @@ def _depth(preset: Preset, n_params: int, period: int) -> int:
 
 def count_params(config: ModelConfig) -> int:
     """Parameters of a model, counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return LanguageModel(config).n_params
+    period = len(config.pattern)
+    n_periods, rest = divmod(config.n_layers, period)
+    if rest or n_periods <= 2:
+        with torch.device("meta"):
+            return LanguageModel(config).n_params
+    # all periods are alike, so two models say what any number of them holds
+    one, two = (count_params(dataclasses.replace(config, n_layers=n * period)) for n in (1, 2))
+    return one + (n_periods - 1) * (two - one)
 
 
 def _size(preset: Preset, make: Callable[..., ModelConfig], n_params: int, options: dict[str, Any]) -> ModelConfig:

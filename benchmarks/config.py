@@ -90,6 +90,8 @@ def _check_archs(archs: tuple[str, ...]) -> None:
 def _check_context(context: tuple[int, ...]) -> None:
     if not context:
         raise ValueError("--context names no length")
+    if min(context) <= 0:
+        raise ValueError(f"--context must be positive lengths in tokens, got {min(context)}")
     if list(context) != sorted(set(context)):
         raise ValueError(f"--context must be increasing lengths in tokens, got {' '.join(map(str, context))}")
 

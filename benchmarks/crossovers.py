@@ -78,7 +78,7 @@ def _last_rise(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
     if math.isinf(above):
         return float(lengths[i + 1])
     share = -below / (above - below)
-    return math.exp(math.log(lengths[i]) + share * (math.log(lengths[i + 1]) - math.log(lengths[i])))
+    return min(lengths[i] * (lengths[i + 1] / lengths[i]) ** share, float(lengths[i + 1]))
 
 
 def _worse_beyond_first_failure(curve: Curve) -> dict[int, Point]:

@@ -131,14 +131,14 @@ ul { padding-left: 1.2rem; } li { margin: .3rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0 1.4rem; }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .5rem; max-width: 44rem; }
-th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: baseline; white-space: nowrap; }
+th, td { padding: .4rem .45rem; text-align: left; vertical-align: baseline; white-space: nowrap; }
 th {
   white-space: normal; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--ink);
   vertical-align: bottom;
 }
 td { border-bottom: 1px solid var(--line); }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); }
-th.n, td.n { text-align: right; padding: .4rem 0 .4rem .8rem; }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); padding-left: 0; }
+th.n, td.n { text-align: right; }
 .figures {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.6rem 2rem;
   margin: 1.2rem 0;

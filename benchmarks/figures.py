@@ -146,8 +146,9 @@ def _log_bytes(axes: "Axes") -> None:
     axes.set_yscale("log", base=2)
     low, high = (math.log2(max(limit, 1)) for limit in axes.get_ylim())
     stride = max(1, math.ceil((high - low) / 6))
-    exponents = range(math.floor(low / stride) * stride, math.ceil(high) + stride, stride)
-    axes.yaxis.set_major_locator(FixedLocator([2.0**k for k in exponents]))
+    octaves = [2.0**k for k in range(math.floor(low / stride) * stride, math.ceil(high) + stride, stride)]
+    between = [1.5 * size for size in octaves] if high - low < 3 else []
+    axes.yaxis.set_major_locator(FixedLocator(sorted(octaves + between)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
 
@@ -284,7 +285,7 @@ def position_figure(comparison: Comparison, seq_len: int) -> Figure | None:
                 marker=pen.marker,
                 label=pen.label,
             )
-        _log2_axis(axes, [stop for stop in stops if stop >= 8 and (stop & (stop - 1)) == 0] or stops)
+        _log2_axis(axes, [4**k for k in range(16) if 4**k <= max(stops)])
         axes.axvline(seq_len, color=theme.ink, linewidth=1)
         axes.annotate(
             "trained length",
@@ -333,13 +334,15 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
                     x, [s[0] for s in spread], [s[1] for s in spread], color=pen.color, alpha=0.16, linewidth=0
                 )
         _log2_axis(axes, lengths)
+        if failed:
+            _make_room(axes, at_top=is_bytes)
         if is_bytes:
             _log_bytes(axes)
         else:
             _log_speed(axes)
         _mark_failures(axes, theme, pens, cells, at_top=is_bytes)
         axes.set_xlabel("context length (tokens)")
-        axes.set_ylabel("bytes" if is_bytes else "tokens per second")
+        axes.set_ylabel(_LABELS[metric.name])
 
     failed = [
         f"{display_name(arch)} {_STATUS[cell['status']]} at {cell['context_len']:,}"
@@ -358,6 +361,14 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
 
 _STATUS = {"out_of_memory": "out of memory", "timeout": "out of time", "failed": "failed"}
 
+_LABELS = {
+    "training tokens/s": "tokens trained per second",
+    "prefill tokens/s": "prompt tokens per second",
+    "decode tokens/s": "tokens generated per second",
+    "peak training memory": "peak memory in training",
+    "decoding state": "state of one sequence",
+}
+
 _CAPTIONS = {
     "training tokens/s": "Training: forward, backward and optimizer step, as many tokens per step at every length.",
     "prefill tokens/s": "Prefill: reading a prompt of this length into the state.",
@@ -365,6 +376,14 @@ _CAPTIONS = {
     "peak training memory": "Most memory held during a training step, without the program itself.",
     "decoding state": "State carried for one sequence after this many tokens.",
 }
+
+
+def _make_room(axes: "Axes", *, at_top: bool) -> None:
+    """Leaves a band free at the edge where failures are marked."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    band = (high / low) ** 0.25
+    axes.set_ylim((low, high * band) if at_top else (low / band, high))
 
 
 def _mark_failures(

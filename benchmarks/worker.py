@@ -92,13 +92,15 @@ class _Bench:
         torch.manual_seed(0)
         self.lm = LanguageModel(config).to(device)
         self.vocab_size = config.vocab_size
+        batch_size = max(1, settings.tokens_per_batch // context_len)
+        self.batch_size = {"train": batch_size, "prefill": settings.prompts, "decode": settings.prompts}
         # Under autocast the activations that a state keeps are bf16; recurrent states stay in float32.
         self.state_dtype = torch.bfloat16 if precision.name == "bf16" else None
         self.state_bytes = self._declared_bytes(1)
 
     def train(self) -> Measurement:
         """Forward, backward and optimizer step."""
-        batch_size = max(1, self.settings.tokens_per_batch // self.context_len)
+        batch_size = self.batch_size["train"]
         window = self._tokens(batch_size, self.context_len + 1)
         tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
         optimizer = adamw(self.lm, OptimConfig())
@@ -118,7 +120,7 @@ class _Bench:
     @torch.no_grad()
     def prefill(self) -> Measurement:
         """Reads prompts into an empty state; of the logits only the last position's are needed."""
-        batch_size = self.settings.prompts
+        batch_size = self.batch_size["prefill"]
         tokens = self._tokens(batch_size, self.context_len)
         self.lm.eval()
         held = 0
@@ -138,7 +140,7 @@ class _Bench:
     @torch.no_grad()
     def decode(self) -> Measurement:
         """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt."""
-        batch_size, n_tokens = self.settings.prompts, self.settings.decode_tokens
+        batch_size, n_tokens = self.batch_size["decode"], self.settings.decode_tokens
         tokens = self._tokens(batch_size, n_tokens)
         self.lm.eval()
         snapshot = self._prefilled(self._tokens(batch_size, self.context_len), self.context_len + n_tokens)
@@ -206,7 +208,9 @@ def measure(bench: _Bench, phase: str) -> dict[str, Any]:
     except (RuntimeError, MemoryError, ValueError, KernelFallbackWarning) as error:
         # The message only: the exception's traceback keeps the tensors of the failed phase alive.
         message = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        return {"status": "out_of_memory" if _ran_out(error) else "failed", "error": message}
+        status = "out_of_memory" if _ran_out(error) else "failed"
+        known = {"batch_size": bench.batch_size[phase], "state_bytes": bench.state_bytes}
+        return {"status": status, "error": message, **known}
     return {"status": "done", "error": None, **vars(found), "spread": list(found.spread)}
 
 

@@ -41,7 +41,7 @@ def values_and_gradients(function: Callable[..., Any], tensors: dict[str, Tensor
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected| in float64; infinite for anything that is not finite.
 
-    A tensor that should vanish has no scale of its own: it is judged as if its elements were 0.01, as inputs are near 1.
+    A tensor that should vanish has no scale of its own: it is judged as if its elements were 0.01, inputs being near 1.
     """
     wide = torch.complex128 if expected.is_complex() else torch.float64
     actual, expected = actual.to(wide), expected.to(wide)
@@ -66,7 +66,7 @@ def to(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optional: bool = True) -> dict[str, Tensor]:
+def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optional: bool = True) -> dict[str, Any]:
     """Random inputs of an operation in float64, by argument name.
 
     Args:

@@ -25,7 +25,11 @@ from .selective_scan import reference as _selective_scan
 from .selective_scan import torch_impl as _selective_scan_torch
 
 attention = Op(_attention.attention, torch=_attention_torch.attention)
-selective_scan = Op(_selective_scan.selective_scan, torch=_selective_scan_torch.selective_scan)
+selective_scan = Op(
+    _selective_scan.selective_scan,
+    torch=_selective_scan_torch.selective_scan,
+    cpu=".selective_scan.cpu:selective_scan",
+)
 causal_conv1d = Op(_causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d)
 ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)
 long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)

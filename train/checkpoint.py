@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .record import read_json, write_json
@@ -76,6 +77,9 @@ def save(
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
         os.rename(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write the checkpoint {final}: {error}; earlier checkpoints are whole") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -174,11 +178,12 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_model(model: nn.Module, path: Path) -> None:
-    # A tied tensor is stored once, under one of its names, and loading into that one fills the others.
-    missing, unexpected = safetensors.torch.load_model(model, path / "model.safetensors", strict=False)
-    if missing or unexpected:
-        names = sorted({*missing, *unexpected})
-        raise CheckpointError(f"{path / 'model.safetensors'} is of another model (first difference: {names[0]})")
+    file = path / "model.safetensors"
+    try:
+        safetensors.torch.load_model(model, file)  # also fills the other names of a tied tensor, stored once
+    except RuntimeError as error:
+        first_difference = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{file} is of another model ({first_difference})") from None
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

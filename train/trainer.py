@@ -168,7 +168,7 @@ class Trainer:
         with record_backends() as backends:
             try:
                 with stop_signals() as poll:
-                    self._work(start, memory, lambda: dict(backends), display, poll)
+                    self._work(start, memory, backends, display, poll)
                 status, exit_code = "done", 0
             except Interrupted as stop:
                 status, error, exit_code = "interrupted", str(stop), 128 + stop.signum
@@ -192,7 +192,7 @@ class Trainer:
         self,
         start: Path | None,
         memory: PeakMemory,
-        backends: Callable[[], dict[str, Sequence[str]]],
+        backends: Mapping[str, Sequence[str]],
         display: Display,
         poll: Callable[[], None],
     ) -> None:
@@ -225,7 +225,8 @@ class Trainer:
                     values = self._update(model, optimizer)
                     self._peak_bytes = max(self._peak_bytes or 0, memory.peak_bytes())
                     if self._step == self._first_step + 1:
-                        write_json(directory / "run.json", read_json(directory / "run.json") | {"backends": backends()})
+                        record = read_json(directory / "run.json")
+                        write_json(directory / "run.json", record | {"backends": _lists(backends)})
                     if self._step == 1 or self._due(run.train.log_every):
                         self._log(values, log, display)
                 if self._long_windows is not None:
@@ -396,7 +397,7 @@ class Trainer:
             "peak_bytes": self._peak_bytes,
             "precision": self.precision.name,
             "device": self.device.type,
-            "backend": dict(backends),
+            "backend": _lists(backends),
             "corpus_digest": self.corpus.digest,
             "position_bits_per_byte": self._positions,
             "sample": self._sample,
@@ -426,6 +427,10 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lists(backends: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {op: list(names) for op, names in sorted(backends.items())}
 
 
 def _leaves(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -64,7 +64,9 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if config.rope and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions need pairs of channels (or rope=false)")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd: rotary positions need pairs of channels (or rope=false)"
+            )
         if config.window is not None and config.window < 1:
             raise ValueError(f"window={config.window} must be at least 1, the token itself")
         self.q_proj = linear(d_model, self.n_heads * self.head_dim)
@@ -91,9 +93,7 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         o = ops.attention(q, k, v, window=self.config.window, starts=starts, first_key=first_key)
         return self.out_proj(rearrange(o, "b l h p -> b l (h p)")), state
 
-    def _append(
-        self, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None
-    ) -> tuple[Tensor, Tensor, KVCache]:
+    def _append(self, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, KVCache]:
         """All keys and values that the new tokens may see, and the cache after them."""
         L, past, capacity = k.shape[1], state.length, state.k.shape[1]
         first_key = state.first_key
@@ -108,8 +108,10 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         if past + L > capacity and self.config.window is None:
             raise ValueError(f"the cache was made for max_len={capacity} tokens and would hold {past + L}")
         dropped = max(0, past + L - capacity)  # tokens that have left the window for good
-        kept = [torch.cat([t[:, dropped:], t.new_zeros(len(t), capacity - (past + L - dropped), *t.shape[2:])], 1)
-                for t in (keys, values)]
+        kept = [
+            torch.cat([t[:, dropped:], t.new_zeros(len(t), capacity - (past + L - dropped), *t.shape[2:])], 1)
+            for t in (keys, values)
+        ]
         cache = KVCache(kept[0], kept[1], (first_key - dropped).clamp(min=0), past + L - dropped, n_seen)
         return keys, values, cache
 

@@ -1,4 +1,4 @@
-"""LSTM (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000): the recurrent baseline before all others."""
+"""LSTM (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000): the baseline before all others."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class S4D(Mixer[S4DConfig, S4DState]):
     Config = S4DConfig
     no_weight_decay = frozenset({"log_dt", "A_log", "A_imag"})
     # the authors train these at 0.001 beside 0.004 for the rest
-    lr_scale = {"log_dt": 0.25, "A_log": 0.25, "A_imag": 0.25}  # noqa: RUF012: a ClassVar by Mixer's declaration
+    lr_scale = MappingProxyType({"log_dt": 0.25, "A_log": 0.25, "A_imag": 0.25})
 
     def __init__(self, d_model: int, config: S4DConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)

@@ -1,4 +1,4 @@
-"""F.conv1d over the window and the input together; across documents, where taps must be masked, shifted multiply-adds."""
+"""F.conv1d over the window and the input; across documents, where taps must be masked, shifted multiply-adds."""
 
 from __future__ import annotations
 

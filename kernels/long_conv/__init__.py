@@ -1,1 +1,1 @@
-"""S4's long convolution, its kernel from the poles, and the recurrence they stand for (arXiv:2111.00396, 2206.11893)."""
+"""S4's long convolution, its kernel from the poles, and the recurrence that they stand for (arXiv:2111.00396)."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def ssm_kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
-    """Computes K[t] = 2 Re sum_n C[n] exp(A[n] t), the impulse response of a diagonal SSM (S4D, arXiv:2206.11893, eq. 3).
+    """Computes K[t] = 2 Re sum_n C[n] exp(A[n] t), a diagonal SSM's impulse response (S4D, arXiv:2206.11893, eq. 3).
 
     Args:
         A: discretized poles, log of the per-step factor (that is, dt A), (E, N) complex; one of each conjugate pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -46,9 +47,9 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as reference.ssm_scan.
 
-    Inside a chunk the output is a convolution plus what the state before the chunk still contributes; a chunk ends after
-    CHUNK tokens, or where a document begins in any row. Kept for backward: one state a chunk, and powers of A that all
-    chunks share.
+    Inside a chunk the output is a convolution plus what the state before the chunk still contributes; a chunk ends
+    after CHUNK tokens, or where a document begins in any row. Kept for backward: one state a chunk, and powers of A
+    that all chunks share.
     """
     (batch, L, E), N = u.shape, A.shape[1]
     dtype = torch.promote_types(u.dtype, torch.float32)
@@ -57,11 +58,11 @@ def ssm_scan(
     bounds = [*range(0, L, CHUNK), L]
     if starts is not None:
         bounds = sorted({*bounds, *starts.any(0).nonzero().flatten().tolist()})
-    longest = max(j - i for i, j in zip(bounds, bounds[1:], strict=False))
+    longest = max(j - i for i, j in itertools.pairwise(bounds))
     powers = torch.exp(A[..., None] * torch.arange(longest + 1, device=u.device))  # (E, N, Q+1)
     kernel = 2 * (C[..., None] * powers[..., :-1]).sum(1).real  # (E, Q)
     ys = []
-    for i, j in zip(bounds, bounds[1:], strict=False):
+    for i, j in itertools.pairwise(bounds):
         n = j - i
         if starts is not None:
             h = torch.where(starts[:, i, None, None], 0.0, h)

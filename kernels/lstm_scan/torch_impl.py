@@ -47,7 +47,7 @@ def _scan(
 
 
 @_scan.register_fake
-def _(gates, weight, initial_state, starts):  # noqa: ANN001, ANN202
+def _(gates, weight, initial_state, starts):
     batch, L, _ = gates.shape
     E = weight.shape[1]
     return (
@@ -76,10 +76,10 @@ def _scan_backward(
     )
     i, f, g, o = act.chunk(4, dim=-1)
     keep = f  # what remains of the gradient of a cell one token earlier, (L, B, E)
-    if starts is not None:
-        going_on = (~starts.T[..., None]).to(y.dtype)  # (L, B, 1)
+    going_on = None if starts is None else (~starts.T[..., None]).to(y.dtype)  # (L, B, 1)
+    if going_on is not None:
         y_before, c_before, keep = y_before * going_on, c_before * going_on, keep * going_on
-    # all that does not depend on later tokens, at once: the slopes, which dc (for i, f, g) and dy (for o) multiply below
+    # all that does not depend on later tokens, at once: slopes, which dc (for i, f, g) and dy (for o) multiply below
     tanh_c = cells.tanh()
     through = o * (1 - tanh_c * tanh_c)  # from y to c
     grad_gates = torch.cat([g * i * (1 - i), c_before * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=-1)
@@ -91,7 +91,7 @@ def _scan_backward(
         by_gate[t, :, :3] *= dc[:, None]
         by_gate[t, :, 3] *= dy
         torch.mm(grad_gates[t], weight, out=dy)
-        if starts is not None:
+        if going_on is not None:
             dy *= going_on[t]
         dc *= keep[t]
     grad_weight = grad_gates.flatten(0, 1).T @ y_before.flatten(0, 1)
@@ -99,19 +99,19 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(grad_y, grad_c, weight, initial_state, starts, y, act, cells):  # noqa: ANN001, ANN202
+def _(grad_y, grad_c, weight, initial_state, starts, y, act, cells):
     L, batch, E = y.shape
     return y.new_empty(batch, L, 4 * E), torch.empty_like(weight), torch.empty_like(initial_state)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:
     _, weight, initial_state, starts = inputs
     y, _, act, cells = output
     ctx.save_for_backward(weight, initial_state, starts, y, act, cells)
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, grad_y: Tensor, grad_c: Tensor, _act: Tensor, _cells: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx, grad_y: Tensor, grad_c: Tensor, _act: Tensor, _cells: Tensor):
     weight, initial_state, starts, y, act, cells = ctx.saved_tensors
     grads = _scan_backward(grad_y, grad_c, weight, initial_state, starts, y, act, cells)
     return *grads, None

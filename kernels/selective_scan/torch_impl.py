@@ -1,9 +1,9 @@
 """Plain PyTorch: the time loop writes into reused buffers, and the backward is written out.
 
 Forward keeps the state at the start of every CHUNK tokens; backward walks the chunks in reverse, recomputes the states
-inside one and runs the adjoint recurrence r[t] = a[t] (C[t] g[t] + r[t+1]), which needs no division by the decay. Memory
-is the inputs plus L / CHUNK states: no (B, L, E, N) tensor exists, in forward or for backward. The elementwise parts
-around the recurrence (softplus, skip, gate) are left to autograd.
+inside one and runs the adjoint recurrence r[t] = a[t] (C[t] g[t] + r[t+1]), which needs no division by the decay.
+Memory is the inputs plus L / CHUNK states: no (B, L, E, N) tensor exists, in forward or for backward. The elementwise
+parts around the recurrence (softplus, skip, gate) are left to autograd.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _scan(
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, initial_state, starts):  # noqa: ANN001, ANN202
+def _(x, dt, A, B, C, initial_state, starts):
     return (
         torch.empty_like(x),
         torch.empty_like(initial_state),
@@ -143,17 +143,17 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(grad_y, grad_state, x, dt, A, B, C, starts, checkpoints):  # noqa: ANN001, ANN202
+def _(grad_y, grad_state, x, dt, A, B, C, starts, checkpoints):
     return (*(torch.empty_like(t) for t in (x, x, A, B, C)), torch.empty_like(grad_state))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx, inputs, output) -> None:
     x, dt, A, B, C, _, starts = inputs
     ctx.save_for_backward(x, dt, A, B, C, starts, output[2])
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
     x, dt, A, B, C, starts, checkpoints = ctx.saved_tensors
     return *_scan_backward(grad_y, grad_state, x, dt, A, B, C, starts, checkpoints), None
 

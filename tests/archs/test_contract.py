@@ -6,6 +6,7 @@ full == any split into chunks == token by token == packed documents apart == lef
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor
 
 # Options that change how a mixer runs; every other mixer is tested with its defaults.
 VARIANTS = {
-    "attention": [{"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 2, "rope": False}, {"n_heads": 2, "window": 3}, {"n_heads": 1, "window": 1}],
+    "attention": [
+        {"n_heads": 4, "n_kv_heads": 2},
+        {"n_heads": 2, "rope": False},
+        {"n_heads": 2, "window": 3},
+        {"n_heads": 1, "window": 1},
+    ],
     "mamba": [{"d_state": 5, "d_conv": 3}, {"d_state": 4, "inner_norm": True, "expand": 1.5}],
     "s4d": [{"d_state": 6}],
     "lstm": [{"expand": 2}],
@@ -33,7 +39,7 @@ drawn = settings(max_examples=25, deadline=None, derandomize=True)
 SEED, LENGTHS, WIDTHS = st.integers(0, 2**16), st.integers(1, LENGTH), st.sampled_from([8, 24])
 
 
-def make(name: str, options: dict[str, object], d_model: int, seed: int) -> Mixer:
+def make(name: str, options: dict[str, Any], d_model: int, seed: int) -> Mixer:
     """A mixer with weights large enough for errors to show, in float64."""
     torch.manual_seed(seed)
     cls = MIXERS[name]
@@ -72,7 +78,7 @@ def full(mixer: Mixer, starts: Tensor | None = None) -> Callable[[Tensor], Tenso
 @drawn
 @given(L=LENGTHS, D=WIDTHS, seed=SEED, cuts=st.sets(st.integers(1, LENGTH - 1), max_size=4), packed=st.booleans())
 def test_any_split_into_chunks_equals_the_full_pass(
-    name: str, options: dict[str, object], L: int, D: int, seed: int, cuts: set[int], packed: bool
+    name: str, options: dict[str, Any], L: int, D: int, seed: int, cuts: set[int], packed: bool
 ) -> None:
     mixer = make(name, options, D, seed)
     x, bounds = torch.randn(2, L, D, dtype=torch.float64), sorted(c for c in cuts if c < L)
@@ -87,7 +93,7 @@ def test_any_split_into_chunks_equals_the_full_pass(
 @over_the_registry
 @drawn
 @given(L=LENGTHS, D=WIDTHS, seed=SEED)
-def test_token_by_token_equals_the_full_pass(name: str, options: dict[str, object], L: int, D: int, seed: int) -> None:
+def test_token_by_token_equals_the_full_pass(name: str, options: dict[str, Any], L: int, D: int, seed: int) -> None:
     mixer = make(name, options, D, seed)
     x = torch.randn(2, L, D, dtype=torch.float64)
 
@@ -108,7 +114,7 @@ def test_token_by_token_equals_the_full_pass(name: str, options: dict[str, objec
 @drawn
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), D=WIDTHS, seed=SEED)
 def test_packed_documents_equal_documents_apart(
-    name: str, options: dict[str, object], lengths: list[int], D: int, seed: int
+    name: str, options: dict[str, Any], lengths: list[int], D: int, seed: int
 ) -> None:
     mixer = make(name, options, D, seed)
     x = torch.randn(1, sum(lengths), D, dtype=torch.float64)
@@ -125,7 +131,7 @@ def test_packed_documents_equal_documents_apart(
 @drawn
 @given(L=LENGTHS, D=WIDTHS, seed=SEED, padding=st.integers(1, 9), split=st.integers(1, 30))
 def test_left_padding_changes_nothing(
-    name: str, options: dict[str, object], L: int, D: int, seed: int, padding: int, split: int
+    name: str, options: dict[str, Any], L: int, D: int, seed: int, padding: int, split: int
 ) -> None:
     mixer = make(name, options, D, seed)
     x = torch.randn(2, L, D, dtype=torch.float64)
@@ -144,7 +150,7 @@ def test_left_padding_changes_nothing(
 @drawn
 @given(L=st.integers(2, LENGTH), D=WIDTHS, seed=SEED, data=st.data())
 def test_output_ignores_the_future(
-    name: str, options: dict[str, object], L: int, D: int, seed: int, data: st.DataObject
+    name: str, options: dict[str, Any], L: int, D: int, seed: int, data: st.DataObject
 ) -> None:
     mixer, t = make(name, options, D, seed), data.draw(st.integers(1, L - 1))
     x = torch.randn(1, L, D, dtype=torch.float64, requires_grad=True)
@@ -154,7 +160,7 @@ def test_output_ignores_the_future(
 
 
 @over_the_registry
-def test_training_makes_no_state_and_reaches_every_parameter(name: str, options: dict[str, object]) -> None:
+def test_training_makes_no_state_and_reaches_every_parameter(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     y, state = mixer(torch.randn(2, 9, 8, dtype=torch.float64))
     assert y.shape == (2, 9, 8)
@@ -166,7 +172,7 @@ def test_training_makes_no_state_and_reaches_every_parameter(name: str, options:
 
 
 @over_the_registry
-def test_gradients_flow_through_a_given_state(name: str, options: dict[str, object]) -> None:
+def test_gradients_flow_through_a_given_state(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     x = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
     _, state = mixer(x, mixer.init_state(1, 9, dtype=x.dtype))
@@ -178,14 +184,14 @@ def test_gradients_flow_through_a_given_state(name: str, options: dict[str, obje
 
 
 @over_the_registry
-def test_declared_parameter_names_exist(name: str, options: dict[str, object]) -> None:
+def test_declared_parameter_names_exist(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     own = {n for n, _ in mixer.named_parameters(recurse=False)}
     assert mixer.no_weight_decay | set(mixer.lr_scale) <= own
 
 
 @over_the_registry
-def test_state_is_a_value(name: str, options: dict[str, object]) -> None:
+def test_state_is_a_value(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     with torch.no_grad():
         _, state = mixer(torch.randn(3, 5, 8, dtype=torch.float64), mixer.init_state(3, 9, dtype=torch.float64))
@@ -198,7 +204,7 @@ def test_state_is_a_value(name: str, options: dict[str, object]) -> None:
 
 
 @over_the_registry
-def test_state_counts_the_same_in_bfloat16(name: str, options: dict[str, object]) -> None:
+def test_state_counts_the_same_in_bfloat16(name: str, options: dict[str, Any]) -> None:
     mixer = MIXERS[name](8, MIXERS[name].Config(**options)).to(torch.bfloat16)
     state = mixer.init_state(1, 9, dtype=torch.bfloat16)
     before = state.nbytes

@@ -41,7 +41,7 @@ def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None
 def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path, "mamba")
     write_run(tmp_path, "transformer", digest="f00d" * 16)
-    with pytest.raises(ValueError, match="trained on different data .*c0ffeec0ffee and f00df00df00d"):
+    with pytest.raises(ValueError, match=r"trained on different data .*c0ffeec0ffee and f00df00df00d"):
         load_comparison(tmp_path)
 
 

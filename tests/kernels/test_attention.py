@@ -1,5 +1,7 @@
 """Attention's masks against a loop over pairs, and its blocks against one another."""
 
+import itertools
+
 import pytest
 import torch
 from crossover.kernels import ops
@@ -22,7 +24,7 @@ def sees(
     return not any(min(query, key) < mark <= max(query, key) for mark in marks)
 
 
-@pytest.mark.parametrize("backend", [b for b in ops.attention.backends])
+@pytest.mark.parametrize("backend", ops.attention.backends)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     L=st.integers(1, 9),
@@ -59,18 +61,13 @@ def test_a_query_reads_exactly_the_keys_it_sees(
         weights = ops.attention(
             q, k, v, causal=causal, window=window, starts=starts, first_key=first_key, kv_len=kv_len
         )
-    expected = [
-        [
-            [
-                sees(past + i, j, past, causal, window, None if starts is None else starts[b], int(first_key[b]) if first_key is not None else 0)
-                for j in range(S)
-            ]
-            for i in range(L)
-        ]
-        for b in range(B)
-    ]
+    expected = torch.zeros(B, L, S, dtype=torch.bool)
+    for b, i, j in itertools.product(range(B), range(L), range(S)):
+        marks = None if starts is None else starts[b]
+        first = 0 if first_key is None else int(first_key[b])
+        expected[b, i, j] = sees(past + i, j, past, causal, window, marks, first)
     read = weights[..., :S] > 0
-    assert torch.equal(read, torch.tensor(expected)[:, :, None].expand_as(read))
+    assert torch.equal(read, expected[:, :, None].expand_as(read))
     torch.testing.assert_close(weights[..., :S].sum(-1), torch.ones(B, L, 2))
 
 
@@ -86,7 +83,7 @@ def test_scale_defaults_to_the_inverse_root_of_the_head_width() -> None:
     torch.testing.assert_close(ops.attention(**t), ops.attention(**t, scale=t["q"].shape[-1] ** -0.5))
 
 
-@pytest.mark.parametrize("backend", [b for b in ops.attention.backends])
+@pytest.mark.parametrize("backend", ops.attention.backends)
 def test_shapes_that_cannot_be_are_named(backend: str) -> None:
     q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 3, 8)
     with use_backend(backend):

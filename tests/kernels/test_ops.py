@@ -1,5 +1,7 @@
 """Every backend of every operation against its reference in float64: values, gradients, states."""
 
+from typing import Any
+
 import pytest
 import torch
 from crossover.kernels import ops
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 IMPLEMENTATIONS = [(name, backend) for name, op in ops.OPS.items() for backend in op.backends if backend != "reference"]
-STATEFUL = {"selective_scan": ("u", "y"), "causal_conv1d": ("x", "y"), "ssm_scan": ("u", "y"), "lstm_scan": ("gates", "y")}
+STATEFUL = ("selective_scan", "causal_conv1d", "ssm_scan", "lstm_scan")
 SIZES = {
     "B": st.integers(1, 3),
     "L": st.integers(1, 70),
@@ -20,7 +22,7 @@ SIZES = {
 }
 
 
-def run(name: str, backend: str, tensors: dict[str, torch.Tensor], **others: object) -> dict[str, torch.Tensor]:
+def run(name: str, backend: str, tensors: dict[str, torch.Tensor], **others: Any) -> dict[str, torch.Tensor]:
     with use_backend(backend):
         return values_and_gradients(ops.OPS[name], tensors, **others)
 
@@ -88,7 +90,7 @@ def test_repeats_bit_for_bit(name: str, backend: str) -> None:
 def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
     tensors, others = example(name), options(name)
     y, state = ops.OPS[name](**tensors, **others)
-    sequence = {k for k, t in tensors.items() if k not in ("initial_state", "kernel") and t.dim() > 1 and t.shape[1] == 37}
+    sequence = {k for k, t in tensors.items() if k != "initial_state" and t.dim() > 1 and t.shape[1] == 37}
     first = {k: t[:, :cut] if k in sequence else t for k, t in tensors.items()}
     y1, middle = ops.OPS[name](**first, **others)
     second = {k: t[:, cut:] if k in sequence else t for k, t in tensors.items()} | {"initial_state": middle}
@@ -144,7 +146,8 @@ def test_custom_operators_are_registered_soundly(name: str) -> None:
     from crossover.kernels.lstm_scan import torch_impl as lstm
     from crossover.kernels.selective_scan import torch_impl as scan
 
-    t = {k: v.float().requires_grad_(v.is_floating_point()) for k, v in to(example(name, L=20), torch.float32).items() if k != "starts"}
+    tensors = to(example(name, L=20), torch.float32)
+    t = {k: v.requires_grad_() for k, v in tensors.items() if v.is_floating_point()}
     if name == "lstm_scan":
         torch.library.opcheck(lstm._scan, (t["gates"], t["weight"], t["initial_state"], None))
     else:

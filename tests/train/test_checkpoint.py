@@ -1,5 +1,8 @@
+import contextlib
 import json
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,19 +136,24 @@ def test_a_run_never_starts_again_silently(tmp_path: Path) -> None:
         newest(tmp_path)
 
 
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     saved(tmp_path, 5)
-    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", _full)
-    with pytest.raises(OSError, match="No space left"):
-        saved(tmp_path, 10)
+    model, optimizer = trained()
+    with largest_file(4096), pytest.raises(OSError, match=r"cannot write the checkpoint .*step-00000010: .*too large"):
+        save(tmp_path, 10, model=model, optimizer=optimizer, state={})
     assert files_below(tmp_path) == ["latest", "step-00000005"]
     verify(tmp_path / "step-00000005")
 
 
-def _full(*_: object) -> None:
-    raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Fails writes beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path: Path) -> None:

@@ -98,9 +98,7 @@ def test_a_model_table_gives_the_whole_model(tmp_path: Path) -> None:
     assert run.model.preset == "custom"
     assert run.model.configure(300) == expected
     wider = run_of(str(file), "--model.d-model", "64", "--model.set", "mixer.attention.n_heads=4")
-    assert wider.model.configure(300) == dataclasses.replace(
-        expected, d_model=64, mixer={"attention": {"n_heads": 4}}
-    )
+    assert wider.model.configure(300) == dataclasses.replace(expected, d_model=64, mixer={"attention": {"n_heads": 4}})
 
 
 @pytest.mark.parametrize(("key", "named"), [("patern", "pattern"), ("mixer.mamba.d_stat", "d_state")])
@@ -152,9 +150,7 @@ def test_option_values_are_toml_and_bare_words_are_strings() -> None:
         (["missing.toml"], "cannot read the run file missing.toml"),
     ],
 )
-def test_a_mistake_is_answered_in_words(
-    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_answered_in_words(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in error_of(capsys, *options)
 
 

@@ -1,0 +1,36 @@
+"""Runs a compiled kernel on several threads.
+
+numba has threads of its own, but without Intel's TBB no choice of them is safe everywhere: "omp" kills a process that
+was forked after its first use, as a data loader's workers are, and "workqueue" kills one in which two threads start
+kernels at once. Compiled kernels release the GIL, so ordinary threads do, and nothing global changes for other users of
+numba.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+@functools.cache
+def _threads(process: int, n_threads: int) -> ThreadPoolExecutor:
+    # a forked child has another id, and so never waits for its parent's threads
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="crossover-kernel")
+
+
+def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
+    """Calls kernel(first, last, *arguments) on ranges that make up 0 .. n_tasks, on torch.get_num_threads() threads."""
+    n_threads = min(torch.get_num_threads(), n_tasks)
+    if n_threads <= 1:
+        kernel(0, n_tasks, *arguments)
+        return
+    bounds = [i * n_tasks // n_threads for i in range(n_threads + 1)]
+    threads = _threads(os.getpid(), n_threads)
+    others = [threads.submit(kernel, *bounds[i : i + 2], *arguments) for i in range(1, n_threads)]
+    kernel(0, bounds[1], *arguments)
+    for other in others:
+        other.result()

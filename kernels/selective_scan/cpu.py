@@ -1,0 +1,203 @@
+"""The CPU path: numba kernels with hand-written vectors (cpu_kernels.py), float32 inside, fused from softplus to gate.
+
+Forward keeps the state before every CHUNK tokens, and only if a backward can follow; backward recomputes the states
+inside a chunk. Results are the same bits on every run and for every number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import run
+from ..simd import LANES, STATES, TILE
+from . import cpu_kernels, torch_impl
+from .cpu_kernels import CHUNK, SUM_WIDTH
+
+TASKS = 64
+"""Tasks to aim at: plenty for any number of threads, few enough that gradients of B and C have few parts to sum."""
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.selective_scan, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or u is float64.
+    """
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, starts)
+    if any(t is not None and t.device.type != "cpu" for t in tensors):
+        raise Unsupported("an input is not on the CPU")
+    if u.dtype == torch.float64:
+        raise Unsupported("u is float64, and the kernels compute in float32")
+    if u.shape[1] == 1:  # a decode step: plain operations cost less than a call of the kernel
+        return torch_impl.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    D, z, delta_bias, h = (t if t is None else t.float() for t in (D, z, delta_bias, initial_state))
+    y, state, _ = _scan(*(t.float() for t in (u, delta, A, B, C)), D, z, delta_bias, delta_softplus, h, starts, keep)
+    return y.to(u.dtype), state
+
+
+@torch.library.custom_op("crossover::selective_scan_cpu", mutates_args=(), device_types="cpu")
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, (B, L, E); final state, (B, E, N); the state before every CHUNK tokens in the kernels' layout, if `keep`."""
+    (batch, L, E), N = u.shape, A.shape[1]
+    y, state = torch.empty(batch, L, E), torch.empty(batch, E, N)
+    checkpoints = torch.empty(_checkpoint_shape(u, A, keep))
+    run(
+        cpu_kernels.forward,
+        _n_tasks(batch, E),
+        _blocks_per_task(batch, E),
+        *_inputs(u, delta, A, B, C, D, z, delta_bias),
+        delta_softplus,
+        *map(_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
+    )
+    return y, state, checkpoints
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, keep):
+    y, state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape)
+    return y, state, u.new_empty(_checkpoint_shape(u, A, keep))
+
+
+@torch.library.custom_op("crossover::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    starts: Tensor | None,
+    checkpoints: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z (empty without a gate), delta_bias and the initial state."""
+    (batch, L, E), N = u.shape, A.shape[1]
+    n_tasks = _n_tasks(batch, E)
+    grad_u, grad_delta = torch.empty(batch, L, E), torch.empty(batch, L, E)
+    grad_z = torch.empty(batch if z is not None else 0, L, E)
+    grad_initial_state = torch.empty(batch, E, N)
+    # each task writes its own part of the sums over channels (B, C) or over the batch (A, D, delta_bias)
+    parts_A, parts_D, parts_bias = torch.empty(batch, E, N), torch.empty(batch, E), torch.empty(batch, E)
+    parts_B, parts_C = (torch.empty(n_tasks // batch, batch, L, N) for _ in range(2))
+    outputs = (grad_u, grad_delta, parts_A, parts_B, parts_C, parts_D, grad_z, parts_bias, grad_initial_state)
+    run(
+        cpu_kernels.backward,
+        n_tasks,
+        _blocks_per_task(batch, E),
+        *_inputs(u, delta, A, B, C, D, z, delta_bias),
+        delta_softplus,
+        *map(_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
+    )
+    grad_A, grad_B, grad_C, grad_D, grad_bias = map(_sum, (parts_A, parts_B, parts_C, parts_D, parts_bias))
+    return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial_state
+
+
+@_scan_backward.register_fake
+def _(grad_y, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts, checkpoints):
+    batch, L, E = u.shape
+    shapes = (u.shape, u.shape, A.shape, B.shape, C.shape, (E,), (batch if z is not None else 0, L, E), (E,))
+    return *(u.new_empty(shape) for shape in shapes), u.new_empty(batch, *A.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, _ = inputs
+    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts, output[2])
+    ctx.delta_softplus, ctx.continues = delta_softplus, initial_state is not None
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
+    *inputs, starts, checkpoints = ctx.saved_tensors
+    grads = _scan_backward(grad_y, grad_state, *inputs, ctx.delta_softplus, starts, checkpoints)
+    *grads, grad_initial_state = grads
+    given = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+    return *given, None, grad_initial_state if ctx.continues else None, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _blocks_per_task(batch: int, E: int) -> int:
+    """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
+    return max(1, batch * -(-E // LANES) // TASKS)
+
+
+def _n_tasks(batch: int, E: int) -> int:
+    return batch * -(-E // (LANES * _blocks_per_task(batch, E)))
+
+
+def _checkpoint_shape(u: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
+    (batch, L, E), N = u.shape, A.shape[1]
+    return (batch if keep else 0, -(-L // CHUNK), -(-E // LANES), TILE * -(-N // STATES))
+
+
+def _inputs(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
+) -> list[np.ndarray]:
+    """What both kernels take first; an empty z means no gate."""
+    E = u.shape[2]
+    tensors = (
+        u,
+        delta,
+        A,
+        B,
+        C,
+        _zeros_if_none(D, E),
+        u.new_empty(0, 0, 0) if z is None else z,
+        _zeros_if_none(bias, E),
+    )
+    return [_array(t) for t in tensors]
+
+
+def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:
+    return torch.zeros(shape) if x is None else x
+
+
+def _never_if_none(starts: Tensor | None, u: Tensor) -> Tensor:
+    return torch.zeros(u.shape[:2], dtype=torch.bool) if starts is None else starts
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The tensor's memory, copied only if its last axis is not contiguous."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first axis, always in the same order."""
+    result = torch.empty(parts.shape[1:])
+    run(cpu_kernels.sum_parts, -(-result.numel() // SUM_WIDTH), _array(parts.flatten(1)), _array(result.flatten()))
+    return result

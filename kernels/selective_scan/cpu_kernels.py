@@ -1,0 +1,308 @@
+"""The recurrence of the selective scan and its adjoint as numba kernels on explicit vectors (see kernels/simd.py).
+
+A task is one row of the batch and `blocks_per_task` blocks of LANES channels. It walks the sequence in chunks of CHUNK
+tokens; inside a chunk, block by block, it first prepares what does not depend on the state (softplus, dt u), then takes
+STATES states at a time through the chunk's tokens with the state in registers. Tasks share no output, so any number of
+threads gives the same bits.
+
+Scratch arrays are indexed [block, state * LANES + channel] or [token, channel]; states are padded to a multiple of
+STATES with zeros, which stay zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..simd import (
+    LANES,
+    LOG2_E,
+    STATES,
+    TILE,
+    Bools2,
+    Floats1,
+    Floats2,
+    Floats3,
+    Floats4,
+    exp2,
+    fold,
+    full,
+    inline,
+    kernel,
+    load,
+    load_first,
+    load_tile,
+    repeat,
+    sigmoid,
+    softplus,
+    spread,
+    store,
+    store_first,
+    total,
+)
+
+CHUNK = 32
+"""Tokens between two stored states: a chunk's states and decays fit the first-level cache."""
+
+LOG_2 = 1 / LOG2_E
+
+SUM_WIDTH = 4096
+"""Columns a task of `sum_parts` adds up."""
+
+
+@inline
+def _tasks_per_row(E, blocks_per_task):
+    n_blocks = -(-E // LANES)
+    return -(-n_blocks // blocks_per_task)
+
+
+@inline
+def _pack(matrix, e0, scratch, scale):
+    """scratch[n * LANES + lane] = scale * matrix[e0 + lane, n]."""
+    E, N = matrix.shape
+    for n in range(N):
+        for lane in range(min(LANES, E - e0)):
+            value = matrix[e0 + lane, n]
+            # NaN as IEEE arithmetic makes it: exp2 would misread the low bits of another
+            scratch[n * LANES + lane] = scale * value if value == value else np.float32(np.nan)
+
+
+@inline
+def _unpack(scratch, e0, matrix):
+    """matrix[e0 + lane, n] = scratch[n * LANES + lane]."""
+    E, N = matrix.shape
+    for lane in range(min(LANES, E - e0)):
+        for n in range(N):
+            matrix[e0 + lane, n] = scratch[n * LANES + lane]
+
+
+@inline
+def _copy_tokens(source, b, t0, n_tokens, scratch):
+    for t in range(n_tokens):
+        for n in range(source.shape[2]):
+            scratch[t, n] = source[b, t0 + t, n]
+
+
+@kernel
+def forward(
+    first: int,
+    last: int,
+    blocks_per_task: int,
+    u: Floats3,
+    delta: Floats3,
+    A: Floats2,
+    B: Floats3,
+    C: Floats3,
+    D: Floats1,
+    z: Floats3,
+    delta_bias: Floats1,
+    delta_softplus: bool,
+    initial_state: Floats3,
+    starts: Bools2,
+    checkpoints: Floats4,
+    y: Floats3,
+    state: Floats3,
+) -> None:
+    """Does the tasks first .. last - 1 of the forward pass.
+
+    z and checkpoints may be empty: no gate, no backward to come. Arrays of three axes are (B, L, .) or (B, E, N) with
+    any strides, the last axis contiguous; checkpoints is (B, chunks, blocks, padded states * LANES).
+    """
+    L, E, N = u.shape[1], u.shape[2], A.shape[1]
+    n_tiles = -(-N // STATES)
+    gated, keep = z.shape[0] > 0, checkpoints.shape[0] > 0
+    tasks_per_row = _tasks_per_row(E, blocks_per_task)
+    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
+    states = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)
+    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
+    dts, drives = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
+    sums = np.empty((CHUNK, LANES), np.float32)
+    zero = repeat(full(0.0))
+    for task in range(first, last):
+        b, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
+        n_blocks = min(blocks_per_task, -(-E // LANES) - first_block)
+        for block in range(n_blocks):
+            e = (first_block + block) * LANES
+            _pack(A, e, rates[block], np.float32(LOG2_E))
+            _pack(initial_state[b], e, states[block], np.float32(1.0))
+        for t0 in range(0, L, CHUNK):
+            n_tokens = min(CHUNK, L - t0)
+            _copy_tokens(B, b, t0, n_tokens, Bs)
+            _copy_tokens(C, b, t0, n_tokens, Cs)
+            for block in range(n_blocks):
+                e = (first_block + block) * LANES
+                bias, skip = load_first(delta_bias, e, E - e), load_first(D, e, E - e)
+                for t in range(n_tokens):
+                    x = load_first(u, (b, t0 + t, e), E - e)
+                    dt = load_first(delta, (b, t0 + t, e), E - e) + bias
+                    if delta_softplus:
+                        dt = softplus(dt)
+                    store(dts, (t, 0), dt)
+                    store(drives, (t, 0), dt * x)
+                    store(sums, (t, 0), skip * x)
+                for i in range(n_tiles):
+                    rate, h = load_tile(rates, (block, i * TILE)), load_tile(states, (block, i * TILE))
+                    if keep:
+                        store(checkpoints, (b, t0 // CHUNK, first_block + block, i * TILE), h)
+                    for t in range(n_tokens):
+                        if starts[b, t0 + t]:
+                            h = zero
+                        decay = exp2(repeat(load(dts, (t, 0))) * rate)
+                        h = decay * h + repeat(load(drives, (t, 0))) * spread(Bs, (t, i * STATES))
+                        store(sums, (t, 0), load(sums, (t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
+                    store(states, (block, i * TILE), h)
+                for t in range(n_tokens):
+                    out = load(sums, (t, 0))
+                    if gated:
+                        gate = load_first(z, (b, t0 + t, e), E - e)
+                        out = out * (gate * sigmoid(gate))
+                    store_first(y, (b, t0 + t, e), out, E - e)
+        for block in range(n_blocks):
+            _unpack(states[block], (first_block + block) * LANES, state[b])
+
+
+@kernel
+def backward(
+    first: int,
+    last: int,
+    blocks_per_task: int,
+    u: Floats3,
+    delta: Floats3,
+    A: Floats2,
+    B: Floats3,
+    C: Floats3,
+    D: Floats1,
+    z: Floats3,
+    delta_bias: Floats1,
+    delta_softplus: bool,
+    starts: Bools2,
+    checkpoints: Floats4,
+    grad_y: Floats3,
+    grad_state: Floats3,
+    grad_u: Floats3,
+    grad_delta: Floats3,
+    grad_A: Floats3,
+    grad_B: Floats4,
+    grad_C: Floats4,
+    grad_D: Floats2,
+    grad_z: Floats3,
+    grad_bias: Floats2,
+    grad_initial_state: Floats3,
+) -> None:
+    """Does the tasks first .. last - 1 of the backward pass.
+
+    With g[t] = dL/dy[t] before the gate, the gradient of a state is dh[t] = C[t] g[t] + r[t+1] and r[t] = a[t] dh[t] is
+    carried to the left, so nothing is divided by the decay a[t]; r[t] h[t-1] is the gradient of log a[t] = dt[t] A.
+
+    What several tasks add to is left in parts, to be summed over the first axis: grad_A is (B, E, N), grad_D and
+    grad_bias (B, E), grad_B and grad_C (tasks per row, B, L, N).
+    """
+    L, E, N = u.shape[1], u.shape[2], A.shape[1]
+    n_tiles = -(-N // STATES)
+    gated = z.shape[0] > 0
+    tasks_per_row = _tasks_per_row(E, blocks_per_task)
+    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
+    rs, grad_rates = np.zeros_like(rates), np.zeros_like(rates)
+    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
+    grad_Bs, grad_Cs = np.empty((CHUNK, n_tiles * TILE), np.float32), np.empty((CHUNK, n_tiles * TILE), np.float32)
+    dts, drives = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
+    gs, sums = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
+    grad_drives, grad_dts = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
+    decays, states = np.empty((CHUNK, TILE), np.float32), np.empty((CHUNK + 1, TILE), np.float32)
+    zero = repeat(full(0.0))
+    for task in range(first, last):
+        b, part = task // tasks_per_row, task % tasks_per_row
+        first_block = part * blocks_per_task
+        n_blocks = min(blocks_per_task, -(-E // LANES) - first_block)
+        for block in range(n_blocks):
+            e = (first_block + block) * LANES
+            _pack(A, e, rates[block], np.float32(LOG2_E))
+            _pack(grad_state[b], e, rs[block], np.float32(1.0))
+            store_first(grad_D, (b, e), full(0.0), E - e)
+            store_first(grad_bias, (b, e), full(0.0), E - e)
+        grad_rates[:] = 0
+        for t0 in range((L - 1) // CHUNK * CHUNK, -1, -CHUNK):
+            n_tokens = min(CHUNK, L - t0)
+            _copy_tokens(B, b, t0, n_tokens, Bs)
+            _copy_tokens(C, b, t0, n_tokens, Cs)
+            grad_Bs[:] = 0
+            grad_Cs[:] = 0
+            for block in range(n_blocks):
+                e = (first_block + block) * LANES
+                bias, skip = load_first(delta_bias, e, E - e), load_first(D, e, E - e)
+                for t in range(n_tokens):
+                    x = load_first(u, (b, t0 + t, e), E - e)
+                    dt = load_first(delta, (b, t0 + t, e), E - e) + bias
+                    if delta_softplus:
+                        dt = softplus(dt)
+                    g = load_first(grad_y, (b, t0 + t, e), E - e)
+                    if gated:
+                        gate = load_first(z, (b, t0 + t, e), E - e)
+                        g = g * (gate * sigmoid(gate))
+                    store(dts, (t, 0), dt)
+                    store(drives, (t, 0), dt * x)
+                    store(sums, (t, 0), skip * x)
+                    store(gs, (t, 0), g)
+                    store(grad_drives, (t, 0), full(0.0))
+                    store(grad_dts, (t, 0), full(0.0))
+                for i in range(n_tiles):
+                    rate = load_tile(rates, (block, i * TILE))
+                    h = load_tile(checkpoints, (b, t0 // CHUNK, first_block + block, i * TILE))
+                    for t in range(n_tokens):
+                        store(states, (t, 0), h)
+                        if starts[b, t0 + t]:
+                            h = zero
+                        decay = exp2(repeat(load(dts, (t, 0))) * rate)
+                        h = decay * h + repeat(load(drives, (t, 0))) * spread(Bs, (t, i * STATES))
+                        store(decays, (t, 0), decay)
+                        store(sums, (t, 0), load(sums, (t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
+                    store(states, (n_tokens, 0), h)
+                    r, grad_rate = load_tile(rs, (block, i * TILE)), zero
+                    for t in range(n_tokens - 1, -1, -1):
+                        g, drive = repeat(load(gs, (t, 0))), repeat(load(drives, (t, 0)))
+                        dh = g * spread(Cs, (t, i * STATES)) + r
+                        store(grad_Cs, (t, i * TILE), load_tile(grad_Cs, (t, i * TILE)) + g * h)
+                        store(grad_Bs, (t, i * TILE), load_tile(grad_Bs, (t, i * TILE)) + dh * drive)
+                        store(grad_drives, (t, 0), load(grad_drives, (t, 0)) + fold(dh * spread(Bs, (t, i * STATES))))
+                        r, h = load_tile(decays, (t, 0)) * dh, load_tile(states, (t, 0))
+                        grad_exponent = r * h
+                        if starts[b, t0 + t]:
+                            r, grad_exponent = zero, zero
+                        grad_rate = grad_rate + grad_exponent * repeat(load(dts, (t, 0)))
+                        store(grad_dts, (t, 0), load(grad_dts, (t, 0)) + fold(grad_exponent * rate))
+                    store(rs, (block, i * TILE), r)
+                    store(grad_rates, (block, i * TILE), load_tile(grad_rates, (block, i * TILE)) + grad_rate)
+                sum_D, sum_bias = full(0.0), full(0.0)
+                for t in range(n_tokens):
+                    x, g, grad_drive = load_first(u, (b, t0 + t, e), E - e), load(gs, (t, 0)), load(grad_drives, (t, 0))
+                    store_first(grad_u, (b, t0 + t, e), grad_drive * load(dts, (t, 0)) + g * skip, E - e)
+                    grad_dt = grad_drive * x + load(grad_dts, (t, 0)) * LOG_2
+                    if delta_softplus:
+                        grad_dt = grad_dt * sigmoid(load_first(delta, (b, t0 + t, e), E - e) + bias)
+                    store_first(grad_delta, (b, t0 + t, e), grad_dt, E - e)
+                    sum_D, sum_bias = sum_D + g * x, sum_bias + grad_dt
+                    if gated:
+                        gate = load_first(z, (b, t0 + t, e), E - e)
+                        s = sigmoid(gate)
+                        grad_gate = load_first(grad_y, (b, t0 + t, e), E - e) * load(sums, (t, 0))
+                        store_first(grad_z, (b, t0 + t, e), grad_gate * s * (1.0 + gate * (1.0 - s)), E - e)
+                store_first(grad_D, (b, e), load_first(grad_D, (b, e), E - e) + sum_D, E - e)
+                store_first(grad_bias, (b, e), load_first(grad_bias, (b, e), E - e) + sum_bias, E - e)
+            for t in range(n_tokens):
+                for n in range(N):
+                    grad_B[part, b, t0 + t, n] = total(load(grad_Bs, (t, n * LANES)))
+                    grad_C[part, b, t0 + t, n] = total(load(grad_Cs, (t, n * LANES)))
+        for block in range(n_blocks):
+            e = (first_block + block) * LANES
+            _unpack(grad_rates[block], e, grad_A[b])
+            _unpack(rs[block], e, grad_initial_state[b])
+
+
+@kernel
+def sum_parts(first: int, last: int, parts: Floats2, result: Floats1) -> None:
+    """result[i] = the sum of parts[:, i], taken in order, for the columns first * SUM_WIDTH .. last * SUM_WIDTH - 1."""
+    stop = min(last * SUM_WIDTH, result.shape[0])
+    for i in range(first * SUM_WIDTH, stop):
+        result[i] = parts[0, i]
+    for p in range(1, parts.shape[0]):
+        for i in range(first * SUM_WIDTH, stop):
+            result[i] += parts[p, i]

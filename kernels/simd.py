@@ -1,0 +1,399 @@
+"""Explicit float32 vectors for numba kernels, because LLVM does not vectorize exponentials by itself.
+
+A kernel works on a block of LANES channels at a time, LANES being what one register of this processor holds: 16 with
+AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE). There are two types, both with the usual operators:
+
+    vector   LANES values, one per channel;
+    tile     STATES vectors side by side, one per state: as many independent recurrences hide each other's latency.
+
+Multiplications and additions contract to fused multiply-add where the processor has it. No other liberty is taken:
+NaN and infinity go through as in IEEE arithmetic, and a kernel gives the same bits on every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import CellType, FunctionType
+from typing import Any, ParamSpec, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba.core import cgutils, types
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+P = ParamSpec("P")
+
+_features = get_host_cpu_features()
+LANES: int = 16 if _features.get("avx512f") else 8 if _features.get("avx2") else 4
+"""Channels in a vector."""
+
+STATES = 4
+"""Vectors in a tile: enough to cover the latency of a fused multiply-add, few enough to stay in registers."""
+
+TILE = STATES * LANES
+"""Values in a tile."""
+
+
+class Vector(types.Type):
+    """The numba type of `width` float32 values that stay together in registers."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        super().__init__(f"float32x{width}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, _floats(vector.width))
+
+
+_vector, _tile = Vector(LANES), Vector(TILE)
+
+
+# Compilation
+
+# numba's cache notices a change of the kernel's own file only. What this file adds to a kernel goes into the key too.
+_VERSION = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {LANES}"
+
+
+Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray
+"""Annotations of a kernel's arrays: what is in them and the number of axes. Strides are free, but see `load`."""
+
+_NUMBA_TYPES = {
+    "int": types.int64,
+    "bool": types.boolean,
+    **{f"Floats{n}": types.Array(types.float32, n, "A") for n in range(1, 5)},
+    "Bools2": types.Array(types.boolean, 2, "A"),
+}
+
+
+def kernel(function: Callable[P, None]) -> Callable[P, None]:
+    """Compiles a function for the types it is annotated with, now; it releases the GIL and its code is kept on disk.
+
+    Where __pycache__ is not writable numba keeps it in the user's cache folder or in NUMBA_CACHE_DIR, and where nothing
+    is writable every process compiles.
+    """
+    assert isinstance(function, FunctionType)
+    keyed = FunctionType(
+        function.__code__.replace(co_freevars=("_VERSION",)),
+        function.__globals__,
+        function.__name__,
+        closure=(CellType(_VERSION),),
+    )
+    functools.update_wrapper(keyed, function)
+    arguments = [_NUMBA_TYPES[name] for name in function.__annotations__.values() if name != "None"]
+    compiler = functools.partial(numba.njit, types.void(*arguments), nogil=True, error_model="numpy")
+    try:
+        return compiler(cache=True)(keyed)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return compiler()(keyed)
+
+
+inline = numba.njit(forceinline=True, error_model="numpy")
+"""Decorates a helper that becomes part of the kernels that call it."""
+
+
+# Code generation: llvmlite instructions of the operations below
+
+_CONTRACT = ("contract",)
+
+
+def _floats(width: int) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType(), width)
+
+
+def _ints(values: Sequence[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(values)), list(values))
+
+
+def _shuffle(builder: Any, value: Any, lanes: Sequence[int]) -> Any:
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), _ints(lanes))
+
+
+def _splat(builder: Any, scalar: Any, width: int) -> Any:
+    one = builder.insert_element(ir.Constant(_floats(1), ir.Undefined), scalar, ir.IntType(32)(0))
+    return _shuffle(builder, one, [0] * width)
+
+
+def _add(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(a, b, flags=_CONTRACT)
+
+
+def _address(context: Any, builder: Any, sig: Any, args: Sequence[Any], width: int) -> Any:
+    """A pointer to `width` floats at args[0][args[1]], where args[1] is an index or a tuple of them."""
+    array_type, index_type = sig.args[:2]
+    array = context.make_array(array_type)(context, builder, args[0])
+    axes: Any = index_type if isinstance(index_type, types.BaseTuple) else (index_type,)
+    values = cgutils.unpack_tuple(builder, args[1]) if axes is index_type else [args[1]]
+    index = [context.cast(builder, i, t, types.intp) for i, t in zip(values, axes, strict=True)]
+    pointer = cgutils.get_item_pointer(context, builder, array_type, array, index)
+    return builder.bitcast(pointer, _floats(width).as_pointer())
+
+
+def _if_whole(builder: Any, n: Any) -> Any:
+    return builder.if_else(builder.icmp_signed(">=", n, n.type(LANES)), likely=True)
+
+
+# Memory
+
+_operation = cast(Callable[[Callable[..., Any]], Callable[..., Any]], intrinsic)
+
+
+@_operation
+def load(typing_context, array, index):
+    """Reads the vector that begins at array[index]."""
+
+    def generate(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig, args, LANES), align=4)
+
+    return _vector(array, index), generate
+
+
+@_operation
+def load_tile(typing_context, array, index):
+    """Reads the tile that begins at array[index]."""
+
+    def generate(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig, args, TILE), align=4)
+
+    return _tile(array, index), generate
+
+
+@_operation
+def store(typing_context, array, index, value):
+    """Writes a vector or a tile to array[index] and what follows it."""
+
+    def generate(context, builder, sig, args):
+        builder.store(args[2], _address(context, builder, sig, args, value.width), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, value), generate
+
+
+@_operation
+def load_first(typing_context, array, index, n):
+    """Reads a vector of which only the first `n` values exist; zeros stand for the others."""
+
+    def generate(context, builder, sig, args):
+        source = _address(context, builder, sig, args, LANES)
+        result = cgutils.alloca_once(builder, _floats(LANES))
+        with _if_whole(builder, args[2]) as (whole, tail):
+            with whole:
+                builder.store(builder.load(source, align=4), result)
+            with tail:
+                builder.store(ir.Constant(_floats(LANES), None), result)
+                cgutils.raw_memcpy(builder, result, source, args[2], 4)
+        return builder.load(result)
+
+    return _vector(array, index, types.intp), generate
+
+
+@_operation
+def store_first(typing_context, array, index, value, n):
+    """Writes the first `n` values of a vector to array[index] and what follows it."""
+
+    def generate(context, builder, sig, args):
+        target = _address(context, builder, sig, args, LANES)
+        with _if_whole(builder, args[3]) as (whole, tail):
+            with whole:
+                builder.store(args[2], target, align=4)
+            with tail:
+                source = cgutils.alloca_once(builder, _floats(LANES))
+                builder.store(args[2], source)
+                cgutils.raw_memcpy(builder, target, source, args[3], 4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, value, types.intp), generate
+
+
+# Between scalars, vectors and tiles
+
+
+@_operation
+def full(typing_context, value):
+    """A vector of one value."""
+
+    def generate(context, builder, sig, args):
+        return _splat(builder, args[0], LANES)
+
+    return _vector(types.float32), generate
+
+
+@_operation
+def spread(typing_context, array, index):
+    """A tile of the STATES values that begin at array[index], each LANES times."""
+
+    def generate(context, builder, sig, args):
+        values = builder.load(_address(context, builder, sig, args, STATES), align=4)
+        return _shuffle(builder, values, [i // LANES for i in range(TILE)])
+
+    return _tile(array, index), generate
+
+
+@_operation
+def repeat(typing_context, vector):
+    """A tile of STATES copies of a vector."""
+
+    def generate(context, builder, sig, args):
+        return _shuffle(builder, args[0], [i % LANES for i in range(TILE)])
+
+    return _tile(_vector), generate
+
+
+@_operation
+def fold(typing_context, tile):
+    """The sum of a tile's vectors."""
+
+    def generate(context, builder, sig, args):
+        parts = [_shuffle(builder, args[0], range(i, i + LANES)) for i in range(0, TILE, LANES)]
+        return functools.reduce(functools.partial(_add, builder), parts)
+
+    return _vector(_tile), generate
+
+
+@_operation
+def total(typing_context, vector):
+    """The sum of a vector's values, pairwise."""
+
+    def generate(context, builder, sig, args):
+        value, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            halves = _shuffle(builder, value, range(width)), _shuffle(builder, value, range(width, 2 * width))
+            value = _add(builder, *halves)
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return types.float32(_vector), generate
+
+
+# Arithmetic
+
+
+def _define_operator(symbol: Callable[..., Any], instruction: str) -> None:
+    """Makes `symbol` act on two vectors, two tiles, or one of these and a number, value by value."""
+
+    @type_callable(symbol)
+    def _(context):
+        def result(a, b):
+            vectors = [t for t in (a, b) if isinstance(t, Vector)]
+            if vectors and all(t == vectors[0] or isinstance(t, types.Number) for t in (a, b)):
+                return vectors[0]
+            return None
+
+        return result
+
+    def generate(context, builder, sig, args):
+        operands = [
+            a
+            if isinstance(t, Vector)
+            else _splat(builder, context.cast(builder, a, t, types.float32), sig.return_type.width)
+            for a, t in zip(args, sig.args, strict=True)
+        ]
+        return getattr(builder, instruction)(*operands, flags=_CONTRACT)
+
+    for operands in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(symbol, *operands)(generate)
+
+
+_define_operator(operator.add, "fadd")
+_define_operator(operator.sub, "fsub")
+_define_operator(operator.mul, "fmul")
+_define_operator(operator.truediv, "fdiv")
+
+
+def _limit(comparison: str) -> Any:
+    def limit(typing_context, value, bound):
+        def generate(context, builder, sig, args):
+            bounds = _splat(builder, args[1], value.width)
+            # an ordered comparison is false for NaN, which is therefore kept
+            return builder.select(builder.fcmp_ordered(comparison, args[0], bounds), bounds, args[0])
+
+        return value(value, types.float32), generate
+
+    return _operation(limit)
+
+
+at_least = _limit("<")  # (value, bound)
+at_most = _limit(">")
+
+
+@_operation
+def absolute(typing_context, value):
+    """Clears the signs."""
+
+    def generate(context, builder, sig, args):
+        mask = _ints([0x7FFFFFFF] * value.width)
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], mask.type), mask), args[0].type)
+
+    return value(value), generate
+
+
+@_operation
+def _add_exponent(typing_context, value, shifted):
+    """value * 2^n, where `shifted` is n + _ROUND, so that its low bits are the integer n."""
+
+    def generate(context, builder, sig, args):
+        shift = _ints([23] * value.width)  # the exponent begins at bit 23
+        bits, n = (builder.bitcast(a, shift.type) for a in args)
+        return builder.bitcast(builder.add(bits, builder.shl(n, shift)), args[0].type)
+
+    return value(value, value), generate
+
+
+# Functions
+
+_ROUND = 1.5 * 2.0**23
+"""Adding this number leaves no bits for a fraction: the sum is rounded to an integer, found in its low bits."""
+
+
+@inline
+def _exp2_of_sum(shifted, f):
+    """2^(n + f) for |f| <= 1/2 and the integer n = shifted - _ROUND, -127 <= n <= 128; n = -127 and f = 0 give 0."""
+    # minimax with value 1 at f = 0, relative error 9e-8: half a unit in the last place
+    p = ((((0.00132647273 * f + 0.00967151299) * f + 0.0555073358) * f + 0.240222424) * f + 0.693147004) * f + 1.0
+    return _add_exponent(p, shifted)
+
+
+@inline
+def exp2(t):
+    """2^t to about one unit in the last place; exactly 0 from t = -127 down, infinity from 128 up."""
+    t = at_most(at_least(t, -127.0), 128.0)
+    shifted = t + _ROUND
+    return _exp2_of_sum(shifted, t - (shifted - _ROUND))
+
+
+@inline
+def exp(x):
+    """e^x to about one unit in the last place, for large |x| too: log2(e) is applied in two parts."""
+    x = at_most(at_least(x, -88.0296919), 88.7228391)  # -127 and 128 times log(2)
+    shifted = x * LOG2_E + _ROUND
+    n = shifted - _ROUND
+    return _exp2_of_sum(shifted, (x * 1.44269502 - n) + x * 1.92596299e-8)
+
+
+LOG2_E = 1.4426950408889634
+
+
+@inline
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return 1.0 / (1.0 + exp(0.0 - x))
+
+
+@inline
+def softplus(x):
+    """log(1 + e^x) to a few units in the last place, also where it is small."""
+    e = exp(0.0 - absolute(x))
+    s = e / (e + 2.0)  # log(1 + e) = 2 atanh(s), and s <= 1/3
+    q = s * s
+    series = (((((q / 13.0 + 1.0 / 11.0) * q + 1.0 / 9.0) * q + 1.0 / 7.0) * q + 1.0 / 5.0) * q + 1.0 / 3.0) * q + 1.0
+    return at_least(x, 0.0) + 2.0 * s * series

@@ -1,0 +1,57 @@
+import pytest
+from crossover.benchmarks.config import CompareConfig, MeasureConfig, format_bytes, parse_bytes, suggestion
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("3GiB", 3 * 2**30), ("512MiB", 2**29), ("2e9", 2 * 10**9), ("1.5 GB", 15 * 10**8), ("100", 100)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+
+
+def test_a_size_that_is_none_is_quoted_with_an_example() -> None:
+    with pytest.raises(ValueError, match="'lots' is not a size in bytes; write it like 3GiB"):
+        parse_bytes("lots")
+
+
+@pytest.mark.parametrize("n_bytes", [1, 999, 1023, 132 * 1024, 3 * 2**30, 5 * 2**40])
+def test_written_sizes_read_back(n_bytes: int) -> None:
+    assert parse_bytes(format_bytes(n_bytes)) == pytest.approx(n_bytes, rel=0.01)
+
+
+def test_written_sizes_never_have_four_digits() -> None:
+    assert format_bytes(1000) == "0.977 KiB"
+    assert format_bytes(1020 * 1024) == "0.996 MiB"
+
+
+def test_a_typing_mistake_gets_the_nearest_name() -> None:
+    assert "did you mean 'mamba'?" in suggestion("manba", ["mamba", "lstm"])
+    assert suggestion("zzz", ["mamba", "lstm"]) == "valid names: lstm, mamba"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"archs": ()}, "names no architecture"),
+        ({"archs": ("mamba", "mamba")}, "twice"),
+        ({"context": (512, 128)}, "increasing"),
+        ({"context": (0, 128)}, "positive"),
+        ({"steps": 0}, "--steps must be positive, got 0"),
+        ({"seq_len": 512, "position_len": 256}, "shorter than --seq-len 512"),
+        ({"threads": -1}, "--threads must be positive"),
+    ],
+)
+def test_impossible_comparisons_are_refused_with_the_option(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**options)
+
+
+def test_a_limit_below_the_program_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="--memory-limit 10 MiB is too little"):
+        MeasureConfig(memory_limit=10 * 2**20)
+
+
+def test_a_time_box_must_be_a_number() -> None:
+    with pytest.raises(ValueError, match="time-box"):
+        MeasureConfig(time_box=float("nan"))

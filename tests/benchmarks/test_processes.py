@@ -1,0 +1,76 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from crossover.benchmarks.processes import Stopped, environment, last_line, start, stop, stop_on_signals
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+POLITE = """
+import time
+print('up', flush=True)
+try: time.sleep(60)
+except KeyboardInterrupt: print('saved', flush=True)
+"""
+
+
+def wait_for(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_child_is_asked_to_stop_and_may_save(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = start([sys.executable, "-c", POLITE], threads=None, log=log)
+    wait_for(log, "up")
+    stop(child, grace=20)
+    assert child.returncode == 0
+    assert last_line(log) == "saved"
+
+
+def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = start([sys.executable, "-c", STUBBORN], threads=None, log=log)
+    wait_for(log, "up")
+    stop(child, grace=0.2)
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_a_child_leads_its_own_session_so_that_ctrl_c_reaches_the_parent_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = start([sys.executable, "-c", "import os; print(os.getsid(0), os.getpid())"], threads=1, log=log)
+    child.wait(20)
+    session, pid = map(int, log.read_text().split())
+    assert session == pid
+    assert session != os.getsid(0)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_become_one_exception_with_the_exit_code(signum: int, code: int) -> None:
+    def be_stopped() -> None:
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+
+    before = signal.getsignal(signum)
+    with pytest.raises(Stopped) as stopped, stop_on_signals():
+        be_stopped()
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(signum) is before
+
+
+def test_every_child_gets_the_same_number_of_threads() -> None:
+    assert environment(2)["OMP_NUM_THREADS"] == "2"
+    assert environment(None).get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
+
+
+def test_output_can_be_read_apart_from_messages(tmp_path: Path) -> None:
+    code = "import sys; print('result'); print('message', file=sys.stderr)"
+    child = start([sys.executable, "-c", code], threads=None, log=tmp_path / "log", output=subprocess.PIPE)
+    out, _ = child.communicate(timeout=20)
+    assert out == b"result\n"
+    assert last_line(tmp_path / "log") == "message"

@@ -1,0 +1,156 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from crossover.archs import LanguageModel, build
+from crossover.train.config import DataConfig
+from crossover.train.data import Corpus, load_corpus, val_windows
+from crossover.train.evaluate import Evaluator, bits_per_byte, buckets, document_inputs
+from crossover.train.runtime import Interrupted
+
+
+def evaluator(corpus: Corpus, arch: str = "lstm", **options: object) -> Evaluator:
+    model = build(arch, d_model=16, n_layers=1, vocab_size=corpus.tokenizer.vocab_size)
+    torch.nn.init.normal_(model.embedding.weight)  # an untrained model predicts everything alike
+    return Evaluator(model=model, tokenizer=corpus.tokenizer, device=torch.device("cpu"), **options)  # pyright: ignore
+
+
+def token_nats(model: LanguageModel, windows: np.ndarray) -> torch.Tensor:
+    """Nats of every predicted token, one window at a time."""
+    rows = []
+    with torch.no_grad():
+        for row in torch.from_numpy(windows):
+            logits = model(row[None, :-1]).logits[0]
+            rows.append(F.cross_entropy(logits, row[1:], reduction="none"))
+    return torch.stack(rows)
+
+
+def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
+    assert bits_per_byte(100 * math.log(256), 100) == pytest.approx(8.0)
+
+
+def test_validation_is_the_mean_over_all_tokens_also_with_a_smaller_last_batch(corpus: Corpus) -> None:
+    windows = val_windows(corpus, 24, 24 * 7)
+    judge = evaluator(corpus, max_tokens=24 * 3)  # batches of 3, 3 and 1
+    nats = token_nats(judge.model, windows)
+    found = judge.validate(windows)
+    assert found.loss == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)  # a token is a byte
+    assert found.n_tokens == 24 * 7
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_tokens(text_folder: Path, tmp_path: Path) -> None:
+    config = DataConfig(source=str(text_folder), val_fraction=0.25, tokenizer="bpe:300", cache=tmp_path)
+    corpus = load_corpus(config)
+    windows = val_windows(corpus, 16, 160)
+    judge = evaluator(corpus)
+    n_bytes = sum(len(corpus.tokenizer.to_bytes(row[1:])) for row in windows)
+    assert n_bytes > 1.2 * windows[:, 1:].size
+    expected = token_nats(judge.model, windows).sum().item() / math.log(2) / n_bytes
+    assert judge.validate(windows).bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (1, [(0, 1)]),
+        (2, [(0, 1), (1, 2)]),
+        (8, [(0, 1), (1, 2), (2, 4), (4, 8)]),
+        (9, [(0, 1), (1, 2), (2, 4), (4, 8), (8, 9)]),
+    ],
+)
+def test_buckets_double_and_cover_every_position_once(length: int, expected: list[tuple[int, int]]) -> None:
+    assert buckets(length) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_loss_by_position_is_that_of_the_tokens_in_each_bucket(corpus: Corpus, rows: int) -> None:
+    windows = val_windows(corpus, 40, 40 * 4)
+    judge = evaluator(corpus, max_tokens=40 * rows)
+    nats = token_nats(judge.model, windows)
+    table = judge.by_position(windows)
+    assert [(entry["start"], entry["stop"]) for entry in table] == buckets(40)
+    for entry in table:
+        part = nats[:, entry["start"] : entry["stop"]]
+        assert entry["n_tokens"] == part.numel()
+        assert entry["bits_per_byte"] == pytest.approx(part.mean().item() / math.log(2), rel=1e-5)
+
+
+def test_positions_add_up_to_the_validation(corpus: Corpus) -> None:
+    windows = val_windows(corpus, 40, 40 * 4)
+    judge = evaluator(corpus)
+    table = judge.by_position(windows)
+    mean = sum(entry["bits_per_byte"] * entry["n_tokens"] for entry in table) / windows[:, 1:].size
+    assert mean == pytest.approx(judge.validate(windows).bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_reset_model_does_not_see_the_document_before(corpus: Corpus, reset: bool) -> None:
+    windows = val_windows(corpus, 32, 32)
+    windows[0, 8] = corpus.separator
+    changed = windows.copy()
+    changed[0, 2] += 1
+    judge = evaluator(corpus, reset=reset)
+    later = [judge.by_position(each)[-1] for each in (windows, changed)]  # positions 16 to 32
+    assert (later[0] == later[1]) is reset
+
+
+def test_inputs_targets_and_starts_are_aligned() -> None:
+    windows = np.array([[5, 0, 7, 8, 0]])
+    tokens, targets, starts = document_inputs(windows, torch.device("cpu"), separator=0)
+    assert tokens.tolist() == [[5, 0, 7, 8]]
+    assert targets.tolist() == [[0, 7, 8, 0]]
+    assert starts is not None
+    assert starts.tolist() == [[False, False, True, False]]
+    assert document_inputs(windows, torch.device("cpu"), separator=None)[2] is None
+
+
+def test_evaluating_leaves_mode_gradients_and_generators_alone(corpus: Corpus) -> None:
+    judge = evaluator(corpus)
+    judge.model.train()
+    before = torch.get_rng_state()
+    judge.validate(val_windows(corpus, 16, 64))
+    judge.by_position(val_windows(corpus, 16, 64))
+    judge.sample(8)
+    assert judge.model.training
+    assert all(parameter.grad is None for parameter in judge.model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_depends_on_weights_and_seed_only(corpus: Corpus) -> None:
+    judge = evaluator(corpus)
+    first = judge.sample(40, seed=1)
+    torch.rand(3)
+    assert judge.sample(40, seed=1) == first
+    assert judge.sample(40, seed=2) != first
+
+
+def test_evaluation_stops_between_batches_when_asked_to(corpus: Corpus) -> None:
+    calls = []
+
+    def poll() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Interrupted(2)
+
+    judge = evaluator(corpus, max_tokens=16, poll=poll)
+    with pytest.raises(Interrupted):
+        judge.validate(val_windows(corpus, 16, 160))
+    assert len(calls) == 3
+    assert judge.model.training
+
+
+def test_evaluation_runs_in_the_arithmetic_of_training(corpus: Corpus) -> None:
+    windows = val_windows(corpus, 16, 64)
+    judge = evaluator(corpus, arch="transformer")
+    rounded = Evaluator(
+        model=judge.model,
+        tokenizer=judge.tokenizer,
+        device=judge.device,
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    )
+    assert rounded.validate(windows).loss != judge.validate(windows).loss
+    assert rounded.validate(windows).loss == pytest.approx(judge.validate(windows).loss, rel=0.02)  # 8 bits

@@ -1,0 +1,94 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from crossover.train.__main__ import main
+from crossover.train.record import read_json, read_metrics
+
+TINY = (
+    *("--model.preset", "lstm", "--model.d-model", "16", "--model.n-layers", "1", "--optim.lr", "1e-3"),
+    *("--train.batch-size", "2", "--train.seq-len", "16", "--train.eval-tokens", "64", "--train.position-len", "0"),
+    *("--train.sample-tokens", "0", "--train.checkpoint-every", "0", "--name", "run", "--data.val-fraction", "0.25"),
+)
+
+
+@pytest.fixture
+def options(text_folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    return (*TINY, "--data", str(text_folder), "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path))
+
+
+def start(options: tuple[str, ...], *more: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "crossover.train", *options, *more]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_command_trains_and_says_what_it_made(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--train.steps", "4", "--train.log-every", "2"], prog="crossover train") == 0
+    printed = capsys.readouterr().out
+    assert "step 4/4" in printed
+    assert "bits per byte on held-out text (zlib needs" in printed
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["provenance"]["command"].startswith("crossover train --model.preset lstm")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (("--data", "nowhere"), "nowhere"),
+        (("--model.preset", "lstn"), "lstm"),
+        (("--model.set", "d_stat=3"), "d_stat"),
+        (("--train.seq-len", "100k"), "--train.seq-len"),
+        (("--resume", "must"), "has no checkpoint"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(
+    wrong: tuple[str, ...], expected: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, *wrong], prog="crossover train") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("crossover train: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_process_saves_says_so_and_continues(
+    signum: signal.Signals, code: int, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    run, more = tmp_path / "run", ("--train.steps", "1M", "--train.log-every", "1")
+    child = start(options, *more)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) > 2)
+    child.send_signal(signum)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (code, "")
+    assert f"stopped by {signum.name}; the same command continues" in out
+    result = read_json(run / "result.json")
+    assert result["status"] == "interrupted"
+    steps = str(result["steps"] + 2)
+    # Another number of steps is allowed: it stretches the schedule.
+    assert main([*options, "--train.steps", steps, "--train.log-every", "1"]) == 0
+    logged = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    assert logged == list(range(1, int(steps) + 1))
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(options: tuple[str, ...], tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    child = start(options, "--train.steps", "5", "--train.log-every", "1", stdout=writer)
+    os.close(writer)
+    os.close(reader)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert read_json(tmp_path / "run" / "result.json")["status"] == "done"

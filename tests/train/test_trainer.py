@@ -1,0 +1,488 @@
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from crossover.archs import LanguageModel, build, presets
+from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from crossover.train.data import Corpus, val_windows
+from crossover.train.evaluate import Evaluator, Validation
+from crossover.train.record import read_json, read_metrics
+from crossover.train.trainer import Outcome, ResumeError, Trainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+def config(tmp_path: Path, arch: str = "lstm", **train: Any) -> RunConfig:
+    """A run of six steps that takes a fraction of a second."""
+    layers = {"jamba": ("n_layers=2", "attention_every=2", "attention_offset=1"), "mamba": ("n_layers=1",)}
+    options = layers.get(arch, ("n_layers=1",))
+    spec = ModelSpec(preset=arch, d_model=32, n_layers=int(options[0][-1]), set=options[1:])
+    settings = {"steps": 6, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0, "eval_tokens": 64}
+    settings |= {"position_len": 32, "sample_tokens": 4, "checkpoint_every": 0, "precision": "fp32"}
+    return RunConfig(
+        name="run", out=tmp_path, model=spec, optim=OptimConfig(lr=3e-3), train=TrainConfig(**(settings | train))
+    )
+
+
+def fit(run: RunConfig, corpus: Corpus, **options: Any) -> Outcome:
+    return Trainer(run, corpus, **options).fit()
+
+
+def changed(run: RunConfig, **train: Any) -> RunConfig:
+    values = run.to_dict()
+    values["train"] |= train
+    return RunConfig.from_dict(values)
+
+
+def metrics(run: RunConfig, key: str = "train/loss") -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in read_metrics(run.directory / "metrics.jsonl") if key in line]
+
+
+def tensors(run: RunConfig, file: str = "model.safetensors") -> dict[str, Tensor]:
+    latest = (run.directory / "checkpoints" / "latest").read_text().strip()
+    return load_file(run.directory / "checkpoints" / latest / file)
+
+
+def replace_loss(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+) -> None:
+    """Passes the loss of every training call through `change`, which is given the number of the call from 1 on."""
+    original, calls = LanguageModel.loss, []
+
+    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        found = original(self, tokens, targets, **options)
+        if not torch.is_grad_enabled():
+            return found
+        calls.append(1)
+        return change(len(calls), found)
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+
+
+def after_step(step: int, action: Callable[[], None]) -> Callable[[int, Any], Any]:
+    def change(call: int, found: Any) -> Any:
+        if call == step:
+            action()
+        return found
+
+    return change
+
+
+def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, eval_every=3, checkpoint_every=3)
+    outcome = fit(run, corpus, command=["crossover", "train"])
+    assert outcome.exit_code == 0
+    record, result = read_json(run.directory / "run.json"), read_json(run.directory / "result.json")
+    assert result == json.loads(json.dumps(outcome.result))
+    model = build(run.model.configure(256))
+    assert record["arch"] == result["arch"] == "lstm"
+    assert record["n_params"] == result["n_params"] == model.n_params
+    assert record["flops_per_token"] == 3 * model.mean_flops_per_token(16)
+    assert record["state_bytes"] == sum(state.nbytes for state in model.init_state(1, 16))
+    assert record["corpus"] == corpus.summary()
+    assert record["model"] == json.loads(json.dumps(model.config.to_dict()))
+    assert RunConfig.from_dict(record["config"]) == run
+    assert record["backends"] == result["backend"] != {}
+    assert {"precision", "peak_memory_method", "git_commit", "command"} <= set(record["provenance"])
+    assert (result["status"], result["error"], result["seed"]) == ("done", None, 0)
+    assert (result["steps"], result["tokens"]) == (6, 6 * 4 * 16)
+    assert result["corpus_digest"] == corpus.digest
+    assert result["device"] == "cpu"
+    assert [entry["stop"] for entry in result["position_bits_per_byte"]] == [1, 2, 4, 8, 16, 32]
+    assert isinstance(result["sample"], str)
+    assert result["val_bits_per_byte"] == metrics(run, "val/bits_per_byte")[-1][1]
+    assert [step for step, _ in metrics(run, "val/bits_per_byte")] == [3, 6]
+    assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
+    line = read_metrics(run.directory / "metrics.jsonl")[0]
+    assert set(line) == {
+        *("step", "tokens", "seconds", "train/loss", "train/aux_loss", "train/lr", "train/grad_norm"),
+        *("perf/tokens_per_second", "perf/peak_bytes"),
+    }
+    assert sorted(path.name for path in (run.directory / "checkpoints").glob("step-*")) == [
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+def test_a_model_learns(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, steps=40, log_every=40)
+    fit(run, corpus)
+    losses = dict(metrics(run))
+    assert losses[1] > 5.0  # ln 256 = 5.5
+    assert losses[40] < 0.7 * losses[1]
+
+
+def test_the_final_validation_is_that_of_the_saved_weights(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path)
+    result = fit(run, corpus).result
+    saved = LanguageModel.from_pretrained(run.directory / "checkpoints" / "step-00000006")
+    judge = Evaluator(model=saved, tokenizer=corpus.tokenizer, device=torch.device("cpu"))
+    assert judge.validate(val_windows(corpus, 16, 64)).bits_per_byte == result["val_bits_per_byte"]
+
+
+@pytest.mark.parametrize("arch", ["transformer", "mamba", "jamba", "lstm"])
+def test_an_interrupted_run_continues_bit_for_bit(
+    arch: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = config(tmp_path / "a", arch, eval_every=2), config(tmp_path / "b", arch, eval_every=2)
+    assert fit(straight, corpus).exit_code == 0
+    with monkeypatch.context() as patch:
+        replace_loss(patch, after_step(3, lambda: signal.raise_signal(signal.SIGTERM)))
+        outcome = fit(broken, corpus)
+    assert outcome.exit_code == 143
+    assert (outcome.result["status"], outcome.result["steps"]) == ("interrupted", 3)
+    torch.manual_seed(99)  # a new process starts with other generators
+    assert fit(broken, corpus).exit_code == 0
+    assert metrics(broken) == metrics(straight)
+    assert metrics(broken, "val/loss") == metrics(straight, "val/loss")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        expected = tensors(straight, file)
+        for name, value in tensors(broken, file).items():
+            assert torch.equal(value, expected[name]), name
+    results = [read_json(run.directory / "result.json") for run in (straight, broken)]
+    for key in ("val_bits_per_byte", "position_bits_per_byte", "sample", "tokens"):
+        assert results[0][key] == results[1][key]
+
+
+def test_lines_beyond_the_checkpoint_are_dropped_on_resume(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, checkpoint_every=2)
+
+    def crash() -> None:
+        raise KeyError("as if killed at step 4")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        replace_loss(patch, after_step(4, crash))
+        fit(run, corpus)
+    assert [step for step, _ in metrics(run)] == [1, 2, 3]
+    fit(run, corpus)
+    assert [step for step, _ in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert read_json(run.directory / "run.json")["resumed_from_step"] == 2
+
+
+@pytest.mark.parametrize("arch", ["transformer", "lstm"])
+def test_accumulated_gradients_equal_those_of_the_large_batch(arch: str, tmp_path: Path, corpus: Corpus) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, parts = config(tmp_path / "a", arch), config(tmp_path / "b", arch, grad_accumulation=4)
+        for run in (whole, parts):
+            fit(run, corpus)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key in ("train/loss", "train/grad_norm"):
+        for (_, one), (_, other) in zip(metrics(whole, key), metrics(parts, key), strict=True):
+            assert one == pytest.approx(other, rel=1e-6)  # sums in another order; float32 inside some operations
+    expected = tensors(whole)
+    for name, value in tensors(parts).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_gradient_and_records_its_norm(tmp_path: Path, corpus: Corpus) -> None:
+    values = config(tmp_path / "a", steps=1).to_dict()
+    runs = []
+    for name, clip in (("free", 0.0), ("clipped", 1e-3)):
+        values["optim"] |= {"clip": clip, "eps": 1.0, "weight_decay": 0.0}  # eps 1: the update grows with the gradient
+        runs.append(RunConfig.from_dict(values | {"name": name}))
+        fit(runs[-1], corpus)
+    free, clipped = (tensors(run, "optimizer.safetensors") for run in runs)
+    norm = metrics(runs[0], "train/grad_norm")[0][1]
+    assert metrics(runs[1], "train/grad_norm")[0][1] == norm  # before clipping
+
+    def first_moment(state: dict[str, Tensor]) -> float:
+        moments = [value.pow(2).sum() for name, value in state.items() if name.endswith("/exp_avg")]
+        return math.sqrt(sum(moments)) / 0.1  # beta_1 = 0.9
+
+    assert first_moment(free) == pytest.approx(norm, rel=1e-4)
+    assert first_moment(clipped) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_evaluating_and_sampling_do_not_change_the_training(tmp_path: Path, corpus: Corpus) -> None:
+    quiet = config(tmp_path / "a", "jamba", steps=3, sample_tokens=0, position_len=0)
+    busy = config(tmp_path / "b", "jamba", steps=3, eval_every=1)
+    fit(quiet, corpus)
+    fit(busy, corpus)
+    assert metrics(quiet) == metrics(busy)
+
+
+def test_the_seed_decides_weights_and_order(tmp_path: Path, corpus: Corpus) -> None:
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = RunConfig.from_dict(config(tmp_path, steps=2).to_dict() | {"name": name, "seed": seed})
+        fit(run, corpus)
+        losses.append(metrics(run))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_parameters_stay_float32_under_bf16(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, "transformer", precision="bf16")
+    result = fit(run, corpus).result
+    assert result["precision"] == "bf16"
+    assert {value.dtype for value in tensors(run).values()} == {torch.float32}
+    assert {value.dtype for value in tensors(run, "optimizer.safetensors").values()} == {torch.float32}
+
+
+def test_the_learning_rate_is_the_one_tuned_for_the_architecture(tmp_path: Path, corpus: Corpus) -> None:
+    values = config(tmp_path).to_dict()
+    values["optim"] |= {"lr": None, "schedule": "constant", "warmup": 0.0}
+    run = RunConfig.from_dict(values)
+    fit(run, corpus)
+    assert metrics(run, "train/lr")[0][1] == presets.learning_rate("lstm")
+    assert read_json(run.directory / "run.json")["config"]["optim"]["lr"] == presets.learning_rate("lstm")
+
+
+def test_a_model_from_its_pattern_needs_a_learning_rate(tmp_path: Path, corpus: Corpus) -> None:
+    spec = ModelSpec(preset="custom", d_model=16, n_layers=1, set=('pattern=["lstm"]',))
+    with pytest.raises(ValueError, match=r"optim\.lr must be given"):
+        Trainer(RunConfig(out=tmp_path, model=spec, train=config(tmp_path).train), corpus)
+
+
+@pytest.mark.parametrize("packing", ["concat", "reset"])
+def test_documents_are_forgotten_at_their_start_only_if_packing_says_so(
+    packing: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = LanguageModel.loss
+
+    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Any:
+        if starts is not None:
+            assert torch.equal(starts[:, 1:], tokens[:, :-1] == corpus.separator)
+        seen.append(starts is not None)
+        return original(self, tokens, targets, starts=starts)
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    run = RunConfig.from_dict(config(tmp_path).to_dict() | {"data": DataConfig(packing=packing).__dict__})  # pyright: ignore
+    fit(run, corpus)
+    assert set(seen) == {packing == "reset"}
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_tokens_per_second_count_training_time_only(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    durations = {1: 50.0}  # compilation
+
+    def train(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        clock.wait(durations.get(call, 2.0))
+        return found
+
+    def validate(self: Evaluator, windows: object) -> Validation:
+        clock.wait(1000.0)
+        return Validation(loss=1.0, bits_per_byte=2.0, n_tokens=3)
+
+    replace_loss(monkeypatch, train)
+    monkeypatch.setattr(Evaluator, "validate", validate)
+    run = config(tmp_path, eval_every=1)
+    result = fit(run, corpus, clock=clock).result
+    assert result["train_seconds"] == 50.0 + 5 * 2.0
+    assert result["tokens_per_second"] == 4 * 16 / 2.0
+    assert metrics(run, "seconds")[-1][1] == 60.0
+    assert metrics(run, "perf/tokens_per_second")[-1][1] == 32.0
+
+
+def not_finite(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return (found[0] * float("nan"), found[1]) if call == 3 else found
+
+
+def finite_with_infinite_gradient(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if call == 3:
+        found[0].register_hook(lambda gradient: gradient * float("inf"))
+    return found
+
+
+@pytest.mark.parametrize("change", [not_finite, finite_with_infinite_gradient])
+def test_a_run_stops_before_an_update_that_is_not_finite(
+    change: Callable[..., Any], tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = []
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: updates.append(1) or original(self))
+    replace_loss(monkeypatch, change)
+    run = config(tmp_path, checkpoint_every=1)
+    outcome = fit(run, corpus)
+    assert len(updates) == 2
+    assert outcome.exit_code == 1
+    assert outcome.result["status"] == "failed"
+    assert "\n" not in outcome.result["error"]
+    assert outcome.result["error"].startswith("step 3: the loss is ")
+    assert all(value.isfinite().all() for value in tensors(run).values())
+
+
+def test_running_out_of_memory_is_a_result(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def allocate() -> None:
+        raise RuntimeError(ALLOCATOR + "\nmore")
+
+    replace_loss(monkeypatch, after_step(2, allocate))
+    outcome = fit(config(tmp_path), corpus)
+    assert outcome.exit_code == 3
+    assert (outcome.result["status"], outcome.result["steps"]) == ("out_of_memory", 1)
+    assert outcome.result["error"] == ALLOCATOR
+    assert "out of memory at step 1" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_while_building_is_a_result_too(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossover.train import trainer
+
+    def adamw(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer, "adamw", adamw)
+    outcome = fit(config(tmp_path), corpus)
+    assert (outcome.exit_code, outcome.result["status"], outcome.result["error"]) == (3, "out_of_memory", "MemoryError")
+
+
+def test_an_unexpected_error_is_recorded_and_not_swallowed(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes do not match")
+
+    replace_loss(monkeypatch, after_step(2, fail))
+    run = config(tmp_path)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(run, corpus)
+    result = read_json(run.directory / "result.json")
+    assert (result["status"], result["error"]) == ("failed", "RuntimeError: shapes do not match")
+
+
+def test_a_disk_that_is_full_ends_the_run_with_one_line(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossover.train import checkpoint
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("cannot write the checkpoint: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    outcome = fit(config(tmp_path), corpus)
+    assert (outcome.exit_code, outcome.result["status"]) == (1, "failed")
+    assert "No space left" in outcome.result["error"]
+
+
+def test_a_signal_during_validation_keeps_the_last_step(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, eval_every=2, eval_tokens=16 * 4 * 3)
+    original, calls = LanguageModel.loss, []
+
+    def loss(self: LanguageModel, *inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return original(self, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "loss", loss)
+        outcome = fit(run, corpus)
+    assert outcome.exit_code == 130
+    assert len(calls) == 2
+    assert (outcome.result["status"], outcome.result["steps"]) == ("interrupted", 2)
+    assert metrics(run, "val/loss") == []
+    fit(run, corpus)
+    assert [step for step, _ in metrics(run, "val/loss")] == [2, 4, 6]
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path)
+    run.directory.mkdir(parents=True)
+    with (
+        filelock.FileLock(run.directory / ".lock", is_singleton=False),
+        pytest.raises(ResumeError, match="another process is training in"),
+    ):
+        fit(run, corpus)
+    assert fit(run, corpus).exit_code == 0
+
+
+def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path)
+    first = fit(run, corpus)
+    before = (run.directory / "result.json").stat().st_mtime_ns
+    assert fit(run, corpus) == first
+    assert (run.directory / "result.json").stat().st_mtime_ns == before
+    assert fit(changed(run, steps=8), corpus).result["steps"] == 8
+    assert [step for step, _ in metrics(run)] == list(range(1, 9))
+    with pytest.raises(ResumeError, match="is at step 8 already"):
+        fit(run, corpus)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("train", "batch_size", 2, "train.batch_size 4 -> 2"),
+        ("train", "seq_len", 8, "train.seq_len 16 -> 8"),
+        ("optim", "lr", 1e-3, "optim.lr 0.003 -> 0.001"),
+        ("optim", "betas", [0.5, 0.9], r"optim.betas [0.9, 0.95] -> [0.5, 0.9]"),
+        ("model", "d_model", 64, "model.d_model 32 -> 64"),
+        ("data", "packing", "reset", "data.packing concat -> reset"),
+        (None, "seed", 1, "seed 0 -> 1"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused_and_they_are_listed(
+    section: str | None, key: str, value: Any, named: str, tmp_path: Path, corpus: Corpus
+) -> None:
+    run = config(tmp_path)
+    fit(run, corpus)
+    values = changed(run, steps=8).to_dict()
+    (values if section is None else values[section])[key] = value
+    with pytest.raises(ResumeError) as refused:
+        fit(RunConfig.from_dict(values), corpus)
+    assert f"({named})" in str(refused.value)
+
+
+def test_a_resume_on_other_data_is_refused(tmp_path: Path, corpus: Corpus) -> None:
+    import dataclasses
+
+    run = config(tmp_path)
+    fit(run, corpus)
+    with pytest.raises(ResumeError, match=r"data\.digest"):
+        fit(run, dataclasses.replace(corpus, digest="other"))
+
+
+def test_resume_must_needs_a_checkpoint_and_never_an_empty_directory(tmp_path: Path, corpus: Corpus) -> None:
+    values = config(tmp_path).to_dict()
+    must, never = (RunConfig.from_dict(values | {"resume": resume}) for resume in ("must", "never"))
+    with pytest.raises(ResumeError, match="has no checkpoint to continue from"):
+        fit(must, corpus)
+    assert fit(never, corpus).exit_code == 0
+    with pytest.raises(ResumeError, match="already holds a run"):
+        fit(never, corpus)
+    assert fit(must, corpus).exit_code == 0
+
+
+def test_windows_longer_than_the_held_out_text_are_refused_before_anything_is_built(
+    tmp_path: Path, corpus: Corpus
+) -> None:
+    run = config(tmp_path, position_len=10**6)
+    with pytest.raises(ValueError, match=r"train\.position_len=1000000 is too long for a validation split"):
+        Trainer(run, corpus)
+    assert not run.directory.exists()
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path, corpus: Corpus) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResumeError, match="cannot write to .*choose another --out"):
+        fit(config(tmp_path / "file"), corpus)
