@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,22 +57,13 @@ def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
         _record = previous
 
 
-@torch.compiler.assume_constant_result
-def _load(where: str) -> Callable[..., Any]:
-    """Imports ".module:function", relative to this package, when it is first needed."""
-    module, function = where.split(":")
-    return getattr(importlib.import_module(module, __package__), function)
-
-
 class Op(Generic[P, R]):
     """One operation and its interchangeable implementations, called like the reference.
 
     Every implementation has the reference's signature, agrees with it to the tolerance its test states, and raises
     `Unsupported` for arguments it cannot take. The device of the first argument decides which are tried, fastest
     first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`.
-
-    An implementation that is slow to import is named, ".module:function", and imported when it first runs. In float64,
-    which is for checking and not for speed, plain PyTorch runs.
+    Float64, which is for checking and not for speed, always runs plain PyTorch.
     """
 
     def __init__(
@@ -81,8 +71,8 @@ class Op(Generic[P, R]):
         reference: Callable[P, R],
         *,
         torch: Callable[P, R],
-        cpu: Callable[P, R] | str | None = None,
-        triton: Callable[P, R] | str | None = None,
+        cpu: Callable[P, R] | None = None,
+        triton: Callable[P, R] | None = None,
     ) -> None:
         self.__name__, self.__doc__ = reference.__name__, reference.__doc__
         found = {"reference": reference, "torch": torch, "cpu": cpu, "triton": triton}
@@ -115,8 +105,7 @@ class Op(Generic[P, R]):
         return self._run(last, *args, **kwargs)
 
     def _run(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
-        function = self._implementations[name]
-        result = (_load(function) if isinstance(function, str) else function)(*args, **kwargs)
+        result = self._implementations[name](*args, **kwargs)
         if _record is not None and name not in (seen := _record.get(self.__name__, ())):
             _record[self.__name__] = tuple(sorted((*seen, name)))
         return result

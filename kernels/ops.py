@@ -21,6 +21,7 @@ from .lstm_scan import reference as _lstm_scan
 from .lstm_scan import torch_impl as _lstm_scan_torch
 from .rms_norm import reference as _rms_norm
 from .rms_norm import torch_impl as _rms_norm_torch
+from .selective_scan import cpu as _selective_scan_cpu
 from .selective_scan import reference as _selective_scan
 from .selective_scan import torch_impl as _selective_scan_torch
 
@@ -28,7 +29,7 @@ attention = Op(_attention.attention, torch=_attention_torch.attention)
 selective_scan = Op(
     _selective_scan.selective_scan,
     torch=_selective_scan_torch.selective_scan,
-    cpu=".selective_scan.cpu:selective_scan",
+    cpu=_selective_scan_cpu.selective_scan,
 )
 causal_conv1d = Op(_causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d)
 ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)

@@ -373,11 +373,12 @@ def exp2(t):
 
 @inline
 def exp(x):
-    """e^x to about one unit in the last place, for large |x| too: log2(e) is applied in two parts."""
-    x = at_most(at_least(x, -88.0296919), 88.7228391)  # -127 and 128 times log(2)
+    """e^x to about one unit in the last place, also for large |x|; next to 0 below -88, near infinity above 88.7."""
+    x = at_most(at_least(x, -88.0), 88.7)
     shifted = x * LOG2_E + _ROUND
     n = shifted - _ROUND
-    return _exp2_of_sum(shifted, (x * 1.44269502 - n) + x * 1.92596299e-8)
+    # log(2) in two parts, of which n times the first is exact
+    return _exp2_of_sum(shifted, ((x - n * 0.693145752) - n * 1.42860677e-6) * LOG2_E)
 
 
 LOG2_E = 1.4426950408889634

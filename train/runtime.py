@@ -80,9 +80,9 @@ def choose_precision(setting: str, device: torch.device) -> Precision:
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks for the next step instead of returning them to the kernel.
 
-    By default every block over 32 MB is mapped and unmapped anew, and each training step faults all its pages in again:
-    elementwise work on 64 MB tensors ran 1.5 to 4 times faster with this (10 times fewer page faults), and whole models
-    up to 6 times. Returns False where the C library is not glibc or refuses.
+    By default every block over 32 MB is mapped and unmapped anew, and each training step faults all its pages in again.
+    With this, models of 1M parameters at 8192 tokens a step took 5 to 45 times fewer page faults and 7 to 20 % less CPU
+    time, and their peak memory was the same within 3 %. Returns False where the C library is not glibc or refuses.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -167,7 +167,7 @@ class Stopwatch:
         self._lap_seconds, self._lap_tokens = 0.0, 0
 
     @property
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What the constructor takes to continue."""
         return {"seconds": self.seconds, "warm_seconds": self._warm_seconds, "warm_tokens": self._warm_tokens}
 

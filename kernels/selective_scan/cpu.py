@@ -1,7 +1,8 @@
 """The CPU path: numba kernels with hand-written vectors (cpu_kernels.py), float32 inside, fused from softplus to gate.
 
 Forward keeps the state before every CHUNK tokens, and only if a backward can follow; backward recomputes the states
-inside a chunk. Results are the same bits on every run and for every number of threads.
+inside a chunk. Results are the same bits on every run and for every number of threads. The kernels are imported when
+first needed: numba alone takes half a second.
 """
 
 from __future__ import annotations
@@ -12,12 +13,7 @@ from torch import Tensor
 
 from ..dispatch import Unsupported
 from ..parallel import run
-from ..simd import LANES, STATES, TILE
-from . import cpu_kernels, torch_impl
-from .cpu_kernels import CHUNK, SUM_WIDTH
-
-TASKS = 64
-"""Tasks to aim at: plenty for any number of threads, few enough that gradients of B and C have few parts to sum."""
+from . import torch_impl
 
 
 def selective_scan(
@@ -68,13 +64,17 @@ def _scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, (B, L, E); final state, (B, E, N); the state before every CHUNK tokens in the kernels' layout, if `keep`."""
+    from . import cpu_kernels
+
     (batch, L, E), N = u.shape, A.shape[1]
     y, state = torch.empty(batch, L, E), torch.empty(batch, E, N)
-    checkpoints = torch.empty(_checkpoint_shape(u, A, keep))
+    checkpoints = torch.empty(cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N))
+    tasks_per_row = cpu_kernels.tasks_per_row(batch, E)
     run(
         cpu_kernels.forward,
-        _n_tasks(batch, E),
-        _blocks_per_task(batch, E),
+        batch * tasks_per_row,
+        tasks_per_row,
+        cpu_kernels.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
         *map(_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
@@ -84,8 +84,11 @@ def _scan(
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, keep):
-    y, state = u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape)
-    return y, state, u.new_empty(_checkpoint_shape(u, A, keep))
+    from . import cpu_kernels
+
+    (batch, L, E), N = u.shape, A.shape[1]
+    checkpoints = cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N)
+    return u.new_empty(batch, L, E), u.new_empty(batch, E, N), u.new_empty(checkpoints)
 
 
 @torch.library.custom_op("crossover::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
@@ -105,19 +108,22 @@ def _scan_backward(
     checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z (empty without a gate), delta_bias and the initial state."""
+    from . import cpu_kernels
+
     (batch, L, E), N = u.shape, A.shape[1]
-    n_tasks = _n_tasks(batch, E)
+    tasks_per_row = cpu_kernels.tasks_per_row(batch, E)
     grad_u, grad_delta = torch.empty(batch, L, E), torch.empty(batch, L, E)
     grad_z = torch.empty(batch if z is not None else 0, L, E)
     grad_initial_state = torch.empty(batch, E, N)
     # each task writes its own part of the sums over channels (B, C) or over the batch (A, D, delta_bias)
     parts_A, parts_D, parts_bias = torch.empty(batch, E, N), torch.empty(batch, E), torch.empty(batch, E)
-    parts_B, parts_C = (torch.empty(n_tasks // batch, batch, L, N) for _ in range(2))
+    parts_B, parts_C = (torch.empty(tasks_per_row, batch, L, N) for _ in range(2))
     outputs = (grad_u, grad_delta, parts_A, parts_B, parts_C, parts_D, grad_z, parts_bias, grad_initial_state)
     run(
         cpu_kernels.backward,
-        n_tasks,
-        _blocks_per_task(batch, E),
+        batch * tasks_per_row,
+        tasks_per_row,
+        cpu_kernels.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
         *map(_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
@@ -149,20 +155,6 @@ def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _blocks_per_task(batch: int, E: int) -> int:
-    """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
-    return max(1, batch * -(-E // LANES) // TASKS)
-
-
-def _n_tasks(batch: int, E: int) -> int:
-    return batch * -(-E // (LANES * _blocks_per_task(batch, E)))
-
-
-def _checkpoint_shape(u: Tensor, A: Tensor, keep: bool) -> tuple[int, ...]:
-    (batch, L, E), N = u.shape, A.shape[1]
-    return (batch if keep else 0, -(-L // CHUNK), -(-E // LANES), TILE * -(-N // STATES))
 
 
 def _inputs(
@@ -198,6 +190,8 @@ def _array(x: Tensor) -> np.ndarray:
 
 def _sum(parts: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order."""
-    result = torch.empty(parts.shape[1:])
-    run(cpu_kernels.sum_parts, -(-result.numel() // SUM_WIDTH), _array(parts.flatten(1)), _array(result.flatten()))
-    return result
+    from . import cpu_kernels
+
+    result = torch.empty(parts[0].numel())
+    run(cpu_kernels.sum_parts, -(-len(result) // cpu_kernels.SUM_WIDTH), _array(parts.flatten(1)), _array(result))
+    return result.view(parts.shape[1:])

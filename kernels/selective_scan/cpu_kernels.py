@@ -5,8 +5,8 @@ tokens; inside a chunk, block by block, it first prepares what does not depend o
 STATES states at a time through the chunk's tokens with the state in registers. Tasks share no output, so any number of
 threads gives the same bits.
 
-Scratch arrays are indexed [block, state * LANES + channel] or [token, channel]; states are padded to a multiple of
-STATES with zeros, which stay zero.
+Scratch arrays are indexed [block, state * LANES + channel] or [token, channel], where states are padded to a multiple
+of STATES.
 """
 
 from __future__ import annotations
@@ -48,20 +48,32 @@ LOG_2 = 1 / LOG2_E
 SUM_WIDTH = 4096
 """Columns a task of `sum_parts` adds up."""
 
+TASKS = 64
+"""Tasks to aim at: plenty for any number of threads, few enough that gradients of B and C have few parts to sum."""
 
-@inline
-def _tasks_per_row(E, blocks_per_task):
-    n_blocks = -(-E // LANES)
-    return -(-n_blocks // blocks_per_task)
+
+def blocks_per_task(batch: int, E: int) -> int:
+    """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
+    return max(1, batch * -(-E // LANES) // TASKS)
+
+
+def tasks_per_row(batch: int, E: int) -> int:
+    """Tasks that share a row of the batch."""
+    return -(-E // (LANES * blocks_per_task(batch, E)))
+
+
+def checkpoint_shape(batch: int, L: int, E: int, N: int) -> tuple[int, int, int, int]:
+    """Shape of the states before every chunk: (B, chunks, blocks, padded states * LANES)."""
+    return batch, -(-L // CHUNK), -(-E // LANES), TILE * -(-N // STATES)
 
 
 @inline
 def _pack(matrix, e0, scratch, scale):
-    """scratch[n * LANES + lane] = scale * matrix[e0 + lane, n]."""
+    """scratch[n * LANES + lane] = scale * matrix[e0 + lane, n], zero where there is no such channel or state."""
     E, N = matrix.shape
-    for n in range(N):
-        for lane in range(min(LANES, E - e0)):
-            value = matrix[e0 + lane, n]
+    for n in range(len(scratch) // LANES):
+        for lane in range(LANES):
+            value = matrix[e0 + lane, n] if n < N and e0 + lane < E else np.float32(0.0)
             # NaN as IEEE arithmetic makes it: exp2 would misread the low bits of another
             scratch[n * LANES + lane] = scale * value if value == value else np.float32(np.nan)
 
@@ -86,6 +98,7 @@ def _copy_tokens(source, b, t0, n_tokens, scratch):
 def forward(
     first: int,
     last: int,
+    tasks_per_row: int,
     blocks_per_task: int,
     u: Floats3,
     delta: Floats3,
@@ -110,7 +123,6 @@ def forward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated, keep = z.shape[0] > 0, checkpoints.shape[0] > 0
-    tasks_per_row = _tasks_per_row(E, blocks_per_task)
     rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
     states = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)
     Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
@@ -164,6 +176,7 @@ def forward(
 def backward(
     first: int,
     last: int,
+    tasks_per_row: int,
     blocks_per_task: int,
     u: Floats3,
     delta: Floats3,
@@ -199,7 +212,6 @@ def backward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated = z.shape[0] > 0
-    tasks_per_row = _tasks_per_row(E, blocks_per_task)
     rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
     rs, grad_rates = np.zeros_like(rates), np.zeros_like(rates)
     Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)

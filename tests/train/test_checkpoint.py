@@ -36,10 +36,10 @@ def step(model: LanguageModel, optimizer: torch.optim.AdamW) -> float:
 
 
 def saved(root: Path, *steps: int) -> Path:
+    """Publishes a checkpoint at each of `steps` and returns the last one."""
     model, optimizer = trained()
-    for number in steps:
-        last = save(root, number, model=model, optimizer=optimizer, state={"note": number})
-    return last
+    paths = [save(root, number, model=model, optimizer=optimizer, state={"note": number}) for number in steps]
+    return paths[-1]
 
 
 def files_below(root: Path) -> list[str]:

@@ -200,7 +200,11 @@ def test_an_unknown_key_in_json_is_named_with_its_path() -> None:
 
 
 def test_help_explains_every_option_and_imports_no_torch() -> None:
-    program = "import sys; from crossover.train.__main__ import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    program = (
+        "import sys; from crossover.train.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('torch' in sys.modules)"
+    )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.rstrip().endswith("False")
     for section in (DataConfig, OptimConfig, TrainConfig):

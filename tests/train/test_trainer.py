@@ -22,13 +22,17 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: 
 
 def config(tmp_path: Path, arch: str = "lstm", **train: Any) -> RunConfig:
     """A run of six steps that takes a fraction of a second."""
-    layers = {"jamba": ("n_layers=2", "attention_every=2", "attention_offset=1"), "mamba": ("n_layers=1",)}
-    options = layers.get(arch, ("n_layers=1",))
-    spec = ModelSpec(preset=arch, d_model=32, n_layers=int(options[0][-1]), set=options[1:])
-    settings = {"steps": 6, "batch_size": 4, "seq_len": 16, "log_every": 1, "eval_every": 0, "eval_tokens": 64}
-    settings |= {"position_len": 32, "sample_tokens": 4, "checkpoint_every": 0, "precision": "fp32"}
+    n_layers, options = (2, ("attention_every=2", "attention_offset=1")) if arch == "jamba" else (1, ())
+    settings: dict[str, Any] = {
+        **{"steps": 6, "batch_size": 4, "seq_len": 16, "precision": "fp32", "log_every": 1, "checkpoint_every": 0},
+        **{"eval_every": 0, "eval_tokens": 64, "position_len": 32, "sample_tokens": 4},
+    }
     return RunConfig(
-        name="run", out=tmp_path, model=spec, optim=OptimConfig(lr=3e-3), train=TrainConfig(**(settings | train))
+        name="run",
+        out=tmp_path,
+        model=ModelSpec(preset=arch, d_model=32, n_layers=n_layers, set=options),
+        optim=OptimConfig(lr=3e-3),
+        train=TrainConfig(**(settings | train)),
     )
 
 
@@ -160,9 +164,10 @@ def test_lines_beyond_the_checkpoint_are_dropped_on_resume(
     def crash() -> None:
         raise KeyError("as if killed at step 4")
 
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
+    with monkeypatch.context() as patch:
         replace_loss(patch, after_step(4, crash))
-        fit(run, corpus)
+        with pytest.raises(KeyError):
+            fit(run, corpus)
     assert [step for step, _ in metrics(run)] == [1, 2, 3]
     fit(run, corpus)
     assert [step for step, _ in metrics(run)] == [1, 2, 3, 4, 5, 6]
@@ -184,6 +189,17 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(arch: str, tmp_pat
     expected = tensors(whole)
     for name, value in tensors(parts).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_auxiliary_loss_is_trained_with_the_loss(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, moved = config(tmp_path / "a", steps=1), config(tmp_path / "b", steps=1)
+    fit(plain, corpus)
+    replace_loss(monkeypatch, lambda call, found: (0 * found[0], found[0]))
+    fit(moved, corpus)
+    assert metrics(moved, "train/grad_norm") == metrics(plain, "train/grad_norm")
+    assert metrics(moved, "train/aux_loss") == metrics(plain, "train/loss")
 
 
 def test_clipping_bounds_the_gradient_and_records_its_norm(tmp_path: Path, corpus: Corpus) -> None:
@@ -484,5 +500,5 @@ def test_windows_longer_than_the_held_out_text_are_refused_before_anything_is_bu
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path, corpus: Corpus) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResumeError, match="cannot write to .*choose another --out"):
+    with pytest.raises(ResumeError, match=r"cannot write to .*choose another --out"):
         fit(config(tmp_path / "file"), corpus)

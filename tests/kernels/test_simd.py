@@ -1,0 +1,126 @@
+"""The vector functions against float64, and the compilation of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from crossover.kernels import simd
+from crossover.kernels.simd import (
+    LANES,
+    Floats1,
+    exp,
+    exp2,
+    kernel,
+    load,
+    load_first,
+    sigmoid,
+    softplus,
+    store,
+    store_first,
+)
+
+
+@kernel
+def apply_exp2(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, exp2(load(x, i)))
+
+
+@kernel
+def apply_exp(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, exp(load(x, i)))
+
+
+@kernel
+def apply_sigmoid(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, sigmoid(load(x, i)))
+
+
+@kernel
+def apply_softplus(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, softplus(load(x, i)))
+
+
+@kernel
+def copy_first(x: Floats1, y: Floats1, n: int) -> None:
+    store_first(y, 0, load_first(x, 0, n), n)
+
+
+def apply(function: Any, x: np.ndarray) -> np.ndarray:
+    y = np.full_like(x, np.nan)
+    function(x, y)
+    return y
+
+
+def grid(low: float, high: float) -> np.ndarray:
+    return np.linspace(low, high, 2**16, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("function", "exact", "low", "high", "units"),
+    [
+        (apply_exp2, np.exp2, -126, 127.99, 2),
+        (apply_exp2, np.exp2, -1e-3, 1e-3, 1),
+        (apply_exp, np.exp, -87, 88, 2),
+        (apply_sigmoid, lambda x: 1 / (1 + np.exp(-x)), -87, 88, 4),
+        (apply_softplus, lambda x: np.logaddexp(0, x), -87, 88, 5),
+        (apply_softplus, lambda x: np.logaddexp(0, x), -1, 1, 5),
+    ],
+)
+def test_functions_are_accurate_to_units_in_the_last_place(
+    function: Any, exact: Any, low: float, high: float, units: int
+) -> None:
+    x = grid(low, high)
+    y = exact(x.astype(np.float64))
+    worst = float(np.max(np.abs(apply(function, x) - y) / np.spacing(y.astype(np.float32))))
+    assert worst <= units
+
+
+def test_functions_reach_their_limits() -> None:
+    nan, inf = np.nan, np.inf
+    x = np.array([-inf, -1e30, -3e3, -200, -150, 200, 1e30, inf, nan] + [0] * (32 - 9), np.float32)
+    small = np.finfo(np.float32).tiny
+    assert apply(apply_exp2, x)[:9].tolist()[:8] == [0, 0, 0, 0, 0, inf, inf, inf]
+    for function in (apply_exp, apply_sigmoid, apply_softplus):
+        y = apply(function, x)
+        assert np.all(np.abs(y[:5]) < small)  # zero, or next to it
+        assert np.isnan(y[8])
+    assert apply(apply_sigmoid, x)[5:8].tolist() == [1, 1, 1]
+    assert apply(apply_softplus, x)[5:8].tolist() == [200, np.float32(1e30), inf]
+    assert np.isnan(apply(apply_exp2, x)[8])
+
+
+@pytest.mark.parametrize("n", range(LANES + 1))
+def test_partial_vectors_touch_nothing_else(n: int) -> None:
+    x, y = np.arange(1, 33, dtype=np.float32), np.full(32, -1, np.float32)
+    copy_first(x, y, n)
+    assert y.tolist() == [*x[:n].tolist(), *[-1.0] * (32 - n)]
+
+
+def test_a_vector_is_no_wider_than_a_register() -> None:
+    assert LANES in (4, 8, 16)
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert LANES == {"AVX512": 16, "AVX2": 8}.get(capability, LANES)
+
+
+def test_a_kernel_without_a_place_for_its_code_is_compiled_anyway() -> None:
+    namespace: dict[str, Any] = {"__name__": "nowhere"}
+    exec("def fill(x: Floats1) -> None:\n    x[:] = 1\n", namespace)
+    fill = namespace["fill"]
+    fill.__annotations__ = {"x": "Floats1", "return": "None"}
+    x = np.zeros(3, np.float32)
+    kernel(fill)(x)
+    assert x.tolist() == [1, 1, 1]
+
+
+def test_code_on_disk_is_keyed_by_this_vocabulary_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closure(function: Any) -> list[str]:
+        return [cell.cell_contents for cell in function.py_func.__closure__]
+
+    assert closure(apply_exp2) == [simd._VERSION]
