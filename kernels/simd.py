@@ -99,7 +99,10 @@ def kernel(function: Callable[P, None]) -> Callable[P, None]:
 
 
 inline = numba.njit(forceinline=True, error_model="numpy")
-"""Decorates a helper that becomes part of the kernels that call it."""
+"""Decorates a function of vectors, which becomes part of the kernels that call it."""
+
+called = numba.njit(error_model="numpy")
+"""Decorates a function of arrays, which kernels call."""
 
 
 # Code generation: llvmlite instructions of the operations below
@@ -261,18 +264,18 @@ def fold(typing_context, tile):
 
 
 @_operation
-def total(typing_context, vector):
-    """The sum of a vector's values, pairwise."""
+def total(typing_context, tile):
+    """The sums of the values in each of a tile's vectors, pairwise: STATES values."""
 
     def generate(context, builder, sig, args):
         value, width = args[0], LANES
         while width > 1:
-            width //= 2
-            halves = _shuffle(builder, value, range(width)), _shuffle(builder, value, range(width, 2 * width))
-            value = _add(builder, *halves)
-        return builder.extract_element(value, ir.IntType(32)(0))
+            left = [i for i in range(STATES * width) if i % width < width // 2]
+            right = [i + width // 2 for i in left]
+            value, width = _add(builder, _shuffle(builder, value, left), _shuffle(builder, value, right)), width // 2
+        return value
 
-    return types.float32(_vector), generate
+    return Vector(STATES)(_tile), generate
 
 
 # Arithmetic
@@ -310,20 +313,32 @@ _define_operator(operator.mul, "fmul")
 _define_operator(operator.truediv, "fdiv")
 
 
-def _limit(comparison: str) -> Any:
-    def limit(typing_context, value, bound):
+def _selection(comparison: str) -> Callable[..., Any]:
+    def select(typing_context, x, bound, replacement, value):
         def generate(context, builder, sig, args):
-            bounds = _splat(builder, args[1], value.width)
-            # an ordered comparison is false for NaN, which is therefore kept
-            return builder.select(builder.fcmp_ordered(comparison, args[0], bounds), bounds, args[0])
+            bounds, replacements = (_splat(builder, a, x.width) for a in args[1:3])
+            return builder.select(builder.fcmp_ordered(comparison, args[0], bounds), replacements, args[3])
 
-        return value(value, types.float32), generate
+        return x(x, types.float32, types.float32, x), generate
 
-    return _operation(limit)
+    return _operation(select)
 
 
-at_least = _limit("<")  # (value, bound)
-at_most = _limit(">")
+# (x, bound, replacement, value): the replacement where x is beyond the bound, the value elsewhere and where x is NaN
+where_below = _selection("<")
+where_above = _selection(">")
+
+
+@inline
+def at_least(x, bound):
+    """The larger of each value and the bound; NaN stays."""
+    return where_below(x, bound, bound, x)
+
+
+@inline
+def at_most(x, bound):
+    """The smaller of each value and the bound; NaN stays."""
+    return where_above(x, bound, bound, x)
 
 
 @_operation
@@ -358,14 +373,14 @@ _ROUND = 1.5 * 2.0**23
 @inline
 def _exp2_of_sum(shifted, f):
     """2^(n + f) for |f| <= 1/2 and the integer n = shifted - _ROUND, -127 <= n <= 128; n = -127 and f = 0 give 0."""
-    # minimax with value 1 at f = 0, relative error 9e-8: half a unit in the last place
+    # minimax with value 1 at f = 0, relative error 9e-8; rounding adds as much
     p = ((((0.00132647273 * f + 0.00967151299) * f + 0.0555073358) * f + 0.240222424) * f + 0.693147004) * f + 1.0
     return _add_exponent(p, shifted)
 
 
 @inline
 def exp2(t):
-    """2^t to about one unit in the last place; exactly 0 from t = -127 down, infinity from 128 up."""
+    """2^t to two units in the last place; exactly 0 from t = -127 down, infinity from 128 up."""
     t = at_most(at_least(t, -127.0), 128.0)
     shifted = t + _ROUND
     return _exp2_of_sum(shifted, t - (shifted - _ROUND))
@@ -373,12 +388,12 @@ def exp2(t):
 
 @inline
 def exp(x):
-    """e^x to about one unit in the last place, also for large |x|; next to 0 below -88, near infinity above 88.7."""
-    x = at_most(at_least(x, -88.0), 88.7)
+    """e^x to two units in the last place, also for large |x|; 0 below -87.3 and infinity above 88.7."""
     shifted = x * LOG2_E + _ROUND
     n = shifted - _ROUND
     # log(2) in two parts, of which n times the first is exact
-    return _exp2_of_sum(shifted, ((x - n * 0.693145752) - n * 1.42860677e-6) * LOG2_E)
+    y = _exp2_of_sum(shifted, ((x - n * 0.693145752) - n * 1.42860677e-6) * LOG2_E)
+    return where_above(x, 88.72, np.inf, where_below(x, -87.3, 0.0, y))
 
 
 LOG2_E = 1.4426950408889634
@@ -386,13 +401,13 @@ LOG2_E = 1.4426950408889634
 
 @inline
 def sigmoid(x):
-    """1 / (1 + e^-x)."""
+    """1 / (1 + e^-x) to three units in the last place."""
     return 1.0 / (1.0 + exp(0.0 - x))
 
 
 @inline
 def softplus(x):
-    """log(1 + e^x) to a few units in the last place, also where it is small."""
+    """log(1 + e^x) to four units in the last place, also where it is small."""
     e = exp(0.0 - absolute(x))
     s = e / (e + 2.0)  # log(1 + e) = 2 atanh(s), and s <= 1/3
     q = s * s

@@ -66,6 +66,11 @@ class Display:
             # From here on to nowhere; otherwise Python complains again when it flushes standard output at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def doing(self, what: str) -> None:
+        """Names the present work at the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+
     def trained(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
         """Shows a line of training metrics."""
         state = f"loss {record['train/loss']:.3f}  {record['perf/tokens_per_second']:,.0f} tokens/s"

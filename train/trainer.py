@@ -67,7 +67,7 @@ def train(run: RunConfig, *, command: Sequence[str] = ()) -> Outcome:
     """Loads the corpus, trains and evaluates one model, and writes its run directory.
 
     Raises:
-        ValueError: if the run cannot start as asked for; nothing is written then.
+        ValueError: if the run cannot start as asked for; what the directory holds is left as it is.
     """
     return Trainer(run, load_corpus(run.data, progress=sys.stderr.isatty()), command=command).fit()
 
@@ -230,6 +230,7 @@ class Trainer:
                     if self._step == 1 or self._due(run.train.log_every):
                         self._log(values, log, display)
                 if self._long_windows is not None:
+                    display.doing("loss by position")
                     self._positions = evaluator.by_position(self._long_windows)
             except Interrupted:
                 self._save(model, optimizer)
@@ -285,6 +286,7 @@ class Trainer:
         display.trained(record, seconds_left=tokens_left / rate if rate else 0.0)
 
     def _validate(self, evaluator: Evaluator, log: MetricsLog, display: Display) -> None:
+        display.doing("validating")
         found = evaluator.validate(self._windows)
         record = {**self._position(), "val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte}
         log.append(record)
@@ -293,6 +295,7 @@ class Trainer:
         if self.run.train.sample_tokens:
             self._sample = evaluator.sample(self.run.train.sample_tokens)
             log.append({"step": self._step, "sample": self._sample})
+        display.doing("training")
 
     def _save(self, model: archs.LanguageModel, optimizer: torch.optim.Optimizer) -> None:
         if self._step == 0 or self._step == self._saved_step:

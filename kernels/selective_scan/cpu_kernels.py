@@ -23,10 +23,10 @@ from ..simd import (
     Floats2,
     Floats3,
     Floats4,
+    called,
     exp2,
     fold,
     full,
-    inline,
     kernel,
     load,
     load_first,
@@ -48,13 +48,14 @@ LOG_2 = 1 / LOG2_E
 SUM_WIDTH = 4096
 """Columns a task of `sum_parts` adds up."""
 
-TASKS = 64
-"""Tasks to aim at: plenty for any number of threads, few enough that gradients of B and C have few parts to sum."""
+TASKS = 32
+"""Tasks to aim at: enough for many threads, few enough to share the work on B and C among several blocks."""
 
 
 def blocks_per_task(batch: int, E: int) -> int:
     """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
-    return max(1, batch * -(-E // LANES) // TASKS)
+    n_blocks = -(-E // LANES)
+    return max(min(2, n_blocks), batch * n_blocks // TASKS)
 
 
 def tasks_per_row(batch: int, E: int) -> int:
@@ -67,7 +68,12 @@ def checkpoint_shape(batch: int, L: int, E: int, N: int) -> tuple[int, int, int,
     return batch, -(-L // CHUNK), -(-E // LANES), TILE * -(-N // STATES)
 
 
-@inline
+@called
+def _scratch(rows, columns):
+    return np.zeros((rows, columns), np.float32)
+
+
+@called
 def _pack(matrix, e0, scratch, scale):
     """scratch[n * LANES + lane] = scale * matrix[e0 + lane, n], zero where there is no such channel or state."""
     E, N = matrix.shape
@@ -78,7 +84,7 @@ def _pack(matrix, e0, scratch, scale):
             scratch[n * LANES + lane] = scale * value if value == value else np.float32(np.nan)
 
 
-@inline
+@called
 def _unpack(scratch, e0, matrix):
     """matrix[e0 + lane, n] = scratch[n * LANES + lane]."""
     E, N = matrix.shape
@@ -87,7 +93,7 @@ def _unpack(scratch, e0, matrix):
             matrix[e0 + lane, n] = scratch[n * LANES + lane]
 
 
-@inline
+@called
 def _copy_tokens(source, b, t0, n_tokens, scratch):
     for t in range(n_tokens):
         for n in range(source.shape[2]):
@@ -123,11 +129,11 @@ def forward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated, keep = z.shape[0] > 0, checkpoints.shape[0] > 0
-    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
-    states = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)
-    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
-    dts, drives = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
-    sums = np.empty((CHUNK, LANES), np.float32)
+    rates = _scratch(blocks_per_task, n_tiles * TILE)  # A log2(e), for exp2
+    states = _scratch(blocks_per_task, n_tiles * TILE)
+    Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
+    dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    sums = _scratch(CHUNK, LANES)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
@@ -212,14 +218,14 @@ def backward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated = z.shape[0] > 0
-    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
-    rs, grad_rates = np.zeros_like(rates), np.zeros_like(rates)
-    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
-    grad_Bs, grad_Cs = np.empty((CHUNK, n_tiles * TILE), np.float32), np.empty((CHUNK, n_tiles * TILE), np.float32)
-    dts, drives = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
-    gs, sums = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
-    grad_drives, grad_dts = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
-    decays, states = np.empty((CHUNK, TILE), np.float32), np.empty((CHUNK + 1, TILE), np.float32)
+    rates = _scratch(blocks_per_task, n_tiles * TILE)  # A log2(e), for exp2
+    rs, grad_rates = _scratch(blocks_per_task, n_tiles * TILE), _scratch(blocks_per_task, n_tiles * TILE)
+    Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
+    grad_Bs, grad_Cs = _scratch(CHUNK, n_tiles * TILE), _scratch(CHUNK, n_tiles * TILE)
+    dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    gs, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    grad_drives, grad_dts = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    decays, states = _scratch(CHUNK, TILE), _scratch(CHUNK + 1, TILE)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, part = task // tasks_per_row, task % tasks_per_row
@@ -231,13 +237,13 @@ def backward(
             _pack(grad_state[b], e, rs[block], np.float32(1.0))
             store_first(grad_D, (b, e), full(0.0), E - e)
             store_first(grad_bias, (b, e), full(0.0), E - e)
-        grad_rates[:] = 0
+        grad_rates.fill(0)
         for t0 in range((L - 1) // CHUNK * CHUNK, -1, -CHUNK):
             n_tokens = min(CHUNK, L - t0)
             _copy_tokens(B, b, t0, n_tokens, Bs)
             _copy_tokens(C, b, t0, n_tokens, Cs)
-            grad_Bs[:] = 0
-            grad_Cs[:] = 0
+            grad_Bs.fill(0)
+            grad_Cs.fill(0)
             for block in range(n_blocks):
                 e = (first_block + block) * LANES
                 bias, skip = load_first(delta_bias, e, E - e), load_first(D, e, E - e)
@@ -300,9 +306,12 @@ def backward(
                 store_first(grad_D, (b, e), load_first(grad_D, (b, e), E - e) + sum_D, E - e)
                 store_first(grad_bias, (b, e), load_first(grad_bias, (b, e), E - e) + sum_bias, E - e)
             for t in range(n_tokens):
+                for i in range(n_tiles):
+                    store(Bs, (t, i * STATES), total(load_tile(grad_Bs, (t, i * TILE))))
+                    store(Cs, (t, i * STATES), total(load_tile(grad_Cs, (t, i * TILE))))
                 for n in range(N):
-                    grad_B[part, b, t0 + t, n] = total(load(grad_Bs, (t, n * LANES)))
-                    grad_C[part, b, t0 + t, n] = total(load(grad_Cs, (t, n * LANES)))
+                    grad_B[part, b, t0 + t, n] = Bs[t, n]
+                    grad_C[part, b, t0 + t, n] = Cs[t, n]
         for block in range(n_blocks):
             e = (first_block + block) * LANES
             _unpack(grad_rates[block], e, grad_A[b])

@@ -27,7 +27,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(n)
 
 
-def single(**sizes: int) -> dict[str, Tensor]:
+def single(**sizes: Any) -> dict[str, Tensor]:
     """All inputs in float32."""
     return to(example("selective_scan", **sizes), torch.float32)
 
@@ -40,7 +40,7 @@ def assert_equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert {k for k in a if not torch.equal(a[k], b[k])} == set()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 3),
     L=st.integers(1, 70),
@@ -256,7 +256,7 @@ def test_custom_operators_are_registered_soundly(optional: bool) -> None:
 
 def test_compiles_into_one_graph() -> None:
     def loss(u: Tensor) -> Tensor:
-        y, state = ops.selective_scan(2 * u, *rest.values(), delta_softplus=True)
+        y, state = ops.selective_scan(2 * u, rest["delta"], rest["A"], rest["B"], rest["C"], delta_softplus=True)
         return y.square().sum() + state.sum()
 
     tensors = single(optional=False)

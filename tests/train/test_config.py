@@ -3,10 +3,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from crossover.archs import ModelConfig
+from crossover.archs import ModelConfig, build, configure
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, count, parse
 
 
@@ -101,6 +100,15 @@ def test_a_model_table_gives_the_whole_model(tmp_path: Path) -> None:
     assert wider.model.configure(300) == dataclasses.replace(expected, d_model=64, mixer={"attention": {"n_heads": 4}})
 
 
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda f: f.stem)
+def test_the_run_files_of_the_repository_describe_runs(file: Path) -> None:
+    run = run_of(str(file))
+    assert run.name == file.stem
+    n_params = build(run.model.configure(256), device="meta").n_params
+    assert n_params == pytest.approx(1_000_000, rel=0.2)
+    assert f"crossover train configs/{file.name}" in file.read_text()
+
+
 @pytest.mark.parametrize(("key", "named"), [("patern", "pattern"), ("mixer.mamba.d_stat", "d_state")])
 def test_an_unknown_key_of_a_model_is_named_with_the_nearest_one(key: str, named: str) -> None:
     spec = ModelSpec(preset="custom", d_model=16, n_layers=1, set=('pattern=["mamba"]', f"{key}=4"))
@@ -110,13 +118,7 @@ def test_an_unknown_key_of_a_model_is_named_with_the_nearest_one(key: str, named
 
 def test_options_of_a_preset_reach_its_layers() -> None:
     spec = ModelSpec(preset="transformer", d_model=64, n_layers=1, set=("n_heads=2", "window=8"))
-    assert spec.configure(300) == _configure("transformer", d_model=64, n_layers=1, n_heads=2, window=8)
-
-
-def _configure(name: str, **options: Any) -> ModelConfig:
-    from crossover.archs import configure
-
-    return configure(name, vocab_size=300, **options)
+    assert spec.configure(300) == configure("transformer", vocab_size=300, d_model=64, n_layers=1, n_heads=2, window=8)
 
 
 def test_option_values_are_toml_and_bare_words_are_strings() -> None:

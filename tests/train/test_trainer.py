@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from crossover.archs import LanguageModel, build, presets
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
-from crossover.train.data import Corpus, val_windows
+from crossover.train.data import Corpus, train_batch, val_windows
 from crossover.train.evaluate import Evaluator, Validation
 from crossover.train.record import read_json, read_metrics
 from crossover.train.trainer import Outcome, ResumeError, Trainer
@@ -145,6 +146,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
     assert (outcome.result["status"], outcome.result["steps"]) == ("interrupted", 3)
     torch.manual_seed(99)  # a new process starts with other generators
     assert fit(broken, corpus).exit_code == 0
+    assert read_json(broken.directory / "run.json")["resumed_from_step"] == 3
     assert metrics(broken) == metrics(straight)
     assert metrics(broken, "val/loss") == metrics(straight, "val/loss")
     for file in ("model.safetensors", "optimizer.safetensors"):
@@ -229,7 +231,25 @@ def test_evaluating_and_sampling_do_not_change_the_training(tmp_path: Path, corp
     assert metrics(quiet) == metrics(busy)
 
 
-def test_the_seed_decides_weights_and_order(tmp_path: Path, corpus: Corpus) -> None:
+def test_the_data_are_those_of_seed_and_step_in_parts(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = LanguageModel.loss
+
+    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.append(torch.cat([tokens, targets[:, -1:]], dim=1))
+        return original(self, tokens, targets, **options)
+
+    monkeypatch.setattr(LanguageModel, "loss", loss)
+    run = changed(config(tmp_path), steps=2, grad_accumulation=2)
+    fit(RunConfig.from_dict(run.to_dict() | {"seed": 5}), corpus)
+    expected = [train_batch(corpus, seed=5, step=step, batch_size=4, seq_len=16) for step in range(2)]
+    assert torch.equal(torch.cat(seen), torch.from_numpy(np.concatenate(expected)))
+
+
+def test_another_seed_is_another_run(tmp_path: Path, corpus: Corpus) -> None:
     losses = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run = RunConfig.from_dict(config(tmp_path, steps=2).to_dict() | {"name": name, "seed": seed})
@@ -238,8 +258,9 @@ def test_the_seed_decides_weights_and_order(tmp_path: Path, corpus: Corpus) -> N
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_parameters_stay_float32_under_bf16(tmp_path: Path, corpus: Corpus) -> None:
-    run = config(tmp_path, "transformer", precision="bf16")
+@pytest.mark.parametrize("arch", ["transformer", "s4d", "mamba", "jamba", "lstm"])
+def test_parameters_stay_float32_under_bf16(arch: str, tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, arch, steps=2, precision="bf16")
     result = fit(run, corpus).result
     assert result["precision"] == "bf16"
     assert {value.dtype for value in tensors(run).values()} == {torch.float32}
@@ -420,6 +441,28 @@ def test_a_signal_during_validation_keeps_the_last_step(
     assert metrics(run, "val/loss") == []
     fit(run, corpus)
     assert [step for step, _ in metrics(run, "val/loss")] == [2, 4, 6]
+
+
+def test_a_run_stopped_in_its_last_evaluation_only_finishes_that(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path)
+    original = Evaluator.by_position
+
+    def stopped(self: Evaluator, windows: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, windows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "by_position", stopped)
+        before = fit(run, corpus)
+    assert (before.exit_code, before.result["steps"]) == (143, 6)
+    assert before.result["position_bits_per_byte"] is None
+    after = fit(run, corpus).result
+    assert after["status"] == "done"
+    assert after["position_bits_per_byte"] is not None
+    for key in ("sample", "val_bits_per_byte", "peak_bytes", "tokens_per_second", "train_seconds"):
+        assert after[key] == before.result[key] is not None
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path: Path, corpus: Corpus) -> None:
