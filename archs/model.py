@@ -116,7 +116,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone = Backbone(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)  # so that tied logits start with variance one
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

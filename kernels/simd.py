@@ -380,7 +380,7 @@ def _exp2_of_sum(shifted, f):
 
 @inline
 def exp2(t):
-    """2^t to two units in the last place; exactly 0 from t = -127 down, infinity from 128 up."""
+    """2^t to three units in the last place; exactly 0 from t = -127 down, infinity from 128 up."""
     t = at_most(at_least(t, -127.0), 128.0)
     shifted = t + _ROUND
     return _exp2_of_sum(shifted, t - (shifted - _ROUND))
@@ -388,7 +388,7 @@ def exp2(t):
 
 @inline
 def exp(x):
-    """e^x to two units in the last place, also for large |x|; 0 below -87.3 and infinity above 88.7."""
+    """e^x to three units in the last place, also for large |x|; 0 below -87.3 and infinity above 88.7."""
     shifted = x * LOG2_E + _ROUND
     n = shifted - _ROUND
     # log(2) in two parts, of which n times the first is exact
@@ -401,13 +401,13 @@ LOG2_E = 1.4426950408889634
 
 @inline
 def sigmoid(x):
-    """1 / (1 + e^-x) to three units in the last place."""
+    """1 / (1 + e^-x) to four units in the last place."""
     return 1.0 / (1.0 + exp(0.0 - x))
 
 
 @inline
 def softplus(x):
-    """log(1 + e^x) to four units in the last place, also where it is small."""
+    """log(1 + e^x) to five units in the last place, also where it is small."""
     e = exp(0.0 - absolute(x))
     s = e / (e + 2.0)  # log(1 + e) = 2 atanh(s), and s <= 1/3
     q = s * s

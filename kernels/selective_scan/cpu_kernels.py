@@ -1,9 +1,9 @@
 """The recurrence of the selective scan and its adjoint as numba kernels on explicit vectors (see kernels/simd.py).
 
 A task is one row of the batch and `blocks_per_task` blocks of LANES channels. It walks the sequence in chunks of CHUNK
-tokens; inside a chunk, block by block, it first prepares what does not depend on the state (softplus, dt u), then takes
-STATES states at a time through the chunk's tokens with the state in registers. Tasks share no output, so any number of
-threads gives the same bits.
+tokens; inside a chunk, block by block, it first prepares what does not depend on the state (softplus, dt u), STATES
+tokens to a tile, then takes STATES states at a time through the chunk's tokens with the state in registers. Tasks share
+no output, so any number of threads gives the same bits.
 
 Scratch arrays are indexed [block, state * LANES + channel] or [token, channel], where states are padded to a multiple
 of STATES.
@@ -100,6 +100,20 @@ def _copy_tokens(source, b, t0, n_tokens, scratch):
             scratch[t, n] = source[b, t0 + t, n]
 
 
+@called
+def _read_block(source, b, t0, n_tokens, e, scratch):
+    n_channels = source.shape[2] - e
+    for t in range(n_tokens):
+        store(scratch, (t, 0), load_first(source, (b, t0 + t, e), n_channels))
+
+
+@called
+def _write_block(scratch, target, b, t0, n_tokens, e):
+    n_channels = target.shape[2] - e
+    for t in range(n_tokens):
+        store_first(target, (b, t0 + t, e), load(scratch, (t, 0)), n_channels)
+
+
 @kernel
 def forward(
     first: int,
@@ -132,8 +146,8 @@ def forward(
     rates = _scratch(blocks_per_task, n_tiles * TILE)  # A log2(e), for exp2
     states = _scratch(blocks_per_task, n_tiles * TILE)
     Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
+    xs, gates, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
     dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    sums = _scratch(CHUNK, LANES)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
@@ -148,10 +162,11 @@ def forward(
             _copy_tokens(C, b, t0, n_tokens, Cs)
             for block in range(n_blocks):
                 e = (first_block + block) * LANES
-                bias, skip = load_first(delta_bias, e, E - e), load_first(D, e, E - e)
-                for t in range(n_tokens):
-                    x = load_first(u, (b, t0 + t, e), E - e)
-                    dt = load_first(delta, (b, t0 + t, e), E - e) + bias
+                bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
+                _read_block(u, b, t0, n_tokens, e, xs)
+                _read_block(delta, b, t0, n_tokens, e, dts)
+                for t in range(0, n_tokens, STATES):
+                    x, dt = load_tile(xs, (t, 0)), load_tile(dts, (t, 0)) + bias
                     if delta_softplus:
                         dt = softplus(dt)
                     store(dts, (t, 0), dt)
@@ -168,12 +183,12 @@ def forward(
                         h = decay * h + repeat(load(drives, (t, 0))) * spread(Bs, (t, i * STATES))
                         store(sums, (t, 0), load(sums, (t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
                     store(states, (block, i * TILE), h)
-                for t in range(n_tokens):
-                    out = load(sums, (t, 0))
-                    if gated:
-                        gate = load_first(z, (b, t0 + t, e), E - e)
-                        out = out * (gate * sigmoid(gate))
-                    store_first(y, (b, t0 + t, e), out, E - e)
+                if gated:
+                    _read_block(z, b, t0, n_tokens, e, gates)
+                    for t in range(0, n_tokens, STATES):
+                        gate = load_tile(gates, (t, 0))
+                        store(sums, (t, 0), load_tile(sums, (t, 0)) * (gate * sigmoid(gate)))
+                _write_block(sums, y, b, t0, n_tokens, e)
         for block in range(n_blocks):
             _unpack(states[block], (first_block + block) * LANES, state[b])
 
@@ -222,8 +237,9 @@ def backward(
     rs, grad_rates = _scratch(blocks_per_task, n_tiles * TILE), _scratch(blocks_per_task, n_tiles * TILE)
     Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
     grad_Bs, grad_Cs = _scratch(CHUNK, n_tiles * TILE), _scratch(CHUNK, n_tiles * TILE)
-    dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    gs, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    xs, gates, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    deltas, dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    grad_ys, gs = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
     grad_drives, grad_dts = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
     decays, states = _scratch(CHUNK, TILE), _scratch(CHUNK + 1, TILE)
     zero = repeat(full(0.0))
@@ -246,22 +262,25 @@ def backward(
             grad_Cs.fill(0)
             for block in range(n_blocks):
                 e = (first_block + block) * LANES
-                bias, skip = load_first(delta_bias, e, E - e), load_first(D, e, E - e)
-                for t in range(n_tokens):
-                    x = load_first(u, (b, t0 + t, e), E - e)
-                    dt = load_first(delta, (b, t0 + t, e), E - e) + bias
+                bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
+                _read_block(u, b, t0, n_tokens, e, xs)
+                _read_block(delta, b, t0, n_tokens, e, deltas)
+                _read_block(grad_y, b, t0, n_tokens, e, grad_ys)
+                if gated:
+                    _read_block(z, b, t0, n_tokens, e, gates)
+                for t in range(0, n_tokens, STATES):
+                    x, dt, g = load_tile(xs, (t, 0)), load_tile(deltas, (t, 0)) + bias, load_tile(grad_ys, (t, 0))
                     if delta_softplus:
                         dt = softplus(dt)
-                    g = load_first(grad_y, (b, t0 + t, e), E - e)
                     if gated:
-                        gate = load_first(z, (b, t0 + t, e), E - e)
+                        gate = load_tile(gates, (t, 0))
                         g = g * (gate * sigmoid(gate))
                     store(dts, (t, 0), dt)
                     store(drives, (t, 0), dt * x)
                     store(sums, (t, 0), skip * x)
                     store(gs, (t, 0), g)
-                    store(grad_drives, (t, 0), full(0.0))
-                    store(grad_dts, (t, 0), full(0.0))
+                    store(grad_drives, (t, 0), zero)
+                    store(grad_dts, (t, 0), zero)
                 for i in range(n_tiles):
                     rate = load_tile(rates, (block, i * TILE))
                     h = load_tile(checkpoints, (b, t0 // CHUNK, first_block + block, i * TILE))
@@ -289,20 +308,27 @@ def backward(
                         store(grad_dts, (t, 0), load(grad_dts, (t, 0)) + fold(grad_exponent * rate))
                     store(rs, (block, i * TILE), r)
                     store(grad_rates, (block, i * TILE), load_tile(grad_rates, (block, i * TILE)) + grad_rate)
+                for t in range(0, n_tokens, STATES):
+                    grad_drive = load_tile(grad_drives, (t, 0))
+                    grad_dt = grad_drive * load_tile(xs, (t, 0)) + load_tile(grad_dts, (t, 0)) * LOG_2
+                    if delta_softplus:
+                        grad_dt = grad_dt * sigmoid(load_tile(deltas, (t, 0)) + bias)
+                    store(deltas, (t, 0), grad_dt)
+                    store(drives, (t, 0), grad_drive * load_tile(dts, (t, 0)) + load_tile(gs, (t, 0)) * skip)
+                    if gated:
+                        gate = load_tile(gates, (t, 0))
+                        s = sigmoid(gate)
+                        slope = s * (1.0 + gate * (1.0 - s))
+                        store(gates, (t, 0), load_tile(grad_ys, (t, 0)) * load_tile(sums, (t, 0)) * slope)
+                # the scratch of delta, dt u and z now holds the gradients of delta, u and z
+                _write_block(deltas, grad_delta, b, t0, n_tokens, e)
+                _write_block(drives, grad_u, b, t0, n_tokens, e)
+                if gated:
+                    _write_block(gates, grad_z, b, t0, n_tokens, e)
                 sum_D, sum_bias = full(0.0), full(0.0)
                 for t in range(n_tokens):
-                    x, g, grad_drive = load_first(u, (b, t0 + t, e), E - e), load(gs, (t, 0)), load(grad_drives, (t, 0))
-                    store_first(grad_u, (b, t0 + t, e), grad_drive * load(dts, (t, 0)) + g * skip, E - e)
-                    grad_dt = grad_drive * x + load(grad_dts, (t, 0)) * LOG_2
-                    if delta_softplus:
-                        grad_dt = grad_dt * sigmoid(load_first(delta, (b, t0 + t, e), E - e) + bias)
-                    store_first(grad_delta, (b, t0 + t, e), grad_dt, E - e)
-                    sum_D, sum_bias = sum_D + g * x, sum_bias + grad_dt
-                    if gated:
-                        gate = load_first(z, (b, t0 + t, e), E - e)
-                        s = sigmoid(gate)
-                        grad_gate = load_first(grad_y, (b, t0 + t, e), E - e) * load(sums, (t, 0))
-                        store_first(grad_z, (b, t0 + t, e), grad_gate * s * (1.0 + gate * (1.0 - s)), E - e)
+                    sum_D = sum_D + load(gs, (t, 0)) * load(xs, (t, 0))
+                    sum_bias = sum_bias + load(deltas, (t, 0))
                 store_first(grad_D, (b, e), load_first(grad_D, (b, e), E - e) + sum_D, E - e)
                 store_first(grad_bias, (b, e), load_first(grad_bias, (b, e), E - e) + sum_bias, E - e)
             for t in range(n_tokens):
