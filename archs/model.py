@@ -182,6 +182,10 @@ class LanguageModel(nn.Module):
             total += by_kind[name]
         return total / seq_len + self._other_flops()
 
+    def training_flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward: the backward pass costs twice the forward."""
+        return 3 * self.mean_flops_per_token(seq_len)
+
     def _other_flops(self) -> float:
         ffns = sum(block.ffn.flops_per_token() for block in self.backbone.blocks if block.ffn is not None)
         return ffns + 2.0 * self.head.weight.numel()

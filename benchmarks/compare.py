@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
-from .config import CompareConfig, ContextConfig, MeasureConfig, format_bytes, suggestion
-from .context import ContextJob, cell_tasks, measure_cells, reusable_cells
+from .config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
+from .context import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
 from .processes import Stopped, module_command, stop_on_signals
 from .progress import Progress, Schedule
 from .report import write_report
-from .results import display_name
 from .training import Sized, arguments, check_resumable, size, train_runs, training_tasks
 
 __all__ = ["bench_context", "check_archs", "compare", "folder_for", "open_corpus", "print_table", "run_configs"]
@@ -39,12 +38,14 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print_sizes(list(sizes.values()))
         runs = run_configs(config, sizes, longest=len(corpus.val) - 1)
         check_resumable(runs, corpus.digest)
-        jobs = context_jobs(config, list(sizes.values()))
+        provenance = _provenance(config, command)
+        jobs = context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         print("\nEach run can be repeated by hand, for example:")
         print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
 
-        record = {"config": _plain(config), "provenance": _provenance(config, command), "failures": {}}
+        labels = {one.arch: one.label for one in sizes.values()}
+        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         _write_json(config.out / "compare.json", record)
         schedule = Schedule([*training_tasks(runs, sizes), *cell_tasks(jobs)], known=frozenset({"cell"}))
         progress = Progress(schedule)
@@ -52,7 +53,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             with stop_on_signals():
                 record["failures"] = train_runs(runs, progress, logs=logs)
                 _write_json(config.out / "compare.json", record)
-                measure_cells(jobs, config.out / "context.jsonl", progress, log=logs / "context.log")
+                failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Stopped as stopped:
             return _stopped(stopped, config.out, command, progress)
         page = write_report(config.out)
@@ -60,7 +61,8 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print(f"\nReport: {page}")
         for name, reason in record["failures"].items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
-        return 1 if record["failures"] else 0
+        _print_failures(failed)
+        return 1 if record["failures"] or failed else 0
 
 
 def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
@@ -75,29 +77,31 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
             size(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
             for arch in config.archs
         ]
-        jobs = context_jobs(config, sizes)
+        provenance = _provenance(config, command)
+        jobs = context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
-        record = {"config": _plain(config), "provenance": _provenance(config, command), "failures": {}}
+        labels = {one.arch: one.label for one in sizes}
+        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         _write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
             with stop_on_signals():
-                measure_cells(jobs, config.out / "context.jsonl", progress, log=logs / "context.log")
+                failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Stopped as stopped:
             return _stopped(stopped, config.out, command, progress)
         page = write_report(config.out)
         _print_headline(config.out)
         print(f"\nReport: {page}")
-        return 0
+        _print_failures(failed)
+        return 1 if failed else 0
 
 
 def check_archs(archs: Sequence[str]) -> None:
     """Raises ValueError, with the nearest valid name, if an architecture does not exist."""
-    from ..archs import available
+    from ..archs.presets import find
 
     for arch in archs:
-        if arch not in available():
-            raise ValueError(f"unknown architecture '{arch}': {suggestion(arch, available())}")
+        find(arch)
 
 
 @contextlib.contextmanager
@@ -174,7 +178,7 @@ def run_configs(config: CompareConfig, sizes: Mapping[str, Sized], *, longest: i
                 batch_size=config.batch_size,
                 seq_len=config.seq_len,
                 precision=config.precision,
-                eval_every=max(1, config.steps // 12),
+                eval_every=max(1, config.steps // 6),
                 eval_tokens=config.eval_tokens,
                 position_len=position_len,
                 checkpoint_every=max(1, config.steps // 4),
@@ -187,17 +191,23 @@ def run_configs(config: CompareConfig, sizes: Mapping[str, Sized], *, longest: i
     ]
 
 
-def context_jobs(config: CompareConfig | ContextConfig, sizes: Sequence[Sized]) -> list[ContextJob]:
+def context_jobs(
+    config: CompareConfig | ContextConfig, sizes: Sequence[Sized], provenance: Mapping[str, Any]
+) -> list[ContextJob]:
     """The measurements of a comparison, short lengths first, so that an unfinished one can be compared."""
-    settings = measure_settings(config.measure, config.precision, config.device, config.threads)
+    tokens = config.measure.tokens_per_batch or max(config.context)
+    measure = dataclasses.replace(config.measure, tokens_per_batch=tokens)
+    settings = measure_settings(measure, config.precision, config.device, config.threads)
     return [
         ContextJob(
             arch=sized.arch,
+            label=sized.label,
             context_len=context_len,
             model=json.loads(json.dumps(sized.config.to_dict())),
             n_params=sized.n_params,
             n_active_params=sized.n_active_params,
             settings=settings,
+            provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
         )
         for context_len in config.context
         for sized in sizes
@@ -226,7 +236,7 @@ def print_sizes(sizes: Sequence[Sized]) -> None:
         ("arch", "d_model", "layers", "params", "active", "training FLOPs/token", "state", "lr"),
         [
             (
-                display_name(one.arch),
+                one.label,
                 str(one.config.d_model),
                 str(one.config.n_layers),
                 f"{one.n_params:,}",
@@ -261,6 +271,11 @@ def _print_headline(out: Path) -> None:
     print()
     for paragraph in json.loads((out / "summary.json").read_text())["headline"]:
         print(paragraph)
+
+
+def _print_failures(failed: Sequence[Failure]) -> None:
+    for one in failed:
+        print(f"crossover: {one.name}: failed: {one.reason} (log: {one.log})", file=sys.stderr)
 
 
 def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Options of the benchmark commands: frozen dataclasses that import nothing heavy, so that `--help` is fast."""
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,13 +22,11 @@ __all__ = [
     "ReportConfig",
     "format_bytes",
     "parse_bytes",
-    "suggestion",
 ]
 
 ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
 
 Precision = Literal["auto", "fp32", "bf16"]
-Phase = Literal["train", "prefill", "decode"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -64,14 +60,6 @@ ByteSize = Annotated[
 ]
 
 
-def suggestion(word: str, valid: Iterable[str]) -> str:
-    """Ends an error message about an unknown name: the nearest valid one if there is one, and all of them."""
-    names = sorted(valid)
-    nearest = difflib.get_close_matches(word, names, n=1)
-    meant = f"did you mean '{nearest[0]}'? " if nearest else ""
-    return f"{meant}valid names: {', '.join(names)}"
-
-
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -87,21 +75,27 @@ def _check_archs(archs: tuple[str, ...]) -> None:
         raise ValueError(f"--archs names an architecture twice: {' '.join(archs)}")
 
 
-def _check_context(context: tuple[int, ...]) -> None:
+def _check_context(context: tuple[int, ...], tokens_per_batch: int | None) -> None:
     if not context:
         raise ValueError("--context names no length")
     if min(context) <= 0:
         raise ValueError(f"--context must be positive lengths in tokens, got {min(context)}")
     if list(context) != sorted(set(context)):
         raise ValueError(f"--context must be increasing lengths in tokens, got {' '.join(map(str, context))}")
+    if tokens_per_batch is not None and tokens_per_batch < context[-1]:
+        raise ValueError(
+            f"--tokens-per-batch {tokens_per_batch} is less than the longest --context, {context[-1]}, so the lengths "
+            "would not train on equally many tokens"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     """How a cell (one architecture at one context length) is measured; part of the identity of a result."""
 
-    tokens_per_batch: int = 8192
-    """Tokens in one training step of the benchmark; the batch is max(1, tokens_per_batch // length) sequences."""
+    tokens_per_batch: int | None = None
+    """Tokens in one training step at every length, as a batch of tokens // length sequences; the longest --context when
+    not given."""
 
     prompts: int = 1
     """Sequences read at once in prefill and continued at once in decode."""
@@ -109,11 +103,12 @@ class MeasureConfig:
     decode_tokens: int = 32
     """Tokens generated one at a time in each repeat of the decode measurement."""
 
-    time_box: float = 2.0
+    time_box: float = 0.5
     """Seconds spent on the repeats of one phase; at least --min-repeats are made whatever they take."""
 
     min_repeats: int = 3
-    """Fewest repeats of a phase after its warm-up."""
+    """Fewest repeats of a phase after its warm-up; training whose warm-up step alone takes longer than --time-box needs
+    only 2."""
 
     timeout: float = 300.0
     """Seconds after which a phase is stopped and recorded as a timeout."""
@@ -123,9 +118,9 @@ class MeasureConfig:
     out of memory. The Python process itself takes about 0.3 GiB of it."""
 
     def __post_init__(self) -> None:
-        _check_positive(
-            self, "tokens_per_batch", "prompts", "decode_tokens", "time_box", "min_repeats", "timeout", "memory_limit"
-        )
+        _check_positive(self, "prompts", "decode_tokens", "time_box", "min_repeats", "timeout", "memory_limit")
+        if self.tokens_per_batch is not None:
+            _check_positive(self, "tokens_per_batch")
         if self.memory_limit < 2**29:
             raise ValueError(
                 f"--memory-limit {format_bytes(self.memory_limit)} is too little for Python and torch: give 512MiB"
@@ -149,19 +144,19 @@ class CompareConfig:
     seeds: int = 1
     """Runs per architecture, with seeds 0, 1, ..."""
 
-    steps: int = 600
+    steps: int = 450
     """Optimizer steps of every run."""
 
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences per step."""
 
-    seq_len: int = 512
+    seq_len: int = 256
     """Tokens per training sequence."""
 
     context: tuple[int, ...] = (128, 512, 2048, 8192)
     """Context lengths in tokens at which speed and memory are measured."""
 
-    eval_tokens: Count = 65_536
+    eval_tokens: Count = 32_768
     """Held-out tokens read by one validation, always the same ones."""
 
     position_len: int | None = None
@@ -195,7 +190,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         _check_archs(self.archs)
-        _check_context(self.context)
+        _check_context(self.context, self.measure.tokens_per_batch)
         _check_positive(self, "params", "seeds", "steps", "batch_size", "seq_len", "eval_tokens")
         if self.threads is not None:
             _check_positive(self, "threads")
@@ -238,7 +233,7 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         _check_archs(self.archs)
-        _check_context(self.context)
+        _check_context(self.context, self.measure.tokens_per_batch)
         _check_positive(self, "params", "vocab_size")
         if self.threads is not None:
             _check_positive(self, "threads")
@@ -248,14 +243,15 @@ class ContextConfig:
 class LearningRateConfig:
     """Try several peak learning rates per architecture under one rule and say which is best.
 
-    The rule: same steps, same data in the same order, same schedule; the lowest validation bits per byte wins. A winner
-    at the end of the list means that the list is too short.
+    The rule: same steps, same data in the same order, same schedule; the lowest validation bits per byte wins. The rate
+    is thus chosen on the same held-out text that `crossover compare` reports, for every architecture alike. A winner at
+    the end of the list means that the list is too short.
     """
 
     archs: tuple[str, ...] = ARCHS
     """Architectures to tune."""
 
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Peak learning rates to try."""
 
     params: Count = 1_000_000
@@ -264,13 +260,13 @@ class LearningRateConfig:
     seeds: int = 1
     """Runs per rate, with seeds 0, 1, ...; the mean over seeds decides."""
 
-    steps: int = 200
+    steps: int = 400
     """Optimizer steps of every run."""
 
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences per step."""
 
-    seq_len: int = 512
+    seq_len: int = 256
     """Tokens per training sequence."""
 
     eval_tokens: Count = 65_536

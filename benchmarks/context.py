@@ -7,7 +7,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 from .config import MeasureConfig
 from .processes import last_line, module_command, start, stop
 from .progress import Progress, Task
-from .results import display_name, read_jsonl
+from .results import read_jsonl
 
-__all__ = ["PHASES", "ContextJob", "append_jsonl", "cell_tasks", "measure_cells", "reusable_cells"]
+__all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "measure_cells", "reusable_cells"]
 
 PHASES = ("decode", "prefill", "train")
+_SAME_MACHINE = ("cpu", "device", "torch")
 _START_SECONDS = 6.0  # import of torch and the first call of every kernel
 
 
@@ -28,6 +29,8 @@ class ContextJob:
     """One architecture at one context length."""
 
     arch: str
+    label: str
+    """The architecture's name as written in text."""
     context_len: int
     model: Mapping[str, Any]
     """ModelConfig.to_dict()"""
@@ -35,11 +38,13 @@ class ContextJob:
     n_active_params: int
     settings: Mapping[str, Any]
     """What all cells of a comparison share: MeasureConfig, precision, device, threads, allocator."""
+    provenance: Mapping[str, Any]
+    """What measures: cpu, device, torch, git_commit."""
 
     @property
     def name(self) -> str:
         """What progress and messages call it."""
-        return f"{display_name(self.arch)} at {self.context_len:,} tokens"
+        return f"{self.label} at {self.context_len:,} tokens"
 
     def cell(self, phase: str, **content: Any) -> dict[str, Any]:
         """A cell with all its keys; `content` is what was measured."""
@@ -48,6 +53,7 @@ class ContextJob:
         )
         return {
             "arch": self.arch,
+            "label": self.label,
             "phase": phase,
             "context_len": self.context_len,
             "n_params": self.n_params,
@@ -60,7 +66,17 @@ class ContextJob:
             **content,
             "model": self.model,
             "settings": self.settings,
+            "provenance": self.provenance,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A cell that failed."""
+
+    name: str
+    reason: str
+    log: Path
 
 
 def cell_tasks(jobs: Sequence[ContextJob]) -> list[Task]:
@@ -91,7 +107,8 @@ def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, in
     """Cells already measured for these jobs, by architecture, length and phase.
 
     Raises:
-        ValueError: if the file holds cells of other settings or other models, with which these cannot be compared.
+        ValueError: if the file holds cells of other settings, other models, another machine or another torch, with
+            which these cannot be compared.
     """
     by_arch = {job.arch: job for job in jobs}
     wanted = {(job.arch, job.context_len) for job in jobs}
@@ -99,11 +116,13 @@ def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, in
     for cell in read_jsonl(path):
         job = by_arch.get(cell["arch"], jobs[0])
         differing = _differences(cell["settings"], job.settings)
+        before = cell.get("provenance", {})
+        differing += [key for key in _SAME_MACHINE if before.get(key) != job.provenance.get(key)]
         if cell["arch"] in by_arch and cell["model"] != json.loads(json.dumps(job.model)):
             differing = ["model", *differing]
         if differing:
             raise ValueError(
-                f"{path} holds measurements with another {', '.join(differing)}; "
+                f"{path} holds measurements with another {', '.join(dict.fromkeys(differing))}; "
                 "give the same options, another --out, or --fresh to start over"
             )
         if (cell["arch"], cell["context_len"]) in wanted and cell["status"] in ("done", "out_of_memory", "timeout"):
@@ -115,23 +134,47 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
-def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *, log: Path) -> None:
-    """Measures every job that is not in the file yet, and appends each cell as it comes."""
+def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *, logs: Path) -> list[Failure]:
+    """Measures every job that is not in the file yet, and appends each cell as its phase ends.
+
+    Returns:
+        The cells that failed; running out of memory or of time is a result.
+    """
     existing = reusable_cells(path, jobs)
+    _warn_of_other_commits(existing.values(), jobs, progress)
+    failed: list[Failure] = []
     for job in jobs:
         phases = [phase for phase in PHASES if (job.arch, job.context_len, phase) not in existing]
         if not phases:
             progress.skip(job.name, "measured before")
             continue
         progress.begin(job.name)
-        told: list[str] = []
+        log = logs / f"context-{job.arch}-{job.context_len}.log"
+        log.unlink(missing_ok=True)
+        cells: list[dict[str, Any]] = []
+
+        def keep(cell: dict[str, Any], cells: list[dict[str, Any]] = cells) -> None:
+            append_jsonl(path, cell)
+            cells.append(cell)
+
         while phases:  # a phase that kills its process leaves the others to a new one
-            cells = _run_worker(job, phases, progress, log=log)
-            for cell in cells:
-                append_jsonl(path, cell)
-                told.append(_brief(cell))
+            _run_worker(job, phases, progress, keep, log=log)
             phases = [phase for phase in phases if phase not in {cell["phase"] for cell in cells}]
-        progress.finish(job.name, ", ".join(told))
+        progress.finish(job.name, ", ".join(map(_brief, cells)))
+        failed += [
+            Failure(name=f"{job.name}, {cell['phase']}", reason=cell["error"], log=log)
+            for cell in cells
+            if cell["status"] == "failed"
+        ]
+    return failed
+
+
+def _warn_of_other_commits(cells: Iterable[Mapping[str, Any]], jobs: Sequence[ContextJob], progress: Progress) -> None:
+    ours = {job.provenance.get("git_commit") for job in jobs}
+    others = {cell["provenance"].get("git_commit") for cell in cells} - ours
+    if others:
+        names = ", ".join(sorted(str(commit)[:12] for commit in others))
+        progress.say(f"warning: keeps measurements made at another commit ({names}); --fresh makes them anew")
 
 
 def _brief(cell: Mapping[str, Any]) -> str:
@@ -140,8 +183,10 @@ def _brief(cell: Mapping[str, Any]) -> str:
     return f"{cell['phase']} {cell['status'].replace('_', ' ')}"
 
 
-def _run_worker(job: ContextJob, phases: Sequence[str], progress: Progress, *, log: Path) -> list[dict[str, Any]]:
-    """Runs one worker to its end and returns at least one cell: of each phase that ended, and of one that did not."""
+def _run_worker(
+    job: ContextJob, phases: Sequence[str], progress: Progress, keep: Callable[[dict[str, Any]], None], *, log: Path
+) -> None:
+    """Runs one worker to its end. Gives `keep` the cell of each phase when it ends, and of one that never did."""
     settings = job.settings
     measure = {field.name: settings[field.name] for field in dataclasses.fields(MeasureConfig)}
     order = {
@@ -151,29 +196,28 @@ def _run_worker(job: ContextJob, phases: Sequence[str], progress: Progress, *, l
         "measure": measure,
         **{key: settings[key] for key in ("precision", "device", "threads")},
     }
-    log.unlink(missing_ok=True)
+    log_bytes = log.stat().st_size if log.exists() else 0
     command = module_command("crossover.benchmarks.worker", json.dumps(order))
     child = start(command, threads=settings["threads"], log=log, output=subprocess.PIPE)
-    cells: list[dict[str, Any]] = []
+    left = list(phases)
     running = phases[0]
     try:
         for event in _events(child, timeout=settings["timeout"]):
             if event is not None:
                 running = event.pop("phase")
                 if event.pop("event") == "cell":
-                    cells.append(job.cell(running, **event))
-            progress.update(job.name, len(cells) / len(PHASES), running)
+                    keep(job.cell(running, **event))
+                    left.remove(running)
+            progress.update(job.name, 1 - len(left) / len(PHASES), running)
     except TimeoutError:
         stop(child, grace=0)
-        limit = f"stopped after {settings['timeout']:g} s"
-        return [*cells, job.cell(running, status="timeout", error=limit)]
+        keep(job.cell(running, status="timeout", error=f"stopped after {settings['timeout']:g} s"))
+        return
     except KeyboardInterrupt:
         stop(child, grace=0)
         raise
-    left = [phase for phase in phases if phase not in {cell["phase"] for cell in cells}]
     if left:
-        cells.append(job.cell(left[0], **_cause_of_death(child.returncode, last_line(log))))
-    return cells
+        keep(job.cell(left[0], **_cause_of_death(child.returncode, last_line(log, after=log_bytes))))
 
 
 def _events(child: subprocess.Popen, *, timeout: float) -> Iterator[dict[str, Any] | None]:

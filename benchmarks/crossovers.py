@@ -6,14 +6,14 @@ curves is taken to be linear in the logarithm of the length, exact for power law
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from typing import Literal
 
 __all__ = ["Crossover", "Curve", "Direction", "Point", "all_crossovers", "crossover"]
 
 Direction = Literal["higher", "lower"]
-Verdict = Literal["beyond", "always", "never", "only_shorter", "unknown"]
+Verdict = Literal["beyond", "always", "never", "only_shorter", "unclear", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Point:
     """Low end of the spread of the repeats; the value itself when None."""
     high: float | None = None
     """High end of the spread of the repeats; the value itself when None."""
+    stopped_after: float | None = None
+    """Where there is no value because the measurement took too long: the seconds that it had."""
 
 
 Curve = Sequence[Point]
@@ -40,17 +42,21 @@ class Crossover:
     b: str
     verdict: Verdict
     """beyond: b is better from context_len on; always / never: at every measured length; only_shorter: b is better
-    somewhere, but not at the longest length; unknown: no length was measured for both."""
+    somewhere, but not at the longest length; unclear: the spread of the repeats allows several of these, and low and
+    high tell what is left; unknown: no length was measured for both."""
     context_len: float | None
     """Length in tokens from which b stays better; None unless the verdict is 'beyond'."""
     low: float | None
-    """Shortest length compatible with the spread of the repeats; None if b may be better at all measured lengths."""
+    """Shortest length compatible with the spread of the repeats; None if b may be better at all measured lengths, or
+    cannot be at the longest."""
     high: float | None
     """Longest length compatible with the spread of the repeats; None if b may never get ahead in the measured range."""
     n_crossings: int
     """How often the better one changes within the measured lengths."""
     out_of_memory: str | None
     """Where the crossover is that one model no longer runs: the name of that model."""
+    stopped_after: float | None
+    """Where the crossover is that a took too long: the seconds after which it was stopped."""
 
 
 def _log_ratio(a: float | None, b: float | None, direction: Direction) -> float | None:
@@ -83,11 +89,30 @@ def _last_rise(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
 
 def _worse_beyond_first_failure(curve: Curve) -> dict[int, Point]:
     """Points by length, where every length after one without a value has none either: memory only grows."""
-    points, failed = {}, False
+    points, failure = {}, None
     for point in sorted(curve, key=lambda point: point.context_len):
-        failed = failed or point.value is None
-        points[point.context_len] = Point(context_len=point.context_len, value=None) if failed else point
+        failure = failure or (point if point.value is None else None)
+        points[point.context_len] = replace(failure, context_len=point.context_len) if failure else point
     return points
+
+
+def _kind(ratios: Sequence[float]) -> Verdict:
+    if ratios[-1] > 0:
+        return "always" if min(ratios) > 0 else "beyond"
+    return "only_shorter" if max(ratios) > 0 else "never"
+
+
+def _verdict(central: Sequence[float], optimistic: Sequence[float], pessimistic: Sequence[float]) -> Verdict:
+    """The verdict on the central ratios, or 'unclear' where the spread leaves nothing of it."""
+    verdict, best, worst = _kind(central), _kind(optimistic), _kind(pessimistic)
+    match verdict:
+        case "beyond":
+            unclear = best == "always" and worst != "beyond"
+        case "only_shorter":  # the same seen from the other model
+            unclear = worst == "never" and best != "only_shorter"
+        case _:
+            unclear = best != worst
+    return "unclear" if unclear else verdict
 
 
 def crossover(metric: str, a: str, b: str, curves: Mapping[str, Curve], direction: Direction) -> Crossover:
@@ -107,7 +132,7 @@ def crossover(metric: str, a: str, b: str, curves: Mapping[str, Curve], directio
     longest_a, longest_b = max(points_a, default=0), max(points_b, default=0)
     for points, longest, other in ((points_a, longest_a, points_b), (points_b, longest_b, points_a)):
         if points and points[longest].value is None:  # lengths not tried after a failure fail too
-            points.update({L: Point(context_len=L, value=None) for L in other if longest < L})
+            points.update({L: replace(points[longest], context_len=L) for L in other if longest < L})
     lengths, central, optimistic, pessimistic = [], [], [], []
     for context_len in sorted(points_a.keys() & points_b.keys()):
         p, q = points_a[context_len], points_b[context_len]
@@ -119,20 +144,19 @@ def crossover(metric: str, a: str, b: str, curves: Mapping[str, Curve], directio
         central.append(ratio)
         optimistic.append(_log_ratio(_end(p, worst), _end(q, best), direction))
         pessimistic.append(_log_ratio(_end(p, best), _end(q, worst), direction))
-    verdict, context_len, low, high, failed = "unknown", None, None, None, None
+    verdict, context_len, low, high, failure = "unknown", None, None, None, None
     if lengths:
-        context_len = _last_rise(lengths, central)
-        if context_len is not None:
-            verdict, low, high = "beyond", _last_rise(lengths, optimistic), _last_rise(lengths, pessimistic)
-            first_better = next(i for i, length in enumerate(lengths) if length >= context_len)
+        verdict = _verdict(central, optimistic, pessimistic)
+        if verdict in ("beyond", "unclear"):
+            low, high = _last_rise(lengths, optimistic), _last_rise(lengths, pessimistic)
+        if verdict == "beyond":
+            context_len = _last_rise(lengths, central)
+        clear = context_len if verdict == "beyond" else high
+        if clear is not None:
+            first_better = next(i for i, length in enumerate(lengths) if length >= clear)
             if math.isinf(central[first_better]):
-                failed, low = a, float(lengths[first_better - 1])
-        elif min(central) > 0:
-            verdict = "always"
-        elif max(central) > 0:
-            verdict = "only_shorter"
-        else:
-            verdict = "never"
+                failure = points_a[lengths[first_better]]
+                low = float(lengths[first_better - 1]) if verdict == "beyond" else low
     return Crossover(
         metric=metric,
         a=a,
@@ -142,7 +166,8 @@ def crossover(metric: str, a: str, b: str, curves: Mapping[str, Curve], directio
         low=low,
         high=high,
         n_crossings=sum((x > 0) != (y > 0) for x, y in pairwise(central)),
-        out_of_memory=failed,
+        out_of_memory=a if failure is not None and failure.stopped_after is None else None,
+        stopped_after=None if failure is None else failure.stopped_after,
     )
 
 

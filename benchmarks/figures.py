@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import format_bytes
 from .document import Figure
-from .results import Comparison, Metric, display_name
+from .results import Comparison, Metric, tokens_per_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,11 +49,15 @@ class _Pen:
     dashes: str | tuple[float, tuple[float, ...]]
 
 
-def _pens(archs: Sequence[str], theme: _Theme) -> dict[str, _Pen]:
+def _pens(comparison: Comparison, theme: _Theme) -> dict[str, _Pen]:
     return {
-        arch: _Pen(display_name(arch), theme.colors[i % 8], _MARKERS[i % 8], _DASHES[i % 8])
-        for i, arch in enumerate(archs)
+        arch: _Pen(comparison.label(arch), theme.colors[i % 8], _MARKERS[i % 8], _DASHES[i % 8])
+        for i, arch in enumerate(comparison.archs)
     }
+
+
+def _names(comparison: Comparison, archs: Sequence[str]) -> str:
+    return ", ".join(map(comparison.label, archs))
 
 
 def draw(name: str, caption: str, alt: str, paint: Callable[["Axes", _Theme], None]) -> Figure:
@@ -174,14 +178,14 @@ def _references(axes: "Axes", theme: _Theme, references: Mapping[str, float], *,
         )
 
 
-def quality_figure(rows: Sequence[Mapping], references: Mapping[str, float], archs: Sequence[str]) -> Figure:
+def quality_figure(comparison: Comparison, rows: Sequence[Mapping], references: Mapping[str, float]) -> Figure:
     """Bits per byte of every architecture, beside the compressors."""
     scored = sorted(
         (row for row in rows if row["val_bits_per_byte"] is not None), key=lambda row: -row["val_bits_per_byte"]
     )
 
     def paint(axes: "Axes", theme: _Theme) -> None:
-        pens = _pens(archs, theme)
+        pens = _pens(comparison, theme)
         for y, row in enumerate(scored):
             pen, value = pens[row["arch"]], row["val_bits_per_byte"]
             axes.errorbar(
@@ -203,8 +207,7 @@ def quality_figure(rows: Sequence[Mapping], references: Mapping[str, float], arc
         + (
             "; bars: one standard deviation over seeds." if any(row["val_bits_per_byte_std"] for row in scored) else "."
         ),
-        "Bits per byte: "
-        + ", ".join(f"{display_name(row['arch'])} {row['val_bits_per_byte']:.2f}" for row in reversed(scored)),
+        "Bits per byte: " + ", ".join(f"{row['label']} {row['val_bits_per_byte']:.2f}" for row in reversed(scored)),
         paint,
     )
 
@@ -218,7 +221,7 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
     def paint(axes: "Axes", theme: _Theme) -> None:
         from matplotlib.ticker import FuncFormatter
 
-        pens, named = _pens(archs, theme), set()
+        pens, named = _pens(comparison, theme), set()
         for arch, curve in curves:
             pen = pens[arch]
             axes.plot(
@@ -250,7 +253,7 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
         "The same data for everyone: what each token teaches."
         if x == "tokens"
         else "The same runs against the time they took on this machine.",
-        f"Validation bits per byte against training {what} for {', '.join(map(display_name, archs))}",
+        f"Validation bits per byte against training {what} for {_names(comparison, archs)}",
         paint,
     )
 
@@ -273,7 +276,7 @@ def position_figure(comparison: Comparison, seq_len: int) -> Figure | None:
     stops = sorted({stop for profile in profiles.values() for _, stop in profile})
 
     def paint(axes: "Axes", theme: _Theme) -> None:
-        for arch, pen in _pens(comparison.archs, theme).items():
+        for arch, pen in _pens(comparison, theme).items():
             if arch not in profiles:
                 continue
             spans = sorted(profiles[arch])
@@ -306,7 +309,7 @@ def position_figure(comparison: Comparison, seq_len: int) -> Figure | None:
     return draw(
         "position",
         f"How well each position is predicted. Right of the line lies beyond the {seq_len:,} tokens seen in training.",
-        f"Bits per byte by position for {', '.join(map(display_name, archs))}, to {max(stops):,} tokens",
+        f"Bits per byte by position for {_names(comparison, archs)}, to {max(stops):,} tokens",
         paint,
     )
 
@@ -322,7 +325,7 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     is_bytes = metric.key.endswith("bytes")
 
     def paint(axes: "Axes", theme: _Theme) -> None:
-        pens = _pens(comparison.archs, theme)
+        pens = _pens(comparison, theme)
         for arch in archs:
             pen = pens[arch]
             x = [cell["context_len"] for cell in done[arch]]
@@ -345,15 +348,15 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
         axes.set_ylabel(_LABELS[metric.name])
 
     failed = [
-        f"{display_name(arch)} {_STATUS[cell['status']]} at {cell['context_len']:,}"
+        f"{comparison.label(arch)} {_STATUS[cell['status']]} at {cell['context_len']:,}"
         for arch in archs
         for cell in cells[arch]
         if cell["status"] != "done"
     ]
     return draw(
         f"context-{metric.phase}-{'memory' if metric.key == 'peak_bytes' else 'state' if is_bytes else 'speed'}",
-        _CAPTIONS[metric.name] + (f" Crosses: {'; '.join(failed)}." if failed else ""),
-        f"{metric.name} against context length for {', '.join(map(display_name, archs))}"
+        _caption(comparison, metric) + (f" Crosses: {'; '.join(failed)}." if failed else ""),
+        f"{metric.name} against context length for {_names(comparison, archs)}"
         + (f"; {'; '.join(failed)}" if failed else ""),
         paint,
     )
@@ -370,12 +373,17 @@ _LABELS = {
 }
 
 _CAPTIONS = {
-    "training tokens/s": "Training: forward, backward and optimizer step, as many tokens per step at every length.",
+    "training tokens/s": "Training: forward, backward and optimizer step.",
     "prefill tokens/s": "Prefill: reading a prompt of this length into the state.",
     "decode tokens/s": "Decode: one token at a time after a prompt of this length.",
     "peak training memory": "Most memory held during a training step, without the program itself.",
     "decoding state": "State carried for one sequence after this many tokens.",
 }
+
+
+def _caption(comparison: Comparison, metric: Metric) -> str:
+    tokens = tokens_per_step(comparison) if metric.phase == "train" else ""
+    return _CAPTIONS[metric.name].removesuffix(".") + (f", {tokens}." if tokens else ".")
 
 
 def _make_room(axes: "Axes", *, at_top: bool) -> None:

@@ -13,7 +13,7 @@ from .compare import check_archs, folder_for, open_corpus, print_table
 from .config import LearningRateConfig
 from .processes import Stopped, stop_on_signals
 from .progress import Progress, Schedule
-from .results import display_name, load_run
+from .results import load_run
 from .training import check_resumable, size, train_runs, training_tasks
 
 __all__ = ["bench_lr", "best_rates", "rate_rows"]
@@ -58,6 +58,7 @@ def _runs(config: LearningRateConfig, data: DataConfig) -> list[RunConfig]:
         precision=config.precision,
         eval_every=max(1, config.steps // 4),
         eval_tokens=config.eval_tokens,
+        final_eval_tokens=config.eval_tokens,
         position_len=0,
         sample_tokens=0,
         checkpoint_every=0,
@@ -105,25 +106,21 @@ def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
-    results = []
-    for run in runs:
-        rate = run.optim.lr
-        assert rate is not None
-        if (run.directory / "run.json").exists():
-            results.append((run.model.preset, rate, load_run(run.directory).bits_per_byte))
-    rows = rate_rows(results)
+    rows = rate_rows([(run.model.preset, run.optim.lr, _score(run)) for run in runs if run.optim.lr is not None])
     with (out / "lr.csv").open("w", encoding="utf-8", newline="") as file:
         columns: list[str] = ["arch", "lr", "val_bits_per_byte", "n_seeds", "best"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    from ..archs.presets import find
+
     tried = {arch: sorted(row["lr"] for row in rows if row["arch"] == arch) for arch in {row["arch"] for row in rows}}
     print()
     print_table(
         ("arch", "lr", "bits per byte", "seeds", ""),
         [
             (
-                display_name(row["arch"]),
+                find(row["arch"]).label,
                 f"{row['lr']:g}",
                 "-" if row["val_bits_per_byte"] is None else f"{row['val_bits_per_byte']:.4f}",
                 str(row["n_seeds"]),
@@ -133,6 +130,11 @@ def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
         ],
     )
     print(f"\nWritten to {out / 'lr.csv'}.")
+
+
+def _score(run: RunConfig) -> float | None:
+    """Final bits per byte of a run; None where it has not finished or not begun."""
+    return load_run(run.directory).bits_per_byte if (run.directory / "run.json").exists() else None
 
 
 def _mark(row: Mapping[str, Any], tried: Sequence[float]) -> str:

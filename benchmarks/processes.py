@@ -75,9 +75,13 @@ def stop(child: subprocess.Popen, *, grace: float) -> None:
         child.wait()
 
 
-def last_line(log: Path) -> str:
-    """The last line that a child wrote with something in it: the message of its error, where it ended with one."""
+def last_line(log: Path, *, after: int = 0) -> str:
+    """The last line that a child wrote with something in it: the message of its error, where it ended with one.
+
+    `after` is the size of the log before that child began, where children share it.
+    """
     if not log.exists():
         return ""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = log.read_bytes()[after:].decode(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""

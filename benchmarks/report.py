@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from .results import (
     Metric,
     budget_checks,
     crossovers_of,
-    display_name,
     load_comparison,
     quality,
+    tokens_per_step,
 )
 
 __all__ = ["headline", "write_report"]
@@ -58,7 +58,6 @@ _CELL_COLUMNS = (
     "dtype",
     "peak_method",
 )
-_WITH_ARTICLE = frozenset({"transformer", "lstm"})
 _STATUS = {
     "out_of_memory": "out of memory",
     "timeout": "out of time",
@@ -136,10 +135,6 @@ def _summary(
 # Words
 
 
-def _named(arch: str) -> str:
-    return f"the {display_name(arch)}" if arch in _WITH_ARTICLE else display_name(arch)
-
-
 def _and(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
 
@@ -161,22 +156,50 @@ def _range(crossing: Crossover) -> str:
         return "" if low == high else f" ({low}-{high})"
     if crossing.high is not None:
         return f" (at most {_rounded(crossing.high)})"
-    if crossing.low is not None:
-        return f" (at least {_rounded(crossing.low)})"
-    return " (within the noise at every length)"
+    assert crossing.low is not None
+    return f" (at least {_rounded(crossing.low)}, within the noise at the longest)"
 
 
-def _when(crossing: Crossover, reverse: Crossover) -> str:
+def _has_ended(crossing: Crossover) -> bool:
+    """Whether the lead changes because the model to be overtaken could not be measured any more."""
+    return crossing.out_of_memory is not None or crossing.stopped_after is not None
+
+
+def _end(crossing: Crossover, label: Callable[[str], str]) -> str:
+    """What ended the model to be overtaken."""
+    if crossing.stopped_after is not None:
+        return f"{label(crossing.a)} was stopped after {crossing.stopped_after:g} s"
+    return f"{label(crossing.a)} no longer runs"
+
+
+def _is_noise(crossing: Crossover, reverse: Crossover) -> bool:
+    """Whether there is no length at which b is better than a by more than the noise, though it may be."""
+    return crossing.verdict == "unclear" and crossing.high is None and reverse.low is None
+
+
+def _when(crossing: Crossover, reverse: Crossover, label: Callable[[str], str]) -> str:
     """Says for which lengths b is better than a. `reverse` is the crossover of the pair the other way round."""
     match crossing.verdict:
-        case "beyond" if crossing.out_of_memory is not None and crossing.context_len is not None:
-            return f"from {crossing.context_len:,.0f} tokens on, where {_named(crossing.a)} no longer runs"
+        case "beyond" if _has_ended(crossing) and crossing.context_len is not None:
+            return f"from {crossing.context_len:,.0f} tokens on, where {_end(crossing, label)}"
         case "beyond" if crossing.context_len is not None:
             return f"beyond {_rounded(crossing.context_len)} tokens{_range(crossing)}"
-        case "only_shorter" if reverse.out_of_memory is not None and reverse.context_len is not None:
-            return f"below {reverse.context_len:,.0f} tokens, where {_named(crossing.b)} no longer runs"
+        case "only_shorter" if _has_ended(reverse) and reverse.context_len is not None:
+            return f"below {reverse.context_len:,.0f} tokens, where {_end(reverse, label)}"
         case "only_shorter" if reverse.context_len is not None:
             return f"up to {_rounded(reverse.context_len)} tokens{_range(reverse)}"
+        case "unclear" if crossing.high is not None and _has_ended(crossing):
+            return f"from {crossing.high:,.0f} tokens on, where {_end(crossing, label)} (before: within the noise)"
+        case "unclear" if crossing.high is not None:
+            return f"beyond {_rounded(crossing.high)} tokens (before: within the noise)"
+        case "unclear" if reverse.low is not None:
+            return f"up to {_rounded(reverse.low)} tokens (beyond: within the noise)"
+        case "unclear" if reverse.high is not None:
+            return f"within the noise below {_rounded(reverse.high)} tokens"
+        case "unclear" if crossing.low is not None:
+            return f"within the noise beyond {_rounded(crossing.low)} tokens"
+        case "unclear":
+            return "within the noise at every length measured"
         case "always":
             return "at every length measured"
         case "only_shorter":
@@ -189,13 +212,17 @@ def _short(crossing: Crossover, reverse: Crossover) -> str:
     """`_when` for the cell of a table."""
     match crossing.verdict:
         case "beyond" if crossing.context_len is not None:
-            mark = " †" if crossing.out_of_memory is not None else _range(crossing)
+            mark = " †" if _has_ended(crossing) else _range(crossing)
             return f"> {_rounded(crossing.context_len)}{mark}"
         case "only_shorter" if reverse.context_len is not None:
-            mark = " †" if reverse.out_of_memory is not None else _range(reverse)
+            mark = " †" if _has_ended(reverse) else _range(reverse)
             return f"< {_rounded(reverse.context_len)}{mark}"
         case "only_shorter":
             return "some shorter"
+        case "unclear" if crossing.high is not None:
+            return f"> {_rounded(crossing.high)}{' †' if _has_ended(crossing) else ''}, before unclear"
+        case "unclear" if reverse.low is not None:
+            return f"< {_rounded(reverse.low)}, beyond unclear"
         case "unknown":
             return "not measured"
         case verdict:
@@ -203,29 +230,39 @@ def _short(crossing: Crossover, reverse: Crossover) -> str:
 
 
 def _crossover_sentence(
-    metric: Metric, baseline: str, others: Sequence[str], found: Mapping[tuple[str, str, str], Crossover]
+    metric: Metric,
+    baseline: str,
+    others: Sequence[str],
+    found: Mapping[tuple[str, str, str], Crossover],
+    label: Callable[[str], str],
 ) -> str:
-    """One sentence: which models beat the baseline on one metric, and for which lengths."""
+    """Which models beat the baseline on one metric, and for which lengths; then those that the noise hides."""
     groups: dict[str, list[str]] = {}
-    order = {"beyond": 0, "only_shorter": 1, "always": 2, "never": 3}
+    noise: dict[str, list[str]] = {}
+    order = {"beyond": 0, "unclear": 1, "only_shorter": 2, "always": 3, "never": 4}
     known = [
         (found[metric.name, baseline, other], found[metric.name, other, baseline])
         for other in others
         if (metric.name, baseline, other) in found and found[metric.name, baseline, other].verdict in order
     ]
     for crossing, reverse in sorted(known, key=lambda pair: (order[pair[0].verdict], pair[0].context_len or 0)):
-        groups.setdefault(_when(crossing, reverse), []).append(_named(crossing.b))
-    if not groups:
-        return ""
+        kind = noise if _is_noise(crossing, reverse) else groups
+        kind.setdefault(_when(crossing, reverse, label), []).append(label(crossing.b))
+    sentences = []
     if list(groups) == ["at none"]:
-        verb = metric.verbs[0]
-        return f"No other model {verb} {metric.better} than {_named(baseline)} at any length measured."
-    (when, names), *rest = groups.items()
-    verb = metric.verbs[len(names) > 1]
-    sentence = f"{_and(names)} {verb} {metric.better} than {_named(baseline)} {when}"
-    sentence += "".join(f", {_and(several)} {where}" for where, several in rest)
-    first, tokens, others = sentence.partition(" tokens")  # the unit once is enough
-    return _capital(first + tokens + others.replace(" tokens", "")) + "."
+        least = " by more than the noise" if noise else ""
+        better = f"{metric.verbs[0]} {metric.better} than {label(baseline)}"
+        sentences.append(f"No other model {better}{least} at any length measured.")
+    elif groups:
+        (when, names), *rest = groups.items()
+        sentence = f"{_and(names)} {metric.verbs[len(names) > 1]} {metric.better} than {label(baseline)} {when}"
+        sentence += "".join(f", {_and(several)} {where}" for where, several in rest)
+        first, tokens, later = sentence.partition(" tokens")  # the unit once is enough
+        sentences.append(_capital(first + tokens + later.replace(" tokens", "")) + ".")
+    if noise:
+        parts = [f"{_and(names)} {'are' if len(names) > 1 else 'is'} {where}" for where, names in noise.items()]
+        sentences.append(f"Against {label(baseline)} in {metric.name}, {', '.join(parts)}.")
+    return " ".join(sentences)
 
 
 def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossings: Sequence[Crossover]) -> list[str]:
@@ -238,7 +275,7 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
     sentences = {
         metric.name: sentence
         for metric in METRICS
-        if archs and (sentence := _crossover_sentence(metric, archs[0], archs[1:], found))
+        if archs and (sentence := _crossover_sentence(metric, archs[0], archs[1:], found, comparison.label))
     }
     speed = [sentence for name, sentence in sentences.items() if name.endswith("tokens/s")]
     memory = [sentence for name, sentence in sentences.items() if not name.endswith("tokens/s")]
@@ -268,7 +305,7 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
     beside = _and([f"{name} {value:.2f}" for name, value in references.items()])
     lead = "predicts held-out text best" if len(scored) > 1 else "reaches"
     return (
-        f"After {_count(best['tokens'])} training tokens {_named(best['arch'])} {lead}"
+        f"After {_count(best['tokens'])} training tokens {best['label']} {lead}"
         + (f", at {score} bits per byte" if len(scored) > 1 else f" {score} bits per byte on held-out text")
         + (f"; on the same text {beside}." if beside else ".")
     )
@@ -290,7 +327,7 @@ def _title(comparison: Comparison) -> tuple[str, str]:
     models = f"{numbers[n] if n < len(numbers) else n} sequence model{'s' if n != 1 else ''}"
     unequal = any(not check.equal for check in budget_checks(comparison))
     title = models + ("" if n == 1 else ", unequal budgets" if unequal else " at one budget")
-    parts = [f"{', '.join(map(display_name, comparison.archs))}"]
+    parts = [", ".join(map(comparison.label, comparison.archs))]
     corpus = comparison.corpus
     if corpus:
         parts.append(f"trained on {corpus['name']} ({_count(corpus['train_bytes'])}B)")
@@ -341,7 +378,7 @@ def _incomplete_section(comparison: Comparison) -> list[Block]:
     planned = [f"{arch}-s{seed}" for seed in range(asked.get("seeds", 0)) for arch in asked.get("archs", ())]
     missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
     missing += [
-        f"{display_name(cell['arch'])}, {cell['phase']} at {cell['context_len']:,}: failed{_reason(cell)}"
+        f"{comparison.label(cell['arch'])}, {cell['phase']} at {cell['context_len']:,}: failed{_reason(cell)}"
         for cell in _sorted_cells(comparison)
         if cell["status"] == "failed"
     ]
@@ -350,7 +387,7 @@ def _incomplete_section(comparison: Comparison) -> list[Block]:
         arch: [L for L in asked.get("context", ()) if (arch, L) not in measured] for arch in asked.get("archs", ())
     }
     missing += [
-        f"{display_name(arch)}: not measured yet at {_and([f'{L:,}' for L in left])} tokens"
+        f"{comparison.label(arch)}: not measured yet at {_and([f'{L:,}' for L in left])} tokens"
         for arch, left in lengths.items()
         if left
     ]
@@ -375,7 +412,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
     references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
     figures = []
     if any(row["val_bits_per_byte"] is not None for row in rows):
-        figures.append(quality_figure(rows, references, comparison.archs))
+        figures.append(quality_figure(comparison, rows, references))
     if any(run.curve() for run in comparison.runs):
         figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
     position = position_figure(comparison, comparison.runs[0].info["config"]["train"]["seq_len"])
@@ -420,7 +457,7 @@ def _quality_cells(row: Mapping[str, Any]) -> list[str]:
     mean, spread = row["val_bits_per_byte"], row["val_bits_per_byte_std"]
     score = "-" if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
     return [
-        display_name(row["arch"]),
+        row["label"],
         score,
         str(row["n_seeds"]),
         _count(row["tokens"]),
@@ -444,11 +481,11 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
     blocks: list[Block] = [
         Heading(text="Against context length"),
         Paragraph(
-            text=f"Medians of repeats in {settings['time_box']:g} s after a warm-up, each model and length in its own "
-            f"process with at most {format_bytes(settings['memory_limit'])} of memory. Training takes about "
-            f"{settings['tokens_per_batch']:,} tokens per step at every length; prefill and decode serve "
-            f"{settings['prompts']} prompt{'s' if settings['prompts'] > 1 else ''} at once. "
-            f"Shaded: tenth to ninetieth percentile of the repeats."
+            text=f"Medians of repeats in {settings['time_box']:g} s after a warm-up, at least "
+            f"{settings['min_repeats']}, or 2 of training whose warm-up step alone takes longer; each model and length "
+            f"in its own process with at most {format_bytes(settings['memory_limit'])} of memory. "
+            f"{_batches(comparison)}"
+            "Shaded: tenth to ninetieth percentile of the repeats, lowest to highest of two."
         ),
         Figures(figures=figures),
     ]
@@ -457,16 +494,26 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
         found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
         blocks.append(
             Table(
-                columns=["", *map(display_name, archs[1:])],
+                columns=["", *map(comparison.label, archs[1:])],
                 rows=[
                     [metric.name, *(_pair(found, metric, archs[0], other) for other in archs[1:])] for metric in METRICS
                 ],
-                caption=f"Context lengths in tokens at which each model beats the baseline, {_named(archs[0])}: always "
-                "and never mean at every and at no length measured, † that the other one no longer runs there. "
+                caption=f"Context lengths in tokens at which each model beats {comparison.label(archs[0])}: "
+                "always and never mean at every and at no length measured, unclear that the spread of the repeats is "
+                "larger than the difference, † that one of the two ran out of memory or time there. "
                 "All pairs are listed at the end.",
             )
         )
     return blocks
+
+
+def _batches(comparison: Comparison) -> str:
+    """Says what one training step, prefill and decode work on, from the cells' own batches."""
+    tokens = tokens_per_step(comparison)
+    prompts = sorted({cell["batch_size"] for cell in comparison.cells if cell["phase"] != "train"} - {None})
+    training = f"Training takes {tokens}. " if tokens else ""
+    served = f"{_and(list(map(str, prompts)))} prompt{'s' if prompts != [1] else ''} at once"
+    return training + (f"Prefill and decode serve {served}. " if prompts else "")
 
 
 def _pair(found: Mapping[tuple[str, str, str], Crossover], metric: Metric, a: str, b: str) -> str:
@@ -486,6 +533,10 @@ def _budget_section(checks: Sequence[Check]) -> list[Block]:
             if all(check.equal for check in checks)
             else "The runs did not have equal budgets, so their quality cannot be compared as it stands."
         ),
+        Paragraph(
+            text="The peak learning rates of the presets were chosen with crossover bench lr by bits per byte on the "
+            "same held-out split that is reported here; no third split was kept."
+        ),
         Items(
             items=[
                 f"{_capital(check.name)}: {'' if check.equal else 'NOT EQUAL, '}{check.statement}" for check in checks
@@ -500,7 +551,7 @@ def _sample_section(comparison: Comparison) -> list[Block]:
     for arch in comparison.archs:
         text = next((run.result["sample"] for run in comparison.runs_of(arch) if run.result.get("sample")), None)
         if text:
-            samples.append(Preformatted(title=display_name(arch), text=_printable(text)))
+            samples.append(Preformatted(title=comparison.label(arch), text=_printable(text)))
     if not samples:
         return []
     return [
@@ -525,9 +576,9 @@ def _details_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
             rows=[
                 [
                     c.metric,
-                    display_name(c.b),
-                    display_name(c.a),
-                    _when(c, reverse),
+                    comparison.label(c.b),
+                    comparison.label(c.a),
+                    _when(c, reverse, comparison.label),
                     str(c.n_crossings),
                 ]
                 for c, reverse in _with_reverse(crossings)
@@ -559,7 +610,7 @@ def _cells_table(comparison: Comparison) -> Table:
         spread = "{:,.0f}-{:,.0f}".format(*cell["spread"]) if done else "-"
         rows.append(
             [
-                display_name(cell["arch"]),
+                comparison.label(cell["arch"]),
                 cell["phase"],
                 f"{cell['context_len']:,}",
                 str(cell["batch_size"]),
@@ -573,7 +624,7 @@ def _cells_table(comparison: Comparison) -> Table:
         )
     methods = sorted({cell["peak_method"] for cell in comparison.cells if cell.get("peak_method")})
     return Table(
-        columns=["Model", "Phase", "Context", "Batch", "Tokens/s", "10-90 %", "Repeats", "Peak", "State", "Status"],
+        columns=["Model", "Phase", "Context", "Batch", "Tokens/s", "Spread", "Repeats", "Peak", "State", "Status"],
         rows=rows,
         caption=f"Peak memory: {'; '.join(methods)}." if methods else "",
     )
@@ -586,7 +637,7 @@ def _backend_table(comparison: Comparison) -> Table:
     return Table(
         columns=["Model", "Operation", "Backend"],
         rows=[
-            [display_name(arch), operation, ", ".join(names)]
+            [comparison.label(arch), operation, ", ".join(names)]
             for arch in comparison.archs
             for operation, names in sorted(used.get(arch, {}).items())
         ],

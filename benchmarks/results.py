@@ -17,23 +17,16 @@ __all__ = [
     "Run",
     "budget_checks",
     "crossovers_of",
-    "display_name",
     "load_comparison",
     "load_run",
     "mean_and_spread",
     "quality",
     "read_json",
     "read_jsonl",
+    "tokens_per_step",
 ]
 
 Cell = dict[str, Any]
-
-_NAMES = {"s4": "S4", "s4d": "S4D", "h3": "H3", "lstm": "LSTM", "gpt2": "GPT-2", "mamba2": "Mamba-2", "bert": "BERT"}
-
-
-def display_name(arch: str) -> str:
-    """The architecture's name as written in text: 'mamba' is Mamba, 'lstm' is LSTM."""
-    return _NAMES.get(arch, arch[:1].upper() + arch[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +180,11 @@ class Comparison:
         """Summary of the corpus that all runs share."""
         return self.runs[0].info["corpus"] if self.runs else None
 
+    def label(self, arch: str) -> str:
+        """The architecture's name as written in text; the plain name where no file tells."""
+        labels = {cell["arch"]: cell["label"] for cell in self.cells if "label" in cell}
+        return {**labels, **self.info.get("labels", {})}.get(arch, arch)
+
     def runs_of(self, arch: str) -> list[Run]:
         """Runs of one architecture by seed."""
         return sorted((run for run in self.runs if run.arch == arch), key=lambda run: run.seed)
@@ -257,6 +255,7 @@ def quality(comparison: Comparison) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arch": arch,
+                "label": comparison.label(arch),
                 "d_model": info["model"].get("d_model"),
                 "n_layers": info["model"].get("n_layers"),
                 "n_params": info["n_params"],
@@ -296,8 +295,20 @@ def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
         elif metric.key == "state_bytes" and cell.get("state_bytes"):
             points.append(Point(context_len=cell["context_len"], value=cell["state_bytes"]))
         elif cell["status"] == "out_of_memory" or (cell["status"] == "timeout" and metric.key == "tokens_per_second"):
-            points.append(Point(context_len=cell["context_len"], value=None))
+            seconds = cell["settings"]["timeout"] if cell["status"] == "timeout" else None
+            points.append(Point(context_len=cell["context_len"], value=None, stopped_after=seconds))
     return points
+
+
+def tokens_per_step(comparison: Comparison) -> str:
+    """Says how many tokens the measured training steps took, from their own batches; empty where none is known."""
+    cells = (cell for cell in comparison.cells if cell["phase"] == "train" and cell["batch_size"])
+    counts = sorted({cell["batch_size"] * cell["context_len"] for cell in cells})
+    if not counts:
+        return ""
+    if len(counts) == 1:
+        return f"{counts[0]:,} tokens per step at every length"
+    return f"{counts[0]:,} to {counts[-1]:,} tokens per step, depending on the length"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,12 +340,23 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
             name="parameters",
             equal=abs(off) <= tolerance,
             statement=f"{target:,.0f} {'on average' if asked is None else 'asked for'}; the furthest is "
-            f"{display_name(worst)} with {sizes[worst]:,} ({off:+.1%})",
+            f"{comparison.label(worst)} with {sizes[worst]:,} ({off:+.1%})",
         )
     ]
     for name, key in (("tokens", "tokens"), ("steps", "steps")):
         values = sorted({run.result[key] for run in done})
         checks.append(Check(name=name, equal=len(values) <= 1, statement=_list(f"{value:,}" for value in values)))
+    read = {
+        key: _distinct(run.info["config"]["train"].get(key) for run in runs)
+        for key in ("eval_tokens", "final_eval_tokens")
+    }
+    checks.append(
+        Check(
+            name="held-out text",
+            equal=all(len(values) == 1 for values in read.values()),
+            statement="; ".join(f"{key} {_list(map(str, values))}" for key, values in read.items()),
+        )
+    )
     train = {key: _distinct(run.info["config"]["train"].get(key) for run in runs) for key in ("batch_size", "seq_len")}
     digests = _distinct(run.info["corpus"]["digest"][:12] for run in runs)
     packing = _distinct(run.info["config"]["data"].get("packing") for run in runs)

@@ -26,6 +26,8 @@ class Sized:
     """An architecture at the size of the comparison."""
 
     arch: str
+    label: str
+    """The architecture's name as written in text."""
     config: "ModelConfig"
     n_params: int
     n_active_params: int
@@ -49,6 +51,7 @@ def size(arch: str, *, n_params: int, vocab_size: int, seq_len: int) -> Sized:
     lm = build(config, device="meta")
     return Sized(
         arch=arch,
+        label=presets.find(arch).label,
         config=config,
         n_params=lm.n_params,
         n_active_params=lm.n_active_params,

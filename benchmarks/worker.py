@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ from ..train.runtime import (
     is_out_of_memory,
     keep_freed_memory,
 )
+from ..train.warm_up import warm_up
 from .config import MeasureConfig
 
 __all__ = ["Measurement", "measure", "repeat_in_time_box"]
+
+_MIN_REPEATS_OF_SLOW_TRAINING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Measurement:
     tokens_per_second: float
     """Median over the repeats."""
     spread: tuple[float, float]
-    """Tenth and ninetieth percentile over the repeats, in tokens per second."""
+    """Tenth and ninetieth percentile over the repeats, in tokens per second; lowest and highest of two."""
     repeats: int
     peak_bytes: int
     """Most memory above what the process used before the model was built."""
@@ -92,7 +96,8 @@ class _Bench:
         torch.manual_seed(0)
         self.lm = LanguageModel(config).to(device)
         self.vocab_size = config.vocab_size
-        batch_size = max(1, settings.tokens_per_batch // context_len)
+        assert settings.tokens_per_batch is not None
+        batch_size = settings.tokens_per_batch // context_len
         self.batch_size = {"train": batch_size, "prefill": settings.prompts, "decode": settings.prompts}
         # Under autocast the activations that a state keeps are bf16; recurrent states stay in float32.
         self.state_dtype = torch.bfloat16 if precision.name == "bf16" else None
@@ -115,7 +120,12 @@ class _Bench:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return self._measure(lambda: _timed(self.device, step), batch_size, batch_size * self.context_len)
+        return self._measure(
+            lambda: _timed(self.device, step),
+            batch_size,
+            batch_size * self.context_len,
+            min_repeats_if_slow=_MIN_REPEATS_OF_SLOW_TRAINING,
+        )
 
     @torch.no_grad()
     def prefill(self) -> Measurement:
@@ -174,17 +184,33 @@ class _Bench:
         return torch.from_numpy(drawn).to(self.device)
 
     def _measure(
-        self, run: Callable[[], float], batch_size: int, n_tokens: int, *, spare_bytes: int = 0
+        self,
+        run: Callable[[], float],
+        batch_size: int,
+        n_tokens: int,
+        *,
+        spare_bytes: int = 0,
+        min_repeats_if_slow: int | None = None,
     ) -> Measurement:
-        """Warms up and repeats. `spare_bytes` were held only for the sake of measuring and do not count as peak."""
+        """Warms up and repeats.
+
+        Args:
+            run: does the work once and returns the seconds that count.
+            batch_size: sequences that `run` works on.
+            n_tokens: tokens that `run` works on.
+            spare_bytes: held only for the sake of measuring; they do not count as peak.
+            min_repeats_if_slow: the fewest repeats where the warm-up alone takes longer than the time box.
+        """
         gc.collect()
         PeakMemory(self.device)  # gives back what earlier phases freed, and forgets their peak
         with record_backends() as used:
-            run()
+            warm_up_seconds = run()
         box, least = self.settings.time_box, self.settings.min_repeats
+        if min_repeats_if_slow is not None and warm_up_seconds > box:
+            least = min(least, min_repeats_if_slow)
         seconds = repeat_in_time_box(run, time_box=box, min_repeats=least)
         rates = [n_tokens / one for one in seconds]
-        low, median, high = np.quantile(rates, (0.1, 0.5, 0.9))
+        low, median, high = np.quantile(rates, (0.1, 0.5, 0.9) if len(rates) > 2 else (0, 0.5, 1))
         return Measurement(
             batch_size=batch_size,
             tokens_per_second=float(median),
@@ -208,14 +234,12 @@ def measure(bench: _Bench, phase: str) -> dict[str, Any]:
     except (RuntimeError, MemoryError, ValueError, KernelFallbackWarning) as error:
         # The message only: the exception's traceback keeps the tensors of the failed phase alive.
         message = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        status = "out_of_memory" if _ran_out(error) else "failed"
+        status = "out_of_memory" if is_out_of_memory(error) else "failed"
+        if status == "failed":
+            traceback.print_exc()
         known = {"batch_size": bench.batch_size[phase], "state_bytes": bench.state_bytes}
         return {"status": status, "error": message, **known}
     return {"status": "done", "error": None, **vars(found), "spread": list(found.spread)}
-
-
-def _ran_out(error: BaseException) -> bool:
-    return is_out_of_memory(error) or "bad_alloc" in str(error)
 
 
 def limit_memory(limit: int, device: torch.device) -> None:
@@ -244,12 +268,12 @@ def main(job: dict[str, Any]) -> None:
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # starts the thread pool, whose stacks are not the model's
     limit_memory(settings.memory_limit, device)
     precision = choose_precision(job["precision"], device)
+    config = ModelConfig.from_dict(job["model"])
     try:
-        bench = _Bench(
-            ModelConfig.from_dict(job["model"]), job["context_len"], settings, device=device, precision=precision
-        )
+        warm_up(config, device)  # what its libraries and compilers take for good is not the model's
+        bench = _Bench(config, job["context_len"], settings, device=device, precision=precision)
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
+        if not is_out_of_memory(error):
             raise
         for phase in job["phases"]:
             _tell(phase, "cell", status="out_of_memory", error=str(error).partition("\n")[0][:300])

@@ -238,7 +238,9 @@ class TrainConfig:
     eval_every: Count = 250
     """Steps between two validations; 0 validates only at the end."""
     eval_tokens: Count = 65_536
-    """Held-out tokens read by one validation, always the same ones."""
+    """Held-out tokens read by one validation on the way, always the same ones."""
+    final_eval_tokens: Count = 262_144
+    """Held-out tokens read by the last validation, whose bits per byte are the result of the run."""
     position_len: Count = 1024
     """Window of the final loss-by-position evaluation, best beyond seq_len; 0 leaves it out."""
     sample_tokens: Count = 128
@@ -257,7 +259,15 @@ class TrainConfig:
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_tokens", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "seq_len",
+            "grad_accumulation",
+            "eval_tokens",
+            "final_eval_tokens",
+            "log_every",
+        ):
             value = getattr(self, name)
             _require(value > 0, f"train.{name} must be positive, got {value}")
         for name in ("eval_every", "position_len", "sample_tokens", "checkpoint_every"):

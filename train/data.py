@@ -139,7 +139,7 @@ def check_lengths(corpus: Corpus, seq_len: int) -> None:
     _check_length(corpus.name, "validation", corpus.val, seq_len)
 
 
-def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int, micro: int = 0) -> np.ndarray:
+def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
     """Returns the training windows of one step, a pure function of its arguments; (batch_size, seq_len + 1) int64.
 
     A window holds inputs [:, :-1] and targets [:, 1:], starts anywhere and stays inside the stream. Rows do not depend
@@ -151,7 +151,6 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
         step: optimizer step, from 0.
         batch_size: rows of the global batch; rank r of R takes rows [r::R].
         seq_len: tokens to predict per row.
-        micro: index of the micro-batch within the step, for gradient accumulation.
 
     Raises:
         DataError: if the training split is shorter than one window.
@@ -159,7 +158,7 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
     _check_length(corpus.name, "training", corpus.train, seq_len)
     # Raw Philox output, because NumPy guarantees it across versions and Generator.integers not (NEP 19); the bias of
     # the remainder is below len(train) / 2**64.
-    raw = np.random.Philox(key=seed, counter=[0, 0, step, micro]).random_raw(batch_size)
+    raw = np.random.Philox(key=seed, counter=[0, 0, step, 0]).random_raw(batch_size)
     return _windows(corpus.train, (raw % np.uint64(len(corpus.train) - seq_len)).astype(np.int64), seq_len)
 
 

@@ -57,6 +57,8 @@ class Validation:
     """Mean nats per token."""
     bits_per_byte: float
     n_tokens: int
+    n_bytes: int
+    """UTF-8 bytes that these tokens stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,9 @@ class Evaluator:
             nats += loss.item() * batch[:, 1:].size
         n_tokens = windows[:, 1:].size
         n_bytes = self.tokenizer.n_bytes(windows[:, 1:])
-        return Validation(loss=nats / n_tokens, bits_per_byte=bits_per_byte(nats, n_bytes), n_tokens=n_tokens)
+        return Validation(
+            loss=nats / n_tokens, bits_per_byte=bits_per_byte(nats, n_bytes), n_tokens=n_tokens, n_bytes=n_bytes
+        )
 
     def by_position(self, windows: np.ndarray) -> list[dict[str, Any]]:
         """Returns bits per byte of the tokens at positions [start, stop) of `windows`, (n, L + 1), L also untrained.

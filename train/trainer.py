@@ -41,6 +41,7 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
+from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer", "train"]
 
@@ -112,6 +113,7 @@ class Trainer:
         self._clock = clock
         self._separator = corpus.separator if run.data.packing == "reset" else None
         self._windows = val_windows(corpus, run.train.seq_len, run.train.eval_tokens)
+        self._final_windows = val_windows(corpus, run.train.seq_len, run.train.final_eval_tokens)
         self._long_windows = None
         if run.train.position_len:
             self._long_windows = val_windows(corpus, run.train.position_len, run.train.eval_tokens)
@@ -123,7 +125,7 @@ class Trainer:
             "seed": run.seed,
             "n_params": sketch.n_params,
             "n_active_params": sketch.n_active_params,
-            "flops_per_token": 3 * sketch.mean_flops_per_token(run.train.seq_len),  # backward costs twice the forward
+            "flops_per_token": sketch.training_flops_per_token(run.train.seq_len),
             "state_bytes": sum(part.nbytes for part in state if part is not None),
         }
         self._step = self._first_step = 0
@@ -159,6 +161,7 @@ class Trainer:
         directory = self.run.directory
         (directory / "result.json").unlink(missing_ok=True)
         keep_freed_memory()
+        warm_up(self.model_config, self.device)
         memory = PeakMemory(self.device)
         record = self._run_record(memory.method)
         write_json(directory / "run.json", record)
@@ -287,11 +290,16 @@ class Trainer:
 
     def _validate(self, evaluator: Evaluator, log: MetricsLog, display: Display) -> None:
         display.doing("validating")
-        found = evaluator.validate(self._windows)
+        found = evaluator.validate(self._final_windows if self._step == self.run.train.steps else self._windows)
         record = {**self._position(), "val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte}
         log.append(record)
         display.validated(record)
-        self._validation = {"step": self._step, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+        self._validation = {
+            "step": self._step,
+            "loss": found.loss,
+            "bits_per_byte": found.bits_per_byte,
+            "n_bytes": found.n_bytes,
+        }
         if self.run.train.sample_tokens:
             self._sample = evaluator.sample(self.run.train.sample_tokens)
             log.append({"step": self._step, "sample": self._sample})
@@ -333,13 +341,15 @@ class Trainer:
         return path
 
     def _experiment(self) -> dict[str, Any]:
-        """What must be the same before and after a resume; steps, logging, device and the like may change."""
+        """What must be the same before and after a resume; logging, device and the like may change."""
         run = self.run
+        # a schedule that falls knows where it ends: with more steps it would have been another run from the start
+        length = {} if run.optim.schedule == "constant" else {"schedule_steps": run.train.steps}
         experiment = {
             "seed": run.seed,
             "data": {"digest": self.corpus.digest, "packing": run.data.packing},
             "train": {"batch_size": run.train.batch_size, "seq_len": run.train.seq_len},
-            "optim": dataclasses.asdict(run.optim) | {"lr": self.peak_lr},
+            "optim": dataclasses.asdict(run.optim) | {"lr": self.peak_lr} | length,
             "model": self.model_config.to_dict(),
         }
         return json.loads(json.dumps(experiment))  # as a checkpoint gives it back: lists for tuples
@@ -393,6 +403,7 @@ class Trainer:
             "error": error,
             "val_bits_per_byte": validation.get("bits_per_byte"),
             "val_loss": validation.get("loss"),
+            "val_bytes": validation.get("n_bytes"),
             "tokens": position["tokens"],
             "steps": position["step"],
             "train_seconds": position["seconds"],

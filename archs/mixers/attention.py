@@ -50,6 +50,8 @@ class KVCache(State):
     """Keys held."""
     n_seen: int = 0
     """Tokens seen: the position of the next one."""
+    one_document: bool = True
+    """Whether no start has been seen, so that every key is visible and attention needs no mask for first_key."""
 
 
 class Attention(Mixer[AttentionConfig, KVCache]):
@@ -88,7 +90,7 @@ class Attention(Mixer[AttentionConfig, KVCache]):
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         first_key = None
         if state is not None:
-            first_key = state.first_key
+            first_key = None if state.one_document else state.first_key
             k, v, state = self._append(state, k, v, starts)
         o = ops.attention(q, k, v, window=self.config.window, starts=starts, first_key=first_key)
         return self.out_proj(rearrange(o, "b l h p -> b l (h p)")), state
@@ -96,13 +98,13 @@ class Attention(Mixer[AttentionConfig, KVCache]):
     def _append(self, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, KVCache]:
         """All keys and values that the new tokens may see, and the cache after them."""
         L, past, capacity = k.shape[1], state.length, state.k.shape[1]
-        first_key = state.first_key
+        first_key, one_document = state.first_key, state.one_document and starts is None
         if starts is not None:
             first_key = torch.where(starts.any(1), past + _last_true(starts), first_key)
         n_seen = state.n_seen + L
         if past + L <= capacity and self.may_write_in_place(k, v, state.k, state.v):
             state.k[:, past : past + L], state.v[:, past : past + L] = k, v
-            cache = KVCache(state.k, state.v, first_key, past + L, n_seen)
+            cache = KVCache(state.k, state.v, first_key, past + L, n_seen, one_document)
             return state.k[:, : past + L], state.v[:, : past + L], cache
         keys, values = (torch.cat([old[:, :past], new.to(old.dtype)], 1) for old, new in ((state.k, k), (state.v, v)))
         if past + L > capacity and self.config.window is None:
@@ -112,7 +114,8 @@ class Attention(Mixer[AttentionConfig, KVCache]):
             torch.cat([t[:, dropped:], t.new_zeros(len(t), capacity - (past + L - dropped), *t.shape[2:])], 1)
             for t in (keys, values)
         ]
-        cache = KVCache(kept[0], kept[1], (first_key - dropped).clamp(min=0), past + L - dropped, n_seen)
+        first_key = (first_key - dropped).clamp(min=0)
+        cache = KVCache(kept[0], kept[1], first_key, past + L - dropped, n_seen, one_document)
         return keys, values, cache
 
     def init_state(

@@ -83,7 +83,8 @@ class Mamba(Mixer[MambaConfig, MambaState]):
         y, ssm = ops.selective_scan(
             x, self.dt_proj(delta), A, B, C, self.D, z, self.dt_bias, True, initial_state=ssm, starts=starts
         )
-        return self.out_proj(y), None if state is None else MambaState(conv.contiguous(), ssm)
+        # the window is a view of the whole input, which the state must not keep alive
+        return self.out_proj(y), None if state is None else MambaState(conv.clone(), ssm)
 
     def init_state(
         self,

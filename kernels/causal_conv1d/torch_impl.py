@@ -25,7 +25,7 @@ def causal_conv1d(
     past = x.new_zeros(batch, K - 1, E) if initial_state is None else initial_state.to(x.dtype)
     inputs = torch.cat([past, x], dim=1)  # (B, K-1+L, E)
     if starts is None:
-        y = F.conv1d(inputs.mT, weight[:, None], bias, groups=E).mT
+        y = F.conv1d(inputs.mT, weight[:, None], bias, groups=E).mT.contiguous()  # what follows would pay for strides
         window = inputs[:, L:]
     else:
         since = tokens_since_start(starts)[..., None]  # (B, L, 1)

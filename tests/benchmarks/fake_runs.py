@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
+LABELS = {"transformer": "Transformer", "s4d": "S4D", "mamba": "Mamba", "jamba": "Jamba", "lstm": "LSTM"}
+ARCHS = tuple(LABELS)
 CONTEXT = (128, 512, 2048, 8192)
 REFERENCES = {"zlib": 1.86, "xz": 1.47}
 
@@ -66,6 +67,7 @@ def write_run(
     status: str = "done",
     digest: str | None = None,
     seq_len: int = 512,
+    eval_tokens: int = 65_536,
 ) -> Path:
     """Writes one finished (or otherwise ended) run."""
     home = folder / f"{arch}-s{seed}"
@@ -95,7 +97,14 @@ def write_run(
         "flops_per_token": 6.1e6 * (1 + 0.1 * i),
         "state_bytes": seq_len * 2048 if arch == "transformer" else 98_304 * (1 + i % 3),
     }
-    train = {"steps": steps, "batch_size": 8, "seq_len": seq_len, "grad_accumulation": 1, "precision": "auto"}
+    train: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": 8,
+        "seq_len": seq_len,
+        "grad_accumulation": 1,
+        "precision": "auto",
+    }
+    train |= {"eval_tokens": eval_tokens, "final_eval_tokens": 262_144}
     optim = {"lr": 1e-3 * (1 + i), "schedule": "cosine", "warmup": 0.05, "weight_decay": 0.1, "clip": 1.0}
     data = {"source": "stdlib", "tokenizer": "bytes", "packing": "concat"}
     write_json(
@@ -166,6 +175,7 @@ def cell(arch: str, phase: str, context_len: int, *, status: str | None = None) 
     state = context_len * (2048 if arch == "transformer" else 256) if is_attention else 98_304
     return {
         "arch": arch,
+        "label": LABELS[arch],
         "phase": phase,
         "context_len": context_len,
         "n_params": 1_000_000,
@@ -183,6 +193,7 @@ def cell(arch: str, phase: str, context_len: int, *, status: str | None = None) 
         "error": None if done else "can't allocate memory",
         "model": {},
         "settings": SETTINGS,
+        "provenance": {"cpu": "AMD EPYC 9R45", "device": "cpu", "torch": "2.13.0+cpu", "git_commit": "0123456789ab"},
     }
 
 
@@ -198,5 +209,6 @@ def write_comparison(
     (folder / "context.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cells))
     config = {"archs": list(archs), "params": 1_000_000, "seeds": seeds, "context": list(context)}
     provenance = {"command": "crossover compare", "cpu": "AMD EPYC 9R45", "device": "cpu"}
-    write_json(folder / "compare.json", {"config": config, "provenance": provenance, "failures": {}})
+    info = {"config": config, "labels": LABELS, "provenance": provenance, "failures": {}}
+    write_json(folder / "compare.json", info)
     return folder

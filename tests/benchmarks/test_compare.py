@@ -43,7 +43,8 @@ def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_p
     assert [row["arch"] for row in summary["quality"]] == ["transformer", "mamba"]
     assert all(0 < row["val_bits_per_byte"] < 8.5 for row in summary["quality"])
     assert all(check["equal"] for check in summary["equal_budget"]), summary["equal_budget"]
-    assert len((out / "context.jsonl").read_text().splitlines()) == 2 * 2 * 3
+    cells = [json.loads(line) for line in (out / "context.jsonl").read_text().splitlines()]
+    assert [(cell["status"], cell["error"]) for cell in cells] == [("done", None)] * (2 * 2 * 3)
     page = (out / "report.html").read_text()
 
     again = subprocess.run(command(text, out), capture_output=True, text=True, check=False)

@@ -1,5 +1,5 @@
 import pytest
-from crossover.benchmarks.config import CompareConfig, MeasureConfig, format_bytes, parse_bytes, suggestion
+from crossover.benchmarks.config import ARCHS, CompareConfig, MeasureConfig, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,6 @@ def test_written_sizes_never_have_four_digits() -> None:
     assert format_bytes(1020 * 1024) == "0.996 MiB"
 
 
-def test_a_typing_mistake_gets_the_nearest_name() -> None:
-    assert "did you mean 'mamba'?" in suggestion("manba", ["mamba", "lstm"])
-    assert suggestion("zzz", ["mamba", "lstm"]) == "valid names: lstm, mamba"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -40,11 +35,21 @@ def test_a_typing_mistake_gets_the_nearest_name() -> None:
         ({"steps": 0}, "--steps must be positive, got 0"),
         ({"seq_len": 512, "position_len": 256}, "shorter than --seq-len 512"),
         ({"threads": -1}, "--threads must be positive"),
+        (
+            {"context": (128, 512), "measure": MeasureConfig(tokens_per_batch=511)},
+            "--tokens-per-batch 511 is less than the longest --context, 512",
+        ),
     ],
 )
 def test_impossible_comparisons_are_refused_with_the_option(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompareConfig(**options)
+
+
+def test_help_lists_the_architectures_that_exist() -> None:
+    from crossover.archs import available
+
+    assert available() == ARCHS
 
 
 def test_a_limit_below_the_program_itself_is_refused() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crossover.archs import configure
+from crossover.archs import ModelConfig, build, configure
 from crossover.benchmarks import context
-from crossover.benchmarks.config import MeasureConfig
+from crossover.benchmarks.compare import bench_context
+from crossover.benchmarks.config import ContextConfig, MeasureConfig
 from crossover.benchmarks.context import (
     PHASES,
     ContextJob,
@@ -35,17 +36,19 @@ def job(arch: str = "transformer", context_len: int = 32, **measure: Any) -> Con
     settings = {**dataclasses.asdict(MeasureConfig(**options)), "precision": "fp32", "device": "cpu", "threads": 1}
     return ContextJob(
         arch=arch,
+        label=arch.capitalize(),
         context_len=context_len,
         model=json.loads(json.dumps(model)),
         n_params=1,
         n_active_params=1,
         settings=settings,
+        provenance={"cpu": "this one", "device": "cpu", "torch": "2.9", "git_commit": "0123456789abcdef"},
     )
 
 
-def measure(jobs: list[ContextJob], folder: Path) -> list[dict[str, Any]]:
-    progress = Progress(Schedule(cell_tasks(jobs)), stream=io.StringIO())
-    measure_cells(jobs, folder / "context.jsonl", progress, log=folder / "log")
+def measure(jobs: list[ContextJob], folder: Path, stream: io.StringIO | None = None) -> list[dict[str, Any]]:
+    progress = Progress(Schedule(cell_tasks(jobs)), stream=stream or io.StringIO())
+    measure_cells(jobs, folder / "context.jsonl", progress, logs=folder)
     return read_jsonl(folder / "context.jsonl")
 
 
@@ -69,9 +72,10 @@ def test_a_measured_cell_has_every_key_and_plausible_values(tmp_path: Path) -> N
         low, high = cell["spread"]
         assert 0 < low <= cell["tokens_per_second"] <= high
         assert cell["repeats"] >= 2
-        assert cell["peak_bytes"] >= 0
         assert "attention" in cell["backend"]
     train = cells[-1]
+    n_params = build(ModelConfig.from_dict(job().model), device="meta").n_params
+    assert train["peak_bytes"] >= 4 * n_params  # float32
     assert train["batch_size"] == 2
     # keys and values of 32 tokens, float32, in one layer of width 32, and a few counters
     assert 32 * 32 * 2 * 4 <= train["state_bytes"] <= 32 * 32 * 2 * 4 + 1024
@@ -82,7 +86,7 @@ def test_memory_that_runs_out_is_a_recorded_point_and_the_other_phases_are_measu
     cells = measure([job(context_len=64, tokens_per_batch=2**25, memory_limit=2**29)], tmp_path)
     assert [cell["status"] for cell in cells] == ["done", "done", "out_of_memory"]
     assert cells[-1]["tokens_per_second"] is None
-    assert "memory" in cells[-1]["error"]
+    assert "allocate" in cells[-1]["error"]
     assert cells[-1]["batch_size"] == 2**25 // 64
     assert cells[-1]["state_bytes"] == cells[0]["state_bytes"]  # does not need the memory to be known
 
@@ -130,6 +134,77 @@ def test_a_worker_that_fails_leaves_its_last_words(tmp_path: Path, monkeypatch: 
     play(monkeypatch, *[tell(end="sys.exit('no such thing')")] * 3)
     cells = measure([job()], tmp_path)
     assert {(cell["status"], cell["error"]) for cell in cells} == {("failed", "no such thing (ended with code 1)")}
+    log = tmp_path / "context-transformer-32.log"
+    assert log.read_text().splitlines() == ["no such thing"] * 3
+
+
+def test_every_job_has_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [{"event": "cell", "phase": phase, "status": "done", "tokens_per_second": 1.0} for phase in PHASES]
+    play(monkeypatch, tell(*done, end="sys.exit('one')"), tell(*done, end="sys.exit('two')"))
+    measure([job(context_len=16), job(context_len=32)], tmp_path)
+    logs = {path.name: path.read_text().strip() for path in tmp_path.glob("*.log")}
+    assert logs == {"context-transformer-16.log": "one", "context-transformer-32.log": "two"}
+
+
+def test_the_last_words_of_one_worker_are_not_taken_for_those_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {"event": "cell", "phase": "train", "status": "done", "tokens_per_second": 1.0}
+    crash = tell(end="os.kill(os.getpid(), signal.SIGSEGV)")
+    play(monkeypatch, tell(end="sys.exit('MemoryError')"), crash, tell(done))
+    assert [cell["status"] for cell in measure([job()], tmp_path)] == ["out_of_memory", "failed", "done"]
+
+
+def test_failed_cells_are_returned_and_results_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [
+        {"event": "cell", "phase": "decode", "status": "out_of_memory"},
+        {"event": "cell", "phase": "prefill", "status": "timeout"},
+        {"event": "cell", "phase": "train", "status": "failed", "error": "no such thing"},
+    ]
+    play(monkeypatch, tell(*cells))
+    progress = Progress(Schedule(cell_tasks([job()])), stream=io.StringIO())
+    (failed,) = measure_cells([job()], tmp_path / "context.jsonl", progress, logs=tmp_path)
+    assert (failed.name, failed.reason) == ("Transformer at 32 tokens, train", "no such thing")
+    assert failed.log.exists()
+
+
+def test_a_failed_cell_fails_the_command_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = [{"event": "cell", "phase": phase, "status": "done", "tokens_per_second": 1.0} for phase in PHASES[:2]]
+    numbers = {
+        "spread": [1.0, 1.0],
+        "repeats": 3,
+        "peak_bytes": 1,
+        "peak_method": "m",
+        "state_bytes": 1,
+        "batch_size": 1,
+    }
+    told = [{**one, **numbers} for one in done]
+    play(monkeypatch, tell(*told, {"event": "cell", "phase": "train", "status": "failed", "error": "no such thing"}))
+    config = ContextConfig(archs=("transformer",), params=60_000, context=(32,), out=tmp_path, threads=1)
+    assert bench_context(config, command=["crossover"]) == 1
+    assert "Transformer at 32 tokens, train: failed: no such thing" in capsys.readouterr().err
+    assert json.loads((tmp_path / "compare.json").read_text())["labels"] == {"transformer": "Transformer"}
+    assert {cell["settings"]["tokens_per_batch"] for cell in read_jsonl(tmp_path / "context.jsonl")} == {32}
+
+
+class _Impatient(Progress):
+    """A user who presses Ctrl-C as soon as prefill begins."""
+
+    def update(self, name: str, fraction: float, detail: str) -> None:
+        super().update(name, fraction, detail)
+        if detail == "prefill":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = {"event": "cell", "phase": "decode", "status": "done", "tokens_per_second": 1.0}
+    play(monkeypatch, tell(decode, {"event": "begin", "phase": "prefill"}, end="time.sleep(60)"))
+    progress = _Impatient(Schedule(cell_tasks([job()])), stream=io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        measure_cells([job()], tmp_path / "context.jsonl", progress, logs=tmp_path)
+    assert [cell["phase"] for cell in read_jsonl(tmp_path / "context.jsonl")] == ["decode"]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +232,26 @@ def test_measurements_of_another_model_are_not_reused(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "context.jsonl", dataclasses.replace(job(), model=other).cell("train", status="done"))
     with pytest.raises(ValueError, match="another model"):
         reusable_cells(tmp_path / "context.jsonl", [job()])
+
+
+@pytest.mark.parametrize("key", ["cpu", "torch"])
+def test_measurements_of_another_machine_or_torch_are_not_mixed(key: str, tmp_path: Path) -> None:
+    other = dataclasses.replace(job(), provenance={**job().provenance, key: "another"})
+    append_jsonl(tmp_path / "context.jsonl", other.cell("train", status="done"))
+    with pytest.raises(ValueError, match=rf"another {key}; give the same options, another --out, or --fresh"):
+        reusable_cells(tmp_path / "context.jsonl", [job()])
+
+
+def test_measurements_of_another_commit_are_kept_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(job(), provenance={**job().provenance, "git_commit": "feedbeef" * 5})
+    for phase in PHASES:
+        append_jsonl(tmp_path / "context.jsonl", other.cell(phase, status="done", tokens_per_second=1.0))
+    play(monkeypatch)
+    stream = io.StringIO()
+    assert len(measure([job()], tmp_path, stream)) == 3
+    assert "another commit (feedbeeffeed)" in stream.getvalue()
 
 
 def test_appending_repairs_a_torn_line(tmp_path: Path) -> None:

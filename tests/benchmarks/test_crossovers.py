@@ -117,8 +117,46 @@ def test_models_without_a_common_length_are_unknown() -> None:
 
 def test_uncertainty_that_covers_the_whole_range_has_no_ends() -> None:
     found = find(curve([1.01, 1.0, 0.99, 0.98], noise=0.2), curve([1.0, 1.0, 1.0, 1.0], noise=0.2))
-    assert found.verdict == "beyond"
-    assert (found.low, found.high) == (None, None)
+    assert found.verdict == "unclear"
+    assert (found.context_len, found.low, found.high) == (None, None, None)
+
+
+@given(st.floats(0.96, 1.04), st.booleans())
+def test_flat_curves_closer_than_their_spread_are_unclear(ratio: float, higher: bool) -> None:
+    a, b = curve([1.0] * 4, noise=0.05), curve([ratio] * 4, noise=0.05)
+    assert find(a, b, "higher" if higher else "lower").verdict == "unclear"
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=4, max_size=4), st.floats(0, 0.3))
+def test_a_lead_at_every_length_is_claimed_only_where_the_spread_allows_nothing_else(
+    ratios: list[float], noise: float
+) -> None:
+    found = find(curve([1.0] * 4, noise=noise), curve(ratios, noise=noise))
+    worst = [ratio * (1 - noise) / (1 + noise) for ratio in ratios]
+    best = [ratio * (1 + noise) / (1 - noise) for ratio in ratios]
+    if found.verdict == "always":
+        assert min(worst) > 1 - 1e-9
+    if found.verdict == "never":
+        assert max(best) < 1 + 1e-9
+
+
+def test_a_lead_that_starts_within_the_noise_says_from_where_it_is_clear() -> None:
+    found = find(curve([1, 1, 1, 1], noise=0.1), curve([1.05, 2, 4, 8], noise=0.1))
+    assert (found.verdict, found.context_len, found.low) == ("unclear", None, None)
+    assert 128 < (found.high or 0) < 512
+
+
+def test_a_lead_that_is_lost_to_the_noise_says_from_where() -> None:
+    found = find(curve([1.05, 2, 4, 1.0], noise=0.1), curve([8, 8, 8, 1.01], noise=0.1))
+    assert found.verdict == "unclear"
+    back = find(curve([8, 8, 8, 1.01], noise=0.1), curve([1.05, 2, 4, 1.0], noise=0.1))
+    assert 2048 < (back.low or 0) < 8192
+
+
+def test_a_timeout_carries_its_seconds_and_is_not_out_of_memory() -> None:
+    stopped = [*curve([9, 9], LENGTHS[:2]), Point(context_len=2048, value=None, stopped_after=300.0)]
+    found = find(stopped, curve([1, 1, 1, 1]))
+    assert (found.context_len, found.stopped_after, found.out_of_memory) == (2048, 300.0, None)
 
 
 def test_every_ordered_pair_is_listed() -> None:

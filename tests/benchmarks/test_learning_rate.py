@@ -1,4 +1,11 @@
-from crossover.benchmarks.learning_rate import _mark, best_rates, rate_rows
+from pathlib import Path
+
+import pytest
+from crossover.benchmarks.config import LearningRateConfig
+from crossover.benchmarks.learning_rate import _conclude, _mark, _runs, best_rates, rate_rows
+from crossover.train.config import DataConfig
+
+from .fake_runs import write_run
 
 
 def test_lowest_bits_per_byte_wins() -> None:
@@ -17,6 +24,20 @@ def test_a_rate_at_which_a_seed_diverged_cannot_win() -> None:
     rows = rate_rows(results)
     assert best_rates(rows) == {"mamba": 1e-3}
     assert [row["n_seeds"] for row in rows] == [2, 1]
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", None])
+def test_a_rate_with_a_seed_that_is_missing_or_not_done_cannot_win(status: str | None, tmp_path: Path) -> None:
+    config = LearningRateConfig(archs=("mamba",), rates=(1e-3, 9e-3), seeds=2, out=tmp_path)
+    for rate, statuses in (("0.001", ("done", "done")), ("0.009", ("done", status))):
+        for seed, one in enumerate(statuses):
+            if one is not None:
+                home = write_run(tmp_path, "mamba", seed=seed, status=one)
+                home.rename(tmp_path / f"mamba-lr{rate}-s{seed}")
+    _conclude(_runs(config, DataConfig()), tmp_path)
+    lines = (tmp_path / "lr.csv").read_text().splitlines()
+    assert [line.split(",")[-1] for line in lines] == ["best", "True", "False"]
+    assert lines[2] == "mamba,0.009,,1,False"
 
 
 def test_a_winner_at_the_end_of_the_list_asks_for_a_longer_one() -> None:

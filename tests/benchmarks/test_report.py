@@ -45,7 +45,7 @@ def test_first_paragraph_states_crossovers_with_uncertainty_and_the_best_model(p
     assert first is not None
     text = first[1]
     assert re.search(r"Mamba beyond \d+ \(\d+-\d+\)", text)
-    assert "trains faster than the Transformer" in text
+    assert "trains faster than Transformer" in text
     assert re.search(r"Mamba predicts held-out text best, at 2\.1\d ± 0\.01 bits per byte", text)
     assert "zlib 1.86 and xz 1.47" in text
 
@@ -154,7 +154,7 @@ def test_measurements_alone_make_a_report(tmp_path: Path) -> None:
         for context_len in CONTEXT:
             append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", context_len)) + "\n")
     text = words(write_report(tmp_path).read_text())
-    assert "Mamba trains faster than the Transformer beyond" in text
+    assert "Mamba trains faster than Transformer beyond" in text
     assert "Equal budgets" not in text
 
 
@@ -171,6 +171,36 @@ def test_what_is_missing_stands_before_the_results(tmp_path: Path) -> None:
     assert "Mamba: not measured yet at 512 tokens" in text
 
 
+def test_a_timeout_is_called_a_timeout(tmp_path: Path) -> None:
+    for arch in ("transformer", "mamba"):
+        for context_len in (128, 512):
+            slow = arch == "transformer" and context_len == 512
+            one = cell(arch, "train", context_len, status="timeout" if slow else "done")
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    text = words(write_report(tmp_path).read_text())
+    assert "from 512 tokens on, where Transformer was stopped after 300 s" in text
+    assert "no longer runs" not in text
+
+
+def test_a_difference_within_the_noise_is_not_claimed(tmp_path: Path) -> None:
+    for arch, speed in (("transformer", 100.0), ("mamba", 101.0)):
+        for context_len in CONTEXT:
+            one = {**cell(arch, "train", context_len, status="done"), "tokens_per_second": speed}
+            one["spread"] = [0.95 * speed, 1.05 * speed]
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    text = words(write_report(tmp_path).read_text())
+    assert "Mamba is within the noise at every length measured" in text
+    assert "trains faster" not in text
+
+
+def test_report_says_on_which_text_the_learning_rates_were_chosen(page: str) -> None:
+    assert "same held-out split that is reported here" in words(page)
+
+
+def test_report_says_how_many_tokens_a_training_step_takes(page: str) -> None:
+    assert "Training takes 8,192 tokens per step at every length." in words(page)
+
+
 def test_unequal_budgets_are_stated_loudly(tmp_path: Path) -> None:
     write_run(tmp_path, "transformer")
     write_run(tmp_path, "mamba", n_params=2_000_000)
@@ -184,4 +214,4 @@ def test_an_architecture_unknown_to_the_report_is_shown_all_the_same(tmp_path: P
     home.rename(tmp_path / "retnet-s0")
     path = tmp_path / "retnet-s0" / "run.json"
     write_json(path, json.loads(path.read_text()) | {"arch": "retnet"})
-    assert "Retnet" in words(write_report(tmp_path).read_text())
+    assert "retnet" in words(write_report(tmp_path).read_text())

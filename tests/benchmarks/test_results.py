@@ -9,6 +9,7 @@ from crossover.benchmarks.results import (
     load_run,
     quality,
     read_jsonl,
+    tokens_per_step,
 )
 
 from .fake_runs import SETTINGS, append_line, cell, corpus, write_comparison, write_json, write_run
@@ -95,6 +96,7 @@ def test_equal_budgets_are_recognized(tmp_path: Path) -> None:
         ({"steps": 300}, "tokens"),
         ({"steps": 300}, "steps"),
         ({"seq_len": 256}, "data and its order"),
+        ({"eval_tokens": 4096}, "held-out text"),
     ],
 )
 def test_an_unequal_budget_is_found(tmp_path: Path, change: dict[str, int], name: str) -> None:
@@ -128,6 +130,40 @@ def test_a_failed_cell_says_nothing_about_speed(tmp_path: Path) -> None:
         append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", 128, status=status)) + "\n")
     speeds = [c for c in crossovers_of(load_comparison(tmp_path)) if c.metric == "training tokens/s"]
     assert speeds == []
+
+
+def test_a_model_stopped_for_time_is_not_said_to_have_run_out_of_memory(tmp_path: Path) -> None:
+    for arch, status in (("lstm", "timeout"), ("mamba", "done")):
+        for context_len in (128, 512):
+            one = cell(arch, "train", context_len, status="done" if context_len == 128 else status)
+            one["tokens_per_second"] = {"lstm": 9.0, "mamba": 5.0}[arch]
+            one["spread"] = [one["tokens_per_second"]] * 2
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
+    one = found["training tokens/s", "lstm", "mamba"]
+    assert (one.verdict, one.context_len, one.out_of_memory, one.stopped_after) == ("beyond", 512, None, 300.0)
+
+
+def test_labels_come_from_the_comparison_else_from_the_cells_else_the_name_stands(tmp_path: Path) -> None:
+    append_line(tmp_path / "context.jsonl", json.dumps({**cell("s4d", "train", 128), "label": "S4D of a cell"}) + "\n")
+    assert load_comparison(tmp_path).label("s4d") == "S4D of a cell"
+    assert load_comparison(tmp_path).label("retnet") == "retnet"
+    write_json(tmp_path / "compare.json", {"labels": {"s4d": "S4D of the comparison"}})
+    assert load_comparison(tmp_path).label("s4d") == "S4D of the comparison"
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ((64, 16), "8,192 tokens per step at every length"),
+        ((16, 16), "2,048 to 8,192 tokens per step, depending on the length"),
+    ],
+)
+def test_tokens_per_step_are_those_of_the_cells(batches: tuple[int, int], said: str, tmp_path: Path) -> None:
+    for context_len, batch_size in zip((128, 512), batches, strict=True):
+        one = {**cell("mamba", "train", context_len), "batch_size": batch_size}
+        append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    assert tokens_per_step(load_comparison(tmp_path)) == said
 
 
 def test_references_come_from_the_corpus(tmp_path: Path) -> None:

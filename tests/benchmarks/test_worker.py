@@ -1,9 +1,12 @@
 import resource
 import sys
+import time
+from collections.abc import Sequence
 
 import pytest
 import torch
-from crossover.archs import configure
+from crossover.archs import State, configure
+from crossover.benchmarks import worker
 from crossover.benchmarks.config import MeasureConfig
 from crossover.benchmarks.worker import _Bench, limit_memory, measure, repeat_in_time_box
 from crossover.train.runtime import choose_precision
@@ -12,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> _Bench:
-    settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=2)
+    settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
     config = configure(arch, d_model=32, n_layers=1)
     return _Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
 
@@ -35,8 +38,46 @@ def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> N
     one = bench("transformer", precision=precision)
     found = measure(one, phase)
     assert found["status"] == "done", found
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    assert found["state_bytes"] == sum(s.nbytes for s in one.lm.init_state(1, 16, dtype=dtype))
+    with torch.no_grad():
+        state = one._prefilled(one._tokens(1, 16), 16)
+    assert found["state_bytes"] == sum(storages(state).values())
+
+
+def storages(state: Sequence[State]) -> dict[int, int]:
+    """Bytes that tensors of a state hold, by address."""
+    tensors = [value for layer in state for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+
+
+@pytest.mark.parametrize(("warm_up", "repeats"), [(0.1, 2), (0.001, 3)])
+def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
+    warm_up: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([warm_up, 0.25, 0.5, 0.5, 0.5])
+
+    def fill_the_box(device: torch.device, work: object) -> float:
+        time.sleep(0.01)
+        return next(seconds)
+
+    monkeypatch.setattr(worker, "_timed", fill_the_box)
+    found = measure(bench(), "train")
+    assert (found["status"], found["repeats"]) == ("done", repeats)
+    if repeats == 2:
+        assert found["spread"] == [32 / 0.5, 32 / 0.25]
+
+
+def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_timed", lambda device, work: 100.0)
+    assert measure(bench(), "decode")["repeats"] >= 3
+
+
+def test_an_unexpected_error_leaves_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = bench()
+    monkeypatch.setattr(one, "_declared_bytes", lambda batch_size: 1)
+    assert measure(one, "prefill")["status"] == "failed"
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_state_that_is_not_what_init_state_says_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

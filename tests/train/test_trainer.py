@@ -21,18 +21,24 @@ from torch import Tensor
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
 
-def config(tmp_path: Path, arch: str = "lstm", **train: Any) -> RunConfig:
+@pytest.fixture(autouse=True)
+def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests count the calls of a model; the toy that runs before it has tests of its own."""
+    monkeypatch.setattr("crossover.train.trainer.warm_up", lambda config, device: None)
+
+
+def config(tmp_path: Path, arch: str = "lstm", schedule: Any = "cosine", **train: Any) -> RunConfig:
     """A run of six steps that takes a fraction of a second."""
     n_layers, options = (2, ("attention_every=2", "attention_offset=1")) if arch == "jamba" else (1, ())
     settings: dict[str, Any] = {
         **{"steps": 6, "batch_size": 4, "seq_len": 16, "precision": "fp32", "log_every": 1, "checkpoint_every": 0},
-        **{"eval_every": 0, "eval_tokens": 64, "position_len": 32, "sample_tokens": 4},
+        **{"eval_every": 0, "eval_tokens": 64, "final_eval_tokens": 64, "position_len": 32, "sample_tokens": 4},
     }
     return RunConfig(
         name="run",
         out=tmp_path,
         model=ModelSpec(preset=arch, d_model=32, n_layers=n_layers, set=options),
-        optim=OptimConfig(lr=3e-3),
+        optim=OptimConfig(lr=3e-3, schedule=schedule),
         train=TrainConfig(**(settings | train)),
     )
 
@@ -324,7 +330,7 @@ def test_tokens_per_second_count_training_time_only(
 
     def validate(self: Evaluator, windows: object) -> Validation:
         clock.wait(1000.0)
-        return Validation(loss=1.0, bits_per_byte=2.0, n_tokens=3)
+        return Validation(loss=1.0, bits_per_byte=2.0, n_tokens=3, n_bytes=3)
 
     replace_loss(monkeypatch, train)
     monkeypatch.setattr(Evaluator, "validate", validate)
@@ -477,7 +483,7 @@ def test_a_directory_has_one_run_at_a_time(tmp_path: Path, corpus: Corpus) -> No
 
 
 def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path, corpus: Corpus) -> None:
-    run = config(tmp_path)
+    run = config(tmp_path, schedule="constant")
     first = fit(run, corpus)
     before = (run.directory / "result.json").stat().st_mtime_ns
     assert fit(run, corpus) == first
@@ -503,13 +509,20 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path, cor
 def test_a_resume_with_other_settings_is_refused_and_they_are_listed(
     section: str | None, key: str, value: Any, named: str, tmp_path: Path, corpus: Corpus
 ) -> None:
-    run = config(tmp_path)
+    run = config(tmp_path, schedule="constant")
     fit(run, corpus)
     values = changed(run, steps=8).to_dict()
     (values if section is None else values[section])[key] = value
     with pytest.raises(ResumeError) as refused:
         fit(RunConfig.from_dict(values), corpus)
     assert f"({named})" in str(refused.value)
+
+
+def test_a_schedule_that_falls_cannot_be_made_longer(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path)
+    fit(run, corpus)
+    with pytest.raises(ResumeError, match=r"optim\.schedule_steps 6 -> 8"):
+        fit(changed(run, steps=8), corpus)
 
 
 def test_a_resume_on_other_data_is_refused(tmp_path: Path, corpus: Corpus) -> None:

@@ -1,0 +1,27 @@
+"""The toy run before a measurement."""
+
+import pytest
+import torch
+from crossover.archs import available, configure
+from crossover.train.runtime import PeakMemory
+from crossover.train.warm_up import warm_up
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_random_state_is_left_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    warm_up(configure(name), torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_options_that_need_their_own_width_are_no_obstacle() -> None:
+    warm_up(configure("transformer", d_model=35, n_heads=1, head_dim=14), torch.device("cpu"))
+    warm_up(configure("transformer", d_model=70, n_heads=7), torch.device("cpu"))
+
+
+def test_a_second_warm_up_takes_almost_no_memory() -> None:
+    config = configure("mamba")
+    warm_up(config, torch.device("cpu"))
+    memory = PeakMemory(torch.device("cpu"))
+    warm_up(config, torch.device("cpu"))
+    assert memory.peak_bytes() < 16 * 2**20

@@ -1,0 +1,41 @@
+"""Runs a toy of a model once, so that what follows measures the model and not the loading of libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .. import archs
+from .config import OptimConfig
+from .optim import adamw
+
+__all__ = ["warm_up"]
+
+
+def warm_up(config: archs.ModelConfig, device: torch.device) -> None:
+    """Trains and steps a model of the same layers and a few channels, and throws it away.
+
+    The first call of an operation loads libraries and may compile kernels: tens of megabytes that would otherwise be
+    counted as memory of whichever model came first. The random state is left as it was.
+    """
+    # 96 channels: heads stay legal wherever d_model only sets how many there are
+    toy = dataclasses.replace(config, d_model=96, n_layers=len(config.pattern), vocab_size=8)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = archs.build(toy if _is_legal(toy) else config, device=device)
+        tokens = torch.zeros(1, 64, dtype=torch.int64, device=device)
+        optimizer = adamw(model, OptimConfig())
+        loss, aux = model.loss(tokens, tokens)
+        (loss + aux).backward()
+        optimizer.step()
+        with torch.no_grad():
+            _, state, _ = model(tokens, model.init_state(1, 66))
+            model(tokens[:, :1], state)
+
+
+def _is_legal(config: archs.ModelConfig) -> bool:
+    try:
+        archs.build(config, device="meta")
+    except ValueError:
+        return False
+    return True
