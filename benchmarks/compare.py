@@ -180,6 +180,7 @@ def run_configs(config: CompareConfig, sizes: Mapping[str, Sized], *, longest: i
                 precision=config.precision,
                 eval_every=max(1, config.steps // 6),
                 eval_tokens=config.eval_tokens,
+                final_eval_tokens=4 * config.eval_tokens,
                 position_len=position_len,
                 checkpoint_every=max(1, config.steps // 4),
                 device=config.device,

@@ -104,7 +104,7 @@ class MeasureConfig:
     """Tokens generated one at a time in each repeat of the decode measurement."""
 
     time_box: float = 0.5
-    """Seconds spent on the repeats of one phase; at least --min-repeats are made whatever they take."""
+    """Seconds spent on the repeats of one phase, longer where --min-repeats take longer."""
 
     min_repeats: int = 3
     """Fewest repeats of a phase after its warm-up; training whose warm-up step alone takes longer than --time-box needs
@@ -157,7 +157,7 @@ class CompareConfig:
     """Context lengths in tokens at which speed and memory are measured."""
 
     eval_tokens: Count = 32_768
-    """Held-out tokens read by one validation, always the same ones."""
+    """Held-out tokens read by one validation on the way, always the same ones; the final one reads four times more."""
 
     position_len: int | None = None
     """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""

@@ -158,7 +158,7 @@ def _log_bytes(axes: "Axes") -> None:
 
 
 def _references(axes: "Axes", theme: _Theme, references: Mapping[str, float], *, vertical: bool = False) -> None:
-    """Lines where general-purpose compressors stand on the same text."""
+    """Lines where general-purpose compressors stand on the held-out text."""
     for name, value in references.items():
         line = axes.axvline if vertical else axes.axhline
         line(value, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -203,7 +203,7 @@ def quality_figure(comparison: Comparison, rows: Sequence[Mapping], references: 
 
     return draw(
         "quality",
-        "Held-out text after training, smaller is better. Dashed: general-purpose compressors on the same text"
+        "Held-out text after training, smaller is better. Dashed: general-purpose compressors on the whole of it"
         + (
             "; bars: one standard deviation over seeds." if any(row["val_bits_per_byte_std"] for row in scored) else "."
         ),
@@ -383,7 +383,7 @@ _CAPTIONS = {
 
 def _caption(comparison: Comparison, metric: Metric) -> str:
     tokens = tokens_per_step(comparison) if metric.phase == "train" else ""
-    return _CAPTIONS[metric.name].removesuffix(".") + (f", {tokens}." if tokens else ".")
+    return _CAPTIONS[metric.name].removesuffix(".") + (f"; {tokens}." if tokens else ".")
 
 
 def _make_room(axes: "Axes", *, at_top: bool) -> None:

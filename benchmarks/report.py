@@ -294,6 +294,14 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
     return paragraphs
 
 
+def _read(comparison: Comparison) -> str:
+    """How much of the held-out text the models were judged on."""
+    read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
+    if len(read) != 1:
+        return ""
+    return f"Every model reads the same {_count(read.pop())}B of it, in windows spread evenly."
+
+
 def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
     scored = [row for row in rows if row["val_bits_per_byte"] is not None]
     if not scored:
@@ -307,7 +315,7 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
     return (
         f"After {_count(best['tokens'])} training tokens {best['label']} {lead}"
         + (f", at {score} bits per byte" if len(scored) > 1 else f" {score} bits per byte on held-out text")
-        + (f"; on the same text {beside}." if beside else ".")
+        + (f"; compressors on the whole held-out text: {beside}." if beside else ".")
     )
 
 
@@ -424,8 +432,8 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
     return [
         Heading(text="Quality"),
         Paragraph(
-            text=f"Bits per byte on {_count(corpus.get('val_bytes'))}B of held-out text, which do not depend on the "
-            "tokenizer. Compressors on the same text: "
+            text=f"Bits per byte of held-out text, which do not depend on the tokenizer. {_read(comparison)} "
+            f"Compressors on all {_count(corpus.get('val_bytes'))}B: "
             + ", ".join(f"{name} {value:.2f}" for name, value in references.items())
             + "."
         ),

@@ -10,6 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from crossover.benchmarks import compare
+from crossover.benchmarks.config import CompareConfig
+from crossover.benchmarks.context import Failure
+
+from .fake_runs import write_comparison
 
 OPTIONS = shlex.split(
     "--archs transformer mamba --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256 --threads 1 "
@@ -95,6 +100,22 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(text: Path, tmp_path:
     assert status["mamba"] == "done"
     assert status.get("transformer", "failed") == "failed"
     assert "transformer-s0: " in (out / "report.html").read_text()
+
+
+def test_a_measurement_that_fails_makes_the_comparison_fail(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = Failure(name="Mamba at 16 tokens, train", reason="no such thing", log=tmp_path / "some.log")
+
+    def nothing_but_a_failure(*_: object, **__: object) -> list[Failure]:
+        write_comparison(tmp_path, archs=["mamba"], seeds=1, context=[128])
+        return [failure]
+
+    monkeypatch.setattr(compare, "train_runs", lambda *_, **__: {})
+    monkeypatch.setattr(compare, "measure_cells", nothing_but_a_failure)
+    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=str(text), out=tmp_path, threads=1)
+    assert compare.compare(config, command=["crossover", "compare"]) == 1
+    assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_summary_lists_every_crossover(folder: Path) -> None:
 def test_runs_alone_make_a_report(tmp_path: Path) -> None:
     write_run(tmp_path, "mamba")
     page = write_report(tmp_path).read_text()
-    assert "the same text zlib 1.86" in words(page)
+    assert "the whole held-out text: zlib 1.86" in words(page)
     assert "Against context length" not in page
 
 
