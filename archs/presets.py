@@ -56,25 +56,25 @@ def _preset(**fields: Any) -> Callable[[Callable[..., Mapping[str, Any]]], Calla
     return register
 
 
-@_preset(label="Transformer", learning_rate=3e-3, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="Transformer", learning_rate=2e-3, n_layers_at_1m=4, d_model_multiple=32)
 def transformer() -> Mapping[str, Any]:
     """Transformer in the Llama layout: RMSNorm, rotary positions, SwiGLU."""
     return {"pattern": ("attention+mlp",)}
 
 
-@_preset(label="S4D", learning_rate=3e-3, n_layers_at_1m=4, d_model_multiple=8)
+@_preset(label="S4D", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
 def s4d() -> Mapping[str, Any]:
     """S4D: a diagonal state space model, time-invariant, with SwiGLU."""
     return {"pattern": ("s4d+mlp",)}
 
 
-@_preset(label="Mamba", learning_rate=3e-3, n_layers_at_1m=8, d_model_multiple=4)
+@_preset(label="Mamba", learning_rate=4e-3, n_layers_at_1m=8, d_model_multiple=4)
 def mamba() -> Mapping[str, Any]:
     """Mamba: a selective state space model, no other channel mixing."""
     return {"pattern": ("mamba",)}
 
 
-@_preset(label="Jamba", learning_rate=3e-3, n_layers_at_1m=8, d_model_multiple=32)
+@_preset(label="Jamba", learning_rate=8e-3, n_layers_at_1m=8, d_model_multiple=32)
 def jamba(
     attention_every: int = 8, attention_offset: int = 4, moe_every: int = 2, moe_offset: int = 1
 ) -> Mapping[str, Any]:
@@ -96,7 +96,7 @@ def jamba(
     return {"pattern": pattern, "mixer": options, "ffn": {"moe": {"n_experts": 4, "top_k": 2}}}
 
 
-@_preset(label="LSTM", learning_rate=3e-3, n_layers_at_1m=2, d_model_multiple=4)
+@_preset(label="LSTM", learning_rate=8e-3, n_layers_at_1m=2, d_model_multiple=4)
 def lstm() -> Mapping[str, Any]:
     """LSTM: stacked, residual, with a norm before each layer."""
     return {"pattern": ("lstm",)}

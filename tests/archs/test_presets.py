@@ -1,5 +1,7 @@
 """Names, options and sizes."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,11 +74,21 @@ def test_jamba_offsets_are_free() -> None:
     assert [i for i, (_, ffn) in enumerate(layers) if ffn == "moe"] == [0, 2, 4, 6, 8, 10]
 
 
-def test_every_preset_builds_and_carries_a_learning_rate() -> None:
+def test_learning_rates_are_those_that_the_recorded_search_found() -> None:
+    with (Path(__file__).parents[2] / "results/cpu-demo/lr.csv").open() as file:
+        rows = list(csv.DictReader(file))
     for name, preset in PRESETS.items():
-        assert build(name, device="meta").n_params > 0
-        assert 1e-4 < preset.learning_rate < 1e-1
-        assert preset.summary
+        rates = sorted((float(row["val_bits_per_byte"]), float(row["lr"])) for row in rows if row["arch"] == name)
+        assert preset.learning_rate == rates[0][1]
+        # the list reaches beyond the winner on both sides
+        assert min(lr for _, lr in rates) < preset.learning_rate < max(lr for _, lr in rates)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_says_what_it_is(name: str) -> None:
+    assert build(name, device="meta").n_params > 0
+    assert PRESETS[name].label
+    assert PRESETS[name].summary.startswith(PRESETS[name].label)
 
 
 def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
