@@ -15,7 +15,7 @@ from .context import ContextJob, Failure, cell_tasks, measure_cells, reusable_ce
 from .processes import Stopped, module_command, stop_on_signals
 from .progress import Progress, Schedule
 from .report import write_report
-from .training import Sized, arguments, check_resumable, size, train_runs, training_tasks
+from .training import Sized, arguments, check_resumable, share, size, train_runs, training_tasks
 
 __all__ = ["bench_context", "check_archs", "compare", "folder_for", "open_corpus", "print_table", "run_configs"]
 
@@ -36,7 +36,9 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             for arch in config.archs
         }
         print_sizes(list(sizes.values()))
-        runs = run_configs(config, sizes, longest=len(corpus.val) - 1)
+        n_runs = len(config.archs) * config.seeds
+        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        runs = run_configs(config, sizes, longest=len(corpus.val) - 1, threads=threads)
         check_resumable(runs, corpus.digest)
         provenance = _provenance(config, command)
         jobs = context_jobs(config, list(sizes.values()), provenance)
@@ -47,11 +49,12 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         labels = {one.arch: one.label for one in sizes.values()}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         _write_json(config.out / "compare.json", record)
-        schedule = Schedule([*training_tasks(runs, sizes), *cell_tasks(jobs)], known=frozenset({"cell"}))
+        tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
+        schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
         progress = Progress(schedule)
         try:
             with stop_on_signals():
-                record["failures"] = train_runs(runs, progress, logs=logs)
+                record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
                 _write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Stopped as stopped:
@@ -154,7 +157,9 @@ def open_corpus(data: DataConfig, seq_len: int) -> Any:
     return corpus
 
 
-def run_configs(config: CompareConfig, sizes: Mapping[str, Sized], *, longest: int) -> list[RunConfig]:
+def run_configs(
+    config: CompareConfig, sizes: Mapping[str, Sized], *, longest: int, threads: int | None = None
+) -> list[RunConfig]:
     """The training runs of a comparison, seed by seed, so that an unfinished one has every architecture once.
 
     `longest` is the longest window that the held-out text has; loss by position stays within it.
@@ -178,13 +183,13 @@ def run_configs(config: CompareConfig, sizes: Mapping[str, Sized], *, longest: i
                 batch_size=config.batch_size,
                 seq_len=config.seq_len,
                 precision=config.precision,
-                eval_every=max(1, config.steps // 6),
+                eval_every=max(1, config.steps // 5),
                 eval_tokens=config.eval_tokens,
-                final_eval_tokens=4 * config.eval_tokens,
+                final_eval_tokens=2 * config.eval_tokens,
                 position_len=position_len,
                 checkpoint_every=max(1, config.steps // 4),
                 device=config.device,
-                threads=config.threads,
+                threads=threads,
             ),
         )
         for seed in range(config.seeds)

@@ -14,7 +14,7 @@ from .config import LearningRateConfig
 from .processes import Stopped, stop_on_signals
 from .progress import Progress, Schedule
 from .results import load_run
-from .training import check_resumable, size, train_runs, training_tasks
+from .training import check_resumable, share, size, train_runs, training_tasks
 
 __all__ = ["bench_lr", "best_rates", "rate_rows"]
 
@@ -34,12 +34,14 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
             arch: size(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
             for arch in config.archs
         }
-        runs = _runs(config, data)
+        n_runs = len(config.archs) * len(config.rates) * config.seeds
+        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        runs = _runs(config, data, threads)
         check_resumable(runs, corpus.digest)
-        progress = Progress(Schedule(training_tasks(runs, sizes)))
+        progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
         try:
             with stop_on_signals():
-                failures = train_runs(runs, progress, logs=logs)
+                failures = train_runs(runs, progress, logs=logs, jobs=at_once)
         except Stopped as stopped:
             _conclude(runs, config.out)
             print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
@@ -50,7 +52,7 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
         return 1 if failures else 0
 
 
-def _runs(config: LearningRateConfig, data: DataConfig) -> list[RunConfig]:
+def _runs(config: LearningRateConfig, data: DataConfig, threads: int | None = None) -> list[RunConfig]:
     train = TrainConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -63,7 +65,7 @@ def _runs(config: LearningRateConfig, data: DataConfig) -> list[RunConfig]:
         sample_tokens=0,
         checkpoint_every=0,
         device=config.device,
-        threads=config.threads,
+        threads=threads,
     )
     return [
         RunConfig(

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -25,14 +25,23 @@ class Task:
 class Schedule:
     """Estimates the remaining seconds of a list of tasks from those that have run."""
 
-    def __init__(self, tasks: Sequence[Task], *, known: frozenset[str] = frozenset()) -> None:
-        """`known` are kinds whose cost is already in seconds; others wait for the first measurement."""
+    def __init__(
+        self, tasks: Sequence[Task], *, known: frozenset[str] = frozenset(), at_once: Mapping[str, int] | None = None
+    ) -> None:
+        """Takes the tasks in their order.
+
+        Args:
+            tasks: what is to be done.
+            known: kinds whose cost is already in seconds; others wait for the first measurement.
+            at_once: how many tasks of a kind run side by side, where it is more than one.
+        """
+        self._at_once = at_once or {}
         self._left = {task.name: task for task in tasks}
         self._total = len(tasks)
         self._known = known
         self._spent: dict[str, float] = {}
         self._paid: dict[str, float] = {}
-        self._current: tuple[Task, float, float] | None = None
+        self._running: dict[str, tuple[Task, float, float]] = {}
 
     @property
     def done(self) -> str:
@@ -45,12 +54,12 @@ class Schedule:
 
     def update(self, name: str, seconds: float, fraction: float) -> None:
         """Says that a task has run for `seconds` and that `fraction` of it is done."""
-        self._current = (self._left[name], seconds, fraction)
+        self._running[name] = (self._left[name], seconds, fraction)
 
     def finish(self, name: str, seconds: float) -> None:
         """Says that a task ended after `seconds`."""
         task = self._left.pop(name)
-        self._current = None
+        self._running.pop(name, None)
         self._spent[task.kind] = self._spent.get(task.kind, 0.0) + seconds
         self._paid[task.kind] = self._paid.get(task.kind, 0.0) + task.cost
 
@@ -60,17 +69,16 @@ class Schedule:
         open_cost: dict[str, float] = {}
         for task in self._left.values():
             open_cost[task.kind] = open_cost.get(task.kind, 0.0) + task.cost
-        if self._current is not None:
-            task, seconds, fraction = self._current
+        for task, seconds, fraction in self._running.values():
             spent[task.kind] = spent.get(task.kind, 0.0) + seconds
             paid[task.kind] = paid.get(task.kind, 0.0) + task.cost * fraction
             open_cost[task.kind] -= task.cost * fraction
         total = 0.0
         for kind, cost in open_cost.items():
             if paid.get(kind):
-                total += cost * spent[kind] / paid[kind]
+                total += cost * spent[kind] / paid[kind] / self._at_once.get(kind, 1)
             elif kind in self._known:
-                total += cost
+                total += cost / self._at_once.get(kind, 1)
             else:
                 return None
         return total
@@ -93,7 +101,7 @@ class Progress:
         self._clock = clock
         self._every = every
         self._begin = self._last = clock()
-        self._task_begin = self._begin
+        self._begins: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """Writes a line that stays."""
@@ -107,13 +115,13 @@ class Progress:
 
     def begin(self, name: str) -> None:
         """Starts the clock of one task."""
-        self._task_begin = self._clock()
+        self._begins[name] = self._clock()
         self.update(name, 0.0, "")
 
     def update(self, name: str, fraction: float, detail: str) -> None:
         """Renews the line; away from a terminal, writes one every `every` seconds."""
         now = self._clock()
-        self.schedule.update(name, now - self._task_begin, fraction)
+        self.schedule.update(name, now - self._begins[name], fraction)
         if self._is_terminal:
             self._clear()
             line = f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}"
@@ -126,7 +134,7 @@ class Progress:
     def finish(self, name: str, result: str) -> None:
         """Ends a task with a line that stays."""
         now = self._clock()
-        self.schedule.finish(name, now - self._task_begin)
+        self.schedule.finish(name, now - self._begins.pop(name))
         self._last = now
         self.say(f"{self.schedule.done:>7}  {name}: {result}  {self._times(now)}")
 

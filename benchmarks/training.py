@@ -1,8 +1,8 @@
-"""Trains a list of runs, each in a process of its own, and leaves out those that are done."""
+"""Trains a list of runs, each in a process of its own, some at once, and leaves out those that are done."""
 
-import contextlib
 import json
-import subprocess
+import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .results import load_run
 if TYPE_CHECKING:
     from ..archs import ModelConfig
 
-__all__ = ["Sized", "arguments", "check_resumable", "is_done", "size", "train_runs", "training_tasks"]
+__all__ = ["Sized", "arguments", "check_resumable", "is_done", "share", "size", "train_runs", "training_tasks"]
 
 _SAVE_SECONDS = 60.0  # given to a stopped run for its checkpoint
 
@@ -79,7 +79,9 @@ def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-_NOT_THE_EXPERIMENT = frozenset({"out", "resume", "data.cache", "train.checkpoint_every", "train.keep_checkpoints"})
+_NOT_THE_EXPERIMENT = frozenset(
+    {"out", "resume", "data.cache", "train.threads", "train.checkpoint_every", "train.keep_checkpoints"}
+)
 
 
 def _differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
@@ -125,51 +127,85 @@ def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, Sized]) -> lis
     ]
 
 
-def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path) -> dict[str, str]:
-    """Trains every run that is not done yet, one after the other.
+def share(jobs: int | None, threads: int | None, *, device: str, n_runs: int) -> tuple[int, int]:
+    """How many runs train at once, and with how many CPU threads each."""
+    import torch
+
+    from ..train.runtime import choose_device
+
+    cores = threads or torch.get_num_threads()
+    at_once = jobs or (1 if choose_device(device).type == "cuda" else cores)
+    at_once = min(at_once, n_runs)
+    return at_once, max(1, cores // at_once)
+
+
+def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, jobs: int = 1) -> dict[str, str]:
+    """Trains every run that is not done yet, `jobs` at once.
 
     Returns:
         For each run that did not finish, its name and the reason.
     """
-    failures = {}
-    for run in runs:
-        if is_done(run):
-            progress.skip(run.name, "trained before")
-            continue
-        progress.begin(run.name)
-        reason = _train(run, progress, log=logs / f"{run.name}.log")
-        if reason is None:
-            score = load_run(run.directory).bits_per_byte
-            progress.finish(run.name, f"{score:.3f} bits per byte")
-        else:
-            failures[run.name] = reason
-            progress.finish(run.name, reason)
+    failures: dict[str, str] = {}
+    running: list[_Training] = []
+    waiting = list(runs)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                if is_done(run):
+                    progress.skip(run.name, "trained before")
+                else:
+                    progress.begin(run.name)
+                    running.append(_Training(run, logs / f"{run.name}.log"))
+            for training in list(running):
+                name = training.run.name
+                if training.child.poll() is None:
+                    progress.update(name, *training.progress())
+                    continue
+                running.remove(training)
+                reason = training.failure()
+                if reason is None:
+                    progress.finish(name, f"{load_run(training.run.directory).bits_per_byte:.3f} bits per byte")
+                else:
+                    failures[name] = reason
+                    progress.finish(name, reason)
+            if running:
+                time.sleep(0.25)
+    except KeyboardInterrupt:
+        for training in running:  # ask all first, so that they save their checkpoints side by side
+            training.child.send_signal(signal.SIGINT)
+        for training in running:
+            stop(training.child, grace=_SAVE_SECONDS)
+        raise
     return failures
 
 
-def _train(run: RunConfig, progress: Progress, *, log: Path) -> str | None:
-    """Runs one training process to its end and returns why it did not finish, or None."""
-    (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
-    log.unlink(missing_ok=True)
-    child = start(module_command("crossover.train", *arguments(run)), threads=run.train.threads, log=log)
-    metrics = _Tail(run.directory / "metrics.jsonl")
-    try:
-        while child.poll() is None:
-            step, detail = metrics.read()
-            progress.update(run.name, step / run.train.steps, f"step {step}/{run.train.steps}{detail}")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.5)
-    except KeyboardInterrupt:
-        stop(child, grace=_SAVE_SECONDS)  # it saves a checkpoint first
-        raise
-    if is_done(run):
-        return None
-    result = run.directory / "result.json"
-    recorded = json.loads(result.read_text()) if result.exists() else {}
-    if child.returncode == -9:
-        return "out of memory (killed by the system)"
-    reason = str(recorded.get("status", "failed")).replace("_", " ")
-    return f"{reason}: {recorded.get('error') or last_line(log) or f'ended with code {child.returncode}'}"
+class _Training:
+    """A training process."""
+
+    def __init__(self, run: RunConfig, log: Path) -> None:
+        (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
+        log.unlink(missing_ok=True)
+        self.run, self._log = run, log
+        self.child = start(module_command("crossover.train", *arguments(run)), threads=run.train.threads, log=log)
+        self._metrics = _Tail(run.directory / "metrics.jsonl")
+
+    def progress(self) -> tuple[float, str]:
+        """The fraction done, and the same in words."""
+        step, detail = self._metrics.read()
+        return step / self.run.train.steps, f"step {step}/{self.run.train.steps}{detail}"
+
+    def failure(self) -> str | None:
+        """Why the ended process did not finish its run, or None if it did."""
+        if is_done(self.run):
+            return None
+        result = self.run.directory / "result.json"
+        recorded = json.loads(result.read_text()) if result.exists() else {}
+        if self.child.returncode == -signal.SIGKILL:
+            return "out of memory (killed by the system)"
+        reason = str(recorded.get("status", "failed")).replace("_", " ")
+        ended = f"ended with code {self.child.returncode}"
+        return f"{reason}: {recorded.get('error') or last_line(self._log) or ended}"
 
 
 class _Tail:

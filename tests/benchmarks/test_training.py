@@ -1,16 +1,21 @@
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from crossover.benchmarks import training
 from crossover.benchmarks.compare import run_configs
 from crossover.benchmarks.config import ARCHS, CompareConfig
+from crossover.benchmarks.progress import Progress, Schedule, Task
 from crossover.benchmarks.training import (
     _Tail,
     arguments,
     check_resumable,
     is_done,
+    share,
     size,
+    train_runs,
 )
 from crossover.train.config import RunConfig, parse
 
@@ -96,3 +101,43 @@ def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
     append_line(path, '0, "val/bits_per_byte": 2.5}\n')
     assert tail.read() == (20, ", 2.50 bits per byte")
     assert tail.read() == (20, ", 2.50 bits per byte")
+
+
+def test_threads_are_shared_among_runs_that_train_at_once() -> None:
+    assert share(None, 8, device="cpu", n_runs=5) == (5, 1)
+    assert share(2, 8, device="cpu", n_runs=5) == (2, 4)
+    assert share(1, 8, device="cpu", n_runs=5) == (1, 8)
+    assert share(4, 2, device="cpu", n_runs=5) == (4, 1)
+
+
+def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    class Training:
+        def __init__(self, run: RunConfig, log: Path) -> None:
+            started.append(run.name)
+            self.run, self.child, self.left = run, self, 2
+            assert len(started) - len(ended) <= 2
+
+        def poll(self) -> int | None:
+            self.left -= 1
+            if self.left <= 0:
+                ended.append(self.run.name)
+            return None if self.left > 0 else 1
+
+        def progress(self) -> tuple[float, str]:
+            return 0.5, ""
+
+        def failure(self) -> str:
+            return "failed: on purpose"
+
+    ended: list[str] = []
+    monkeypatch.setattr(training, "_Training", Training)
+    monkeypatch.setattr(training, "is_done", lambda run: run.name == "b")
+    runs = [RunConfig(name=name, out=tmp_path) for name in "abcde"]
+    tasks = [Task(name=name, kind="train", cost=1.0) for name in "abcde"]
+    progress = Progress(Schedule(tasks, at_once={"train": 2}), stream=io.StringIO())
+    failures = train_runs(runs, progress, logs=tmp_path, jobs=2)
+    assert started == ended == ["a", "c", "d", "e"]
+    assert failures == dict.fromkeys("acde", "failed: on purpose")
+    assert progress.schedule.done == "5/5"
