@@ -170,6 +170,7 @@ def run_configs(
     if config.position_len is not None and config.position_len > longest:
         raise ValueError(f"--position-len {config.position_len} is more than the {longest} tokens of held-out text")
     position_len = min(longest, 4 * config.seq_len) if config.position_len is None else config.position_len
+    archs = config.archs[::-1]  # the baseline, mostly the quickest, then fills the gap beside the last of the slow ones
     return [
         RunConfig(
             name=f"{arch}-s{seed}",
@@ -185,7 +186,7 @@ def run_configs(
                 precision=config.precision,
                 eval_every=max(1, config.steps // 5),
                 eval_tokens=config.eval_tokens,
-                final_eval_tokens=2 * config.eval_tokens,
+                final_eval_tokens=4 * config.eval_tokens,
                 position_len=position_len,
                 checkpoint_every=max(1, config.steps // 4),
                 device=config.device,
@@ -193,7 +194,7 @@ def run_configs(
             ),
         )
         for seed in range(config.seeds)
-        for arch in config.archs
+        for arch in archs
     ]
 
 

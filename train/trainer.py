@@ -116,7 +116,7 @@ class Trainer:
         self._final_windows = val_windows(corpus, run.train.seq_len, run.train.final_eval_tokens)
         self._long_windows = None
         if run.train.position_len:
-            self._long_windows = val_windows(corpus, run.train.position_len, run.train.eval_tokens)
+            self._long_windows = val_windows(corpus, run.train.position_len, run.train.final_eval_tokens)
 
         sketch = archs.build(self.model_config, device="meta")
         state = sketch.init_state(1, run.train.seq_len, device="meta")
