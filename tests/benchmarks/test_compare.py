@@ -39,7 +39,7 @@ def command(text: Path, out: Path, *more: str) -> list[str]:
 def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_path: Path) -> None:
     done = subprocess.run(command(text, tmp_path / "out"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for said in ("zlib", "training FLOPs/token", "crossover.train --name transformer-s0", "report.html"):
+    for said in ("zlib", "training FLOPs/token", "crossover.train --name mamba-s0", "report.html"):
         assert said in done.stdout
     out = tmp_path / "out"
     for name in ("report.html", "report.md", "context.csv", "quality.csv", "summary.json", "compare.json"):
@@ -67,23 +67,26 @@ def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_p
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_exists_reports_it_and_the_same_command_goes_on(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    endless = command(text, out, "--steps", "100000")
+    endless = command(text, out, "--steps", "100000", "--jobs", "2")
     child = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics, deadline = out / "transformer-s0" / "metrics.jsonl", time.monotonic() + 90
-    while not (metrics.exists() and metrics.stat().st_size > 0):
-        assert time.monotonic() < deadline
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.1)
-    os.kill(child.pid, signal.SIGINT)
-    said, complained = child.communicate(timeout=90)
+    runs = [out / "transformer-s0", out / "mamba-s0"]
+    deadline = time.monotonic() + 120
+    try:
+        while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in runs):
+            assert time.monotonic() < deadline
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.1)
+    finally:
+        os.kill(child.pid, signal.SIGINT)
+        said, complained = child.communicate(timeout=120)
     assert child.returncode == 130, complained
     assert "Traceback" not in complained
     assert "The same command goes on from here: crossover compare" in said
-    assert json.loads((out / "transformer-s0" / "result.json").read_text())["status"] == "interrupted"
-    assert list((out / "transformer-s0" / "checkpoints").glob("step-*"))
     page = (out / "report.html").read_text()
-    assert "transformer-s0: interrupted" in page
-    assert "mamba-s0: not run yet" in page
+    for run in runs:
+        assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+        assert list((run / "checkpoints").glob("step-*"))
+        assert f"{run.name}: interrupted" in page
 
 
 @pytest.mark.slow
