@@ -44,7 +44,7 @@ def test_the_printed_command_makes_exactly_the_run(runs: list[RunConfig]) -> Non
 
 
 def test_a_comparison_has_every_architecture_once_before_the_second_seed(runs: list[RunConfig]) -> None:
-    assert [run.name for run in runs] == ["mamba-s0", "lstm-s0", "mamba-s1", "lstm-s1"]
+    assert [run.name for run in runs] == ["lstm-s0", "mamba-s0", "lstm-s1", "mamba-s1"]
 
 
 def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunConfig]) -> None:
@@ -82,7 +82,7 @@ def test_finished_runs_are_recognized(runs: list[RunConfig]) -> None:
 
 def test_a_run_of_other_settings_is_not_overwritten(runs: list[RunConfig]) -> None:
     record(replace(runs[0], train=replace(runs[0].train, steps=999)))
-    with pytest.raises(ValueError, match=r"mamba-s0 holds another run \(train.steps 999 instead of 20\).*--fresh"):
+    with pytest.raises(ValueError, match=r"lstm-s0 holds another run \(train.steps 999 instead of 20\).*--fresh"):
         check_resumable(runs, DIGEST)
 
 
