@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ..train.files import write_json
 from .config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
 from .context import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
 from .processes import Stopped, module_command, stop_on_signals
@@ -48,14 +49,14 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
 
         labels = {one.arch: one.label for one in sizes.values()}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
-        _write_json(config.out / "compare.json", record)
+        write_json(config.out / "compare.json", record)
         tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
         progress = Progress(schedule)
         try:
             with stop_on_signals():
                 record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
-                _write_json(config.out / "compare.json", record)
+                write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Stopped as stopped:
             return _stopped(stopped, config.out, command, progress)
@@ -85,7 +86,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         reusable_cells(config.out / "context.jsonl", jobs)
         labels = {one.arch: one.label for one in sizes}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
-        _write_json(config.out / "compare.json", record)
+        write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
             with stop_on_signals():
@@ -186,7 +187,7 @@ def run_configs(
                 precision=config.precision,
                 eval_every=max(1, config.steps // 5),
                 eval_tokens=config.eval_tokens,
-                final_eval_tokens=4 * config.eval_tokens,
+                final_eval_tokens=8 * config.eval_tokens,
                 position_len=position_len,
                 checkpoint_every=max(1, config.steps // 4),
                 device=config.device,
@@ -294,9 +295,3 @@ def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -
 
 def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    from ..train.record import write_json
-
-    write_json(path, value)

@@ -156,8 +156,8 @@ class CompareConfig:
     context: tuple[int, ...] = (128, 512, 2048, 8192)
     """Context lengths in tokens at which speed and memory are measured."""
 
-    eval_tokens: Count = 16_384
-    """Held-out tokens read by one validation on the way, always the same ones; the final one reads four times more."""
+    eval_tokens: Count = 8_192
+    """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
 
     position_len: int | None = None
     """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""

@@ -5,23 +5,24 @@ import json
 import os
 import selectors
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..train.files import read_json_lines
 from .config import MeasureConfig
-from .processes import last_line, module_command, start, stop
+from .processes import Fork, last_line
 from .progress import Progress, Task
-from .results import read_jsonl
 
 __all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "measure_cells", "reusable_cells"]
 
 PHASES = ("decode", "prefill", "train")
 _SAME_MACHINE = ("cpu", "device", "torch")
-_START_SECONDS = 6.0  # import of torch and the first call of every kernel
+_START_SECONDS = 3.0  # the first call of every kernel
+# torch._dynamo is imported by every optimizer, numba by the CPU kernels
+_PRELOAD = ("crossover.benchmarks.worker", "torch._dynamo", "numba")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, in
     by_arch = {job.arch: job for job in jobs}
     wanted = {(job.arch, job.context_len) for job in jobs}
     cells = {}
-    for cell in read_jsonl(path):
+    for cell in read_json_lines(path):
         job = by_arch.get(cell["arch"], jobs[0])
         differing = _differences(cell["settings"], job.settings)
         before = cell.get("provenance", {})
@@ -197,8 +198,7 @@ def _run_worker(
         **{key: settings[key] for key in ("precision", "device", "threads")},
     }
     log_bytes = log.stat().st_size if log.exists() else 0
-    command = module_command("crossover.benchmarks.worker", json.dumps(order))
-    child = start(command, threads=settings["threads"], log=log, output=subprocess.PIPE)
+    child = Fork(_work, order, log=log, preload=_PRELOAD)
     left = list(phases)
     running = phases[0]
     try:
@@ -210,41 +210,45 @@ def _run_worker(
                     left.remove(running)
             progress.update(job.name, 1 - len(left) / len(PHASES), running)
     except TimeoutError:
-        stop(child, grace=0)
+        child.kill()
         keep(job.cell(running, status="timeout", error=f"stopped after {settings['timeout']:g} s"))
         return
     except KeyboardInterrupt:
-        stop(child, grace=0)
+        child.kill()
         raise
     if left:
-        keep(job.cell(left[0], **_cause_of_death(child.returncode, last_line(log, after=log_bytes))))
+        keep(job.cell(left[0], **_cause_of_death(child.join(), last_line(log, after=log_bytes))))
 
 
-def _events(child: subprocess.Popen, *, timeout: float) -> Iterator[dict[str, Any] | None]:
+def _work(order: dict[str, Any]) -> None:
+    """What the process of a cell does. The import is here because this process, the parent, needs none of it."""
+    from .worker import main
+
+    main(order)
+
+
+def _events(child: Fork, *, timeout: float) -> Iterator[dict[str, Any] | None]:
     """Yields what a worker prints until it ends, and None while it is silent.
 
     Raises:
         TimeoutError: after `timeout` seconds of silence.
     """
-    assert child.stdout is not None
     deadline, pending = time.monotonic() + timeout, b""
     with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
+        selector.register(child.output, selectors.EVENT_READ)
         while True:
             if not selector.select(timeout=0.5):
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 yield None
                 continue
-            block = os.read(child.stdout.fileno(), 65536)
+            block = os.read(child.output, 65536)
             if not block:
                 break
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
                 deadline = time.monotonic() + timeout
                 yield json.loads(line)
-    child.stdout.close()
-    child.wait()
 
 
 def _cause_of_death(returncode: int, last_words: str) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """Child processes: each run and each measurement gets its own, so that one that dies takes nothing with it."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-__all__ = ["Stopped", "environment", "last_line", "module_command", "start", "stop", "stop_on_signals"]
+__all__ = ["Fork", "Stopped", "environment", "last_line", "module_command", "start", "stop", "stop_on_signals"]
+
+_FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,8 +50,8 @@ def module_command(module: str, *words: str) -> list[str]:
     return [sys.executable, "-m", module, *words]
 
 
-def start(command: Sequence[str], *, threads: int | None, log: Path, output: int | None = None) -> subprocess.Popen:
-    """Starts a child whose messages go to the file `log`; its output goes there too, or to `output`.
+def start(command: Sequence[str], *, threads: int | None, log: Path) -> subprocess.Popen:
+    """Starts a child whose output and messages go to the file `log`.
 
     The child leads its own session: a Ctrl-C at the terminal reaches this process alone, which then decides how each
     child ends.
@@ -56,11 +60,57 @@ def start(command: Sequence[str], *, threads: int | None, log: Path, output: int
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=messages if output is None else output,
+            stdout=messages,
             stderr=messages,
             env=environment(threads),
             start_new_session=True,
         )
+
+
+class Fork:
+    """A child that begins with its imports done: forked from a server that has made them once and done nothing else.
+
+    Importing torch takes longer than many a measurement. A fork of this very process would inherit its threads and its
+    memory; a fork of the server is as clean as a process of its own. Elsewhere than on Linux, where system libraries do
+    not survive a fork, it is one.
+    """
+
+    def __init__(self, work: Callable[[Any], object], order: Any, *, log: Path, preload: Sequence[str] = ()) -> None:
+        """Calls work(order) in the child, whose standard output is `output` and whose messages go to the file `log`."""
+        context = _FORKSERVER if sys.platform == "linux" else multiprocessing.get_context("spawn")
+        _FORKSERVER.set_forkserver_preload(list(preload))  # heeded before the first fork, that is, once
+        reading, writing = context.Pipe(duplex=False)
+        self._reading = reading
+        self._process = context.Process(target=_in_child, args=(work, order, str(log), writing))
+        self._process.start()
+        writing.close()
+
+    @property
+    def output(self) -> int:
+        """Descriptor from which the child's standard output is read; it ends when the child does."""
+        return self._reading.fileno()
+
+    def join(self) -> int:
+        """Waits for the end of the child and returns its exit code, negative where a signal ended it."""
+        self._process.join()
+        self._reading.close()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Ends the child at once."""
+        self._process.kill()
+        self.join()
+
+
+def _in_child(work: Callable[[Any], object], order: Any, log: str, writing: Any) -> None:
+    os.setsid()  # a Ctrl-C at the terminal reaches the parent alone
+    os.dup2(writing.fileno(), 1)
+    writing.close()
+    messages = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(messages, 2)
+    os.close(messages)
+    work(order)
 
 
 def stop(child: subprocess.Popen, *, grace: float) -> None:

@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import json
+import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..train.files import write_json, write_text
 from .config import format_bytes
 from .crossovers import Crossover
 from .document import (
@@ -82,30 +82,22 @@ def write_report(folder: Path) -> Path:
     title, subtitle = _title(comparison)
     _write_csv(folder / "quality.csv", list(rows[0]) if rows else ["arch"], rows)
     _write_csv(folder / "context.csv", _CELL_COLUMNS, map(_flat_cell, _sorted_cells(comparison)))
-    _write(folder / "summary.json", json.dumps(_summary(comparison, rows, crossings, checks, lead), indent=1) + "\n")
+    write_json(folder / "summary.json", _summary(comparison, rows, crossings, checks, lead))
     (folder / "figures").mkdir(exist_ok=True)
     for figure in _figures_in(blocks):
-        _write(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
-    _write(folder / "report.md", to_markdown(title, subtitle, blocks, "figures"))
+        write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
+    write_text(folder / "report.md", to_markdown(title, subtitle, blocks, "figures"))
     page = folder / "report.html"
-    _write(page, to_html(title, subtitle, blocks))
+    write_text(page, to_html(title, subtitle, blocks))
     return page
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces a file at once, so that a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def _figures_in(blocks: Iterable[Block]) -> Iterable[Figure]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..train.files import read_json, read_json_lines
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "load_run",
     "mean_and_spread",
     "quality",
-    "read_json",
-    "read_jsonl",
     "tokens_per_step",
 ]
 
@@ -85,32 +84,6 @@ METRICS = (
         better="less state",
     ),
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises ValueError naming the file if it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__} where a JSON object was expected")
-    return value
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object per line. A torn last line, left by a killed writer, is ignored; any other is an error."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path} line {number} is not valid JSON ({error.msg})") from error
-    return records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +155,7 @@ class Comparison:
 
     def label(self, arch: str) -> str:
         """The architecture's name as written in text; the plain name where no file tells."""
-        labels = {cell["arch"]: cell["label"] for cell in self.cells if "label" in cell}
+        labels = {source["arch"]: source["label"] for source in (*self.cells, *(run.info for run in self.runs))}
         return {**labels, **self.info.get("labels", {})}.get(arch, arch)
 
     def runs_of(self, arch: str) -> list[Run]:
@@ -202,7 +175,7 @@ def load_run(folder: Path) -> Run:
         folder=folder,
         info=read_json(folder / "run.json"),
         result=read_json(result) if result.exists() else {},
-        metrics=read_jsonl(folder / "metrics.jsonl"),
+        metrics=read_json_lines(folder / "metrics.jsonl"),
     )
 
 
@@ -216,7 +189,9 @@ def load_comparison(folder: Path) -> Comparison:
         raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
     homes = [folder] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
     runs = [load_run(home) for home in homes]
-    cells = {(cell["arch"], cell["phase"], cell["context_len"]): cell for cell in read_jsonl(folder / "context.jsonl")}
+    cells = {
+        (cell["arch"], cell["phase"], cell["context_len"]): cell for cell in read_json_lines(folder / "context.jsonl")
+    }
     if not runs and not cells:
         raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
     for run in runs[1:]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..train.config import RunConfig
+from ..train.config import RunConfig, flatten
 from .processes import last_line, module_command, start, stop
 from .progress import Progress, Task
 from .results import load_run
@@ -64,19 +64,11 @@ def size(arch: str, *, n_params: int, vocab_size: int, seq_len: int) -> Sized:
 def arguments(run: RunConfig) -> list[str]:
     """The command line of `python -m crossover.train` for a run: every option that is not the default."""
     words = []
-    for path, value in _leaves(run.to_dict()).items():
-        if value != _leaves(RunConfig().to_dict())[path]:
+    for path, value in flatten(run.to_dict()).items():
+        if value != flatten(RunConfig().to_dict())[path]:
             assert not isinstance(value, list), f"{path} is not set by a comparison"
             words += [f"--{path.replace('_', '-')}", str(value)]
     return words
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
-    for key, value in table.items():
-        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        leaves.update(inner)
-    return leaves
 
 
 _NOT_THE_EXPERIMENT = frozenset(
@@ -86,10 +78,10 @@ _NOT_THE_EXPERIMENT = frozenset(
 
 def _differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
     """Settings in which a recorded run is another experiment. None and 'auto' agree with what they were resolved to."""
-    recorded = _leaves(found)
+    recorded = flatten(found)
     return [
         f"{path} {recorded.get(path)} instead of {value}"
-        for path, value in _leaves(run.to_dict()).items()
+        for path, value in flatten(run.to_dict()).items()
         if path not in _NOT_THE_EXPERIMENT and value not in (None, "auto", recorded.get(path))
     ]
 

@@ -1,6 +1,6 @@
-"""Measures one architecture at one context length, in a process of its own (python -m crossover.benchmarks.worker).
+"""Measures one architecture at one context length, in a process of its own.
 
-The job comes as JSON on the command line; a line of JSON goes to standard output when a phase begins and when it ends,
+A line of JSON goes to standard output when a phase begins and when it ends,
 so that the parent knows what was running if this process is killed. Phases are measured from the lightest to the
 heaviest: decode, prefill, train.
 """
@@ -8,7 +8,6 @@ heaviest: decode, prefill, train.
 import gc
 import json
 import resource
-import sys
 import time
 import traceback
 import warnings
@@ -33,6 +32,7 @@ from ..train.runtime import (
     is_out_of_memory,
     keep_freed_memory,
 )
+from ..train.step import accumulate_gradients
 from ..train.warm_up import warm_up
 from .config import MeasureConfig
 
@@ -108,15 +108,13 @@ class _Bench:
         batch_size = self.batch_size["train"]
         window = self._tokens(batch_size, self.context_len + 1)
         tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        optimizer = adamw(self.lm, OptimConfig())
+        config = OptimConfig()
+        optimizer = adamw(self.lm, config)
         set_learning_rate(optimizer, 1e-4)
         self.lm.train()
 
         def step() -> None:
-            with self.precision.autocast(self.device):
-                loss, aux = self.lm.loss(tokens, targets)
-            (loss + aux).backward()
-            torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
+            accumulate_gradients(self.lm, [(tokens, targets, None)], precision=self.precision, clip=config.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -285,7 +283,3 @@ def main(job: dict[str, Any]) -> None:
 
 def _tell(phase: str, event: str, **content: Any) -> None:
     print(json.dumps({"event": event, "phase": phase, **content}), flush=True)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .attention import reference as _attention
 from .attention import torch_impl as _attention_torch
+from .causal_conv1d import cpu as _causal_conv1d_cpu
 from .causal_conv1d import reference as _causal_conv1d
 from .causal_conv1d import torch_impl as _causal_conv1d_torch
 from .dispatch import Op
@@ -31,7 +32,9 @@ selective_scan = Op(
     torch=_selective_scan_torch.selective_scan,
     cpu=_selective_scan_cpu.selective_scan,
 )
-causal_conv1d = Op(_causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d)
+causal_conv1d = Op(
+    _causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d, cpu=_causal_conv1d_cpu.causal_conv1d
+)
 ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)
 long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)
 ssm_scan = Op(_long_conv.ssm_scan, torch=_long_conv_torch.ssm_scan)

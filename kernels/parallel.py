@@ -13,7 +13,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -34,3 +36,8 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
     kernel(0, bounds[1], *arguments)
     for other in others:
         other.result()
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """The tensor's memory, as kernels take it: copied only if its last axis is not contiguous."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()

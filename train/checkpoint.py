@@ -2,7 +2,7 @@
 
 checkpoints/step-00000500/ has model.safetensors and config.json (what LanguageModel.from_pretrained reads),
 optimizer.safetensors, trainer.json, and manifest.json with the size and SHA-256 of each, checked at load because no
-tensor format notices a flipped byte. `latest` names the newest. Nothing is pickled, so loading runs no code.
+tensor format notices a flipped byte. Nothing is pickled, so loading runs no code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .record import read_json, write_json
+from .files import read_json, write_json
 
 __all__ = ["CheckpointError", "newest", "read_state", "restore", "save", "verify"]
 
@@ -83,7 +83,6 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _write_text(root / "latest", final.name + "\n")
     _sync(root)
     for old in _published(root)[keep:]:
         shutil.rmtree(old)
@@ -218,13 +217,6 @@ def _decode(text: str) -> Tensor:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
 
 
 def _sync(path: Path) -> None:

@@ -27,7 +27,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from ..archs import ModelConfig
 
-__all__ = ["Count", "DataConfig", "ModelSpec", "OptimConfig", "RunConfig", "TrainConfig", "count", "parse"]
+__all__ = ["Count", "DataConfig", "ModelSpec", "OptimConfig", "RunConfig", "TrainConfig", "count", "flatten", "parse"]
 
 CUSTOM = "custom"
 """Preset of a model that a [model] table describes from its pattern up."""
@@ -326,6 +326,14 @@ class RunConfig:
             ValueError: for a key that no configuration has, with the dotted path and the nearest name.
         """
         return _from_dict(cls, values, "")
+
+
+def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested tables by their dotted paths: {"optim": {"lr": 1}} gives {"optim.lr": 1}."""
+    leaves = {}
+    for key, value in table.items():
+        leaves |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return leaves
 
 
 def parse(argv: Sequence[str], prog: str) -> RunConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -20,7 +19,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["MetricsLog", "provenance", "read_json", "read_metrics", "write_json"]
+from .files import read_json_lines, write_text
+
+__all__ = ["MetricsLog", "provenance"]
 
 LAYOUT = {
     "Quality": {
@@ -35,46 +36,14 @@ LAYOUT = {
 """TensorBoard's custom scalars page."""
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes one JSON file by rename, so that a reader finds the old file or the new one and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads run.json or result.json."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a torn last line, which a killed run may leave, is passed over.
-
-    Raises:
-        ValueError: if any other line is not JSON.
-    """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, is not JSON") from None
-    return records
-
-
 class MetricsLog:
     """The metrics of one run: metrics.jsonl, and TensorBoard events of the same values under the same tags."""
 
     def __init__(self, directory: Path, *, first_step: int = 0) -> None:
         """Continues the log of a run after `first_step` steps: what was recorded beyond it is dropped."""
         path = directory / "metrics.jsonl"
-        records = read_metrics(path) if path.exists() else []
-        kept = [record for record in records if record["step"] <= first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(temporary, path)
+        kept = [record for record in read_json_lines(path) if record["step"] <= first_step]
+        write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         self._board = _TensorBoard(directory / "tb", purge_step=first_step + 1)
 

@@ -20,17 +20,17 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from torch import nn
 
 from .. import archs
 from ..kernels.dispatch import record_backends
 from . import checkpoint
-from .config import CUSTOM, RunConfig
+from .config import CUSTOM, RunConfig, flatten
 from .data import Corpus, check_lengths, load_corpus, train_batch, val_windows
 from .evaluate import Evaluator, document_inputs
+from .files import read_json, write_json
 from .optim import adamw, learning_rate, set_learning_rate
 from .progress import Display, farewell, greeting
-from .record import MetricsLog, provenance, read_json, write_json
+from .record import MetricsLog, provenance
 from .runtime import (
     Interrupted,
     PeakMemory,
@@ -41,6 +41,7 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
+from .step import accumulate_gradients
 from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer", "train"]
@@ -121,7 +122,7 @@ class Trainer:
         sketch = archs.build(self.model_config, device="meta")
         state = sketch.init_state(1, run.train.seq_len, device="meta")
         self._facts = {
-            "arch": run.model.preset,
+            **_names(run),
             "seed": run.seed,
             "n_params": sketch.n_params,
             "n_active_params": sketch.n_active_params,
@@ -251,21 +252,15 @@ class Trainer:
         size = {"batch_size": run.train.batch_size, "seq_len": run.train.seq_len}
         with self._watch.step(run.train.batch_size * run.train.seq_len):
             batch = train_batch(self.corpus, seed=run.seed, step=self._step, **size)
-            parts = np.split(batch, run.train.grad_accumulation)
-            total_loss, total_aux = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-            for part in parts:
-                tokens, targets, starts = document_inputs(part, self.device, separator=self._separator)
-                with self.precision.autocast(self.device):
-                    loss, aux = model.loss(tokens, targets, starts=starts)
-                ((loss + aux) / len(parts)).backward()
-                total_loss += loss.detach() / len(parts)
-                total_aux += aux.detach() / len(parts)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip or math.inf).item()
-            values = {"train/loss": total_loss.item(), "train/aux_loss": total_aux.item()}
-            # Both: a NaN weight can leave the gradients finite, and a finite loss can have an infinite gradient.
-            if not (math.isfinite(values["train/loss"] + values["train/aux_loss"]) and math.isfinite(norm)):
+            parts = [
+                document_inputs(part, self.device, separator=self._separator)
+                for part in np.split(batch, run.train.grad_accumulation)
+            ]
+            loss, aux, norm = accumulate_gradients(model, parts, precision=self.precision, clip=run.optim.clip)
+            # All: a NaN weight can leave the gradients finite, and a finite loss can have an infinite gradient.
+            if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(norm)):
                 raise NonFiniteError(
-                    f"step {self._step + 1}: the loss is {values['train/loss']:.4g} and the gradient norm {norm:.4g} "
+                    f"step {self._step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g} "
                     f"at learning rate {lr:.3g}; this update was not made: try a lower --optim.lr or a longer "
                     f"--optim.warmup"
                 )
@@ -274,7 +269,7 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._step += 1
-        return values | {"train/lr": lr, "train/grad_norm": norm}
+        return {"train/loss": loss, "train/aux_loss": aux, "train/lr": lr, "train/grad_norm": norm}
 
     def _log(self, values: Mapping[str, float], log: MetricsLog, display: Display) -> None:
         rate = self._watch.lap()
@@ -356,7 +351,7 @@ class Trainer:
 
     def _continue_from(self, state: Mapping[str, Any]) -> None:
         """Takes up a checkpoint's trainer.json, or refuses to where it is of another experiment."""
-        before, now = dict(_leaves(state["experiment"])), dict(_leaves(self._experiment()))
+        before, now = flatten(state["experiment"]), flatten(self._experiment())
         changed = [
             f"{key} {before.get(key)} -> {now.get(key)}"
             for key in sorted({*before, *now})
@@ -418,6 +413,13 @@ class Trainer:
         }
 
 
+def _names(run: RunConfig) -> dict[str, str]:
+    """The architecture's name and how text writes it; a model of its own pattern goes by the name of its run."""
+    if run.model.preset == CUSTOM:
+        return {"arch": run.directory.name, "label": run.directory.name}
+    return {"arch": run.model.preset, "label": archs.presets.find(run.model.preset).label}
+
+
 def _peak_learning_rate(run: RunConfig) -> float:
     if run.optim.lr is not None:
         return run.optim.lr
@@ -445,11 +447,3 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _lists(backends: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {op: list(names) for op, names in sorted(backends.items())}
-
-
-def _leaves(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -26,13 +26,20 @@ def causal_conv1d(
     inputs = torch.cat([past, x], dim=1)  # (B, K-1+L, E)
     if starts is None:
         y = F.conv1d(inputs.mT, weight[:, None], bias, groups=E).mT.contiguous()  # what follows would pay for strides
-        window = inputs[:, L:]
     else:
         since = tokens_since_start(starts)[..., None]  # (B, L, 1)
         y = x * weight[:, K - 1] if bias is None else torch.addcmul(bias, x, weight[:, K - 1])
         for lag in range(1, K):
             shifted = inputs[:, K - 1 - lag : K - 1 - lag + L]
             y = torch.addcmul(y, torch.where(since >= lag, shifted, 0.0), weight[:, K - 1 - lag])
-        lag = torch.arange(K - 1, 0, -1, device=x.device)[:, None]  # of each entry, seen from the next token
-        window = torch.where(since[:, -1:] + 1 >= lag, inputs[:, L:], 0.0)
-    return (y if activation is None else F.silu(y)).to(x.dtype), window
+    return (y if activation is None else F.silu(y)).to(x.dtype), next_window(x, past, starts)
+
+
+def next_window(x: Tensor, past: Tensor, starts: Tensor | None) -> Tensor:
+    """The last K - 1 of the inputs past (B, K-1, E) and x (B, L, E), zero before the last start."""
+    n = past.shape[1]
+    window = x[:, x.shape[1] - n :] if x.shape[1] >= n else torch.cat([past, x], dim=1)[:, x.shape[1] :]
+    if starts is None:
+        return window
+    lag = torch.arange(n, 0, -1, device=x.device)[:, None]  # of each entry, seen from the next token
+    return torch.where(tokens_since_start(starts)[:, -1:, None] + 1 >= lag, window, 0.0)

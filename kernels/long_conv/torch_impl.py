@@ -14,16 +14,23 @@ CHUNK = 64  # tokens between two materialized states of ssm_scan
 def ssm_kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
     """Same contract as reference.ssm_kernel, as one small matrix product per channel.
 
-    With t = i T + j the power splits, exp(A t) = exp(A i T) exp(A j): sqrt(L) powers of each kind instead of L, so no
+    With t = i T + j the power splits, exp(A t) = exp(A T)^i exp(A)^j: sqrt(L) powers of each kind instead of L, so no
     (E, N, L) tensor exists.
     """
     T = math.isqrt(length - 1) + 1
-    i, j = torch.arange(-(-length // T), device=A.device) * T, torch.arange(T, device=A.device)
-    left = torch.exp(A[:, None] * i[:, None]) * C[:, None]  # (E, L/T, N)
-    right = torch.exp(A[:, None] * j[:, None])  # (E, T, N)
+    left = _powers(torch.exp(A * T), -(-length // T)) * C[:, None]  # (E, L/T, N)
+    right = _powers(torch.exp(A), T)  # (E, T, N)
     # Re(l r) is the inner product of (Re l, Im l) and (Re r, -Im r)
     left, right = (torch.view_as_real(t).flatten(-2) for t in (left, right.conj().resolve_conj()))
     return 2 * (left @ right.mT).flatten(1)[:, :length]
+
+
+def _powers(base: Tensor, n: int) -> Tensor:
+    """base^0 .. base^(n-1), (E, n, N), by doubling: a complex exponential costs as much as twenty products."""
+    powers, factor = torch.ones_like(base)[:, None], base[:, None]
+    while powers.shape[1] < n:
+        powers, factor = torch.cat([powers, powers * factor], 1), factor * factor
+    return powers[:, :n]
 
 
 def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:

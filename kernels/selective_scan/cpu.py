@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import run
+from ..parallel import as_array, run
 from . import torch_impl
 
 
@@ -77,7 +77,7 @@ def _scan(
         cpu_kernels.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
-        *map(_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
+        *map(as_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
     )
     return y, state, checkpoints
 
@@ -126,7 +126,7 @@ def _scan_backward(
         cpu_kernels.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
-        *map(_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
+        *map(as_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
     )
     grad_A, grad_B, grad_C, grad_D, grad_bias = map(_sum, (parts_A, parts_B, parts_C, parts_D, parts_bias))
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial_state
@@ -172,7 +172,7 @@ def _inputs(
         u.new_empty(0, 0, 0) if z is None else z,
         _zeros_if_none(bias, E),
     )
-    return [_array(t) for t in tensors]
+    return [as_array(t) for t in tensors]
 
 
 def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:
@@ -183,15 +183,10 @@ def _never_if_none(starts: Tensor | None, u: Tensor) -> Tensor:
     return torch.zeros(u.shape[:2], dtype=torch.bool) if starts is None else starts
 
 
-def _array(x: Tensor) -> np.ndarray:
-    """The tensor's memory, copied only if its last axis is not contiguous."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()
-
-
 def _sum(parts: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order."""
     from . import cpu_kernels
 
     result = torch.empty(parts[0].numel())
-    run(cpu_kernels.sum_parts, -(-len(result) // cpu_kernels.SUM_WIDTH), _array(parts.flatten(1)), _array(result))
+    run(cpu_kernels.sum_parts, -(-len(result) // cpu_kernels.SUM_WIDTH), as_array(parts.flatten(1)), as_array(result))
     return result.view(parts.shape[1:])

@@ -91,6 +91,7 @@ def write_run(
     }
     facts = {
         "arch": arch,
+        "label": LABELS[arch],
         "seed": seed,
         "n_params": n_params,
         "n_active_params": int(n_params * _ACTIVE.get(arch, 1)),

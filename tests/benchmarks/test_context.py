@@ -2,8 +2,6 @@ import dataclasses
 import io
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from crossover.benchmarks.context import (
     measure_cells,
     reusable_cells,
 )
+from crossover.benchmarks.processes import Fork
 from crossover.benchmarks.progress import Progress, Schedule
-from crossover.benchmarks.results import read_jsonl
+from crossover.train.files import read_json_lines
 
 REQUIRED = {
     "arch", "phase", "context_len", "batch_size", "tokens_per_second", "peak_bytes", "state_bytes", "status", "backend",
@@ -49,13 +48,13 @@ def job(arch: str = "transformer", context_len: int = 32, **measure: Any) -> Con
 def measure(jobs: list[ContextJob], folder: Path, stream: io.StringIO | None = None) -> list[dict[str, Any]]:
     progress = Progress(Schedule(cell_tasks(jobs)), stream=stream or io.StringIO())
     measure_cells(jobs, folder / "context.jsonl", progress, logs=folder)
-    return read_jsonl(folder / "context.jsonl")
+    return read_json_lines(folder / "context.jsonl")
 
 
 def play(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> None:
     """Lets the workers be these Python scripts instead, one after the other."""
     left = list(scripts)
-    monkeypatch.setattr(context, "module_command", lambda *_: [sys.executable, "-c", left.pop(0)])
+    monkeypatch.setattr(context, "Fork", lambda work, order, **options: Fork(exec, left.pop(0), **options))
 
 
 def tell(*events: dict[str, Any], end: str = "") -> str:
@@ -186,7 +185,7 @@ def test_a_failed_cell_fails_the_command_and_is_named(
     assert bench_context(config, command=["crossover"]) == 1
     assert "Transformer at 32 tokens, train: failed: no such thing" in capsys.readouterr().err
     assert json.loads((tmp_path / "compare.json").read_text())["labels"] == {"transformer": "Transformer"}
-    assert {cell["settings"]["tokens_per_batch"] for cell in read_jsonl(tmp_path / "context.jsonl")} == {32}
+    assert {cell["settings"]["tokens_per_batch"] for cell in read_json_lines(tmp_path / "context.jsonl")} == {32}
 
 
 class _Impatient(Progress):
@@ -204,7 +203,7 @@ def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: py
     progress = _Impatient(Schedule(cell_tasks([job()])), stream=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         measure_cells([job()], tmp_path / "context.jsonl", progress, logs=tmp_path)
-    assert [cell["phase"] for cell in read_jsonl(tmp_path / "context.jsonl")] == ["decode"]
+    assert [cell["phase"] for cell in read_json_lines(tmp_path / "context.jsonl")] == ["decode"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_appending_repairs_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "context.jsonl"
     path.write_text('{"a": 1}\n{"a": 2')
     append_jsonl(path, {"a": 3})
-    assert read_jsonl(path) == [{"a": 1}, {"a": 3}]
+    assert read_json_lines(path) == [{"a": 1}, {"a": 3}]
 
 
 @pytest.mark.slow
@@ -266,17 +265,3 @@ def test_appending_repairs_a_torn_line(tmp_path: Path) -> None:
 def test_every_architecture_can_be_measured(arch: str, tmp_path: Path) -> None:
     cells = measure([job(arch, context_len=16)], tmp_path)
     assert [(cell["status"], cell["error"]) for cell in cells] == [("done", None)] * 3
-
-
-def test_the_worker_answers_in_lines_of_json_alone() -> None:
-    order = {
-        "phases": ["decode"],
-        "context_len": 8,
-        "model": job().model,
-        "measure": {field.name: job().settings[field.name] for field in dataclasses.fields(MeasureConfig)},
-        **{key: job().settings[key] for key in ("precision", "device", "threads")},
-    }
-    command = [sys.executable, "-m", "crossover.benchmarks.worker", json.dumps(order)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["begin", "cell"]
-    assert done.stderr == ""

@@ -1,12 +1,11 @@
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.processes import Stopped, environment, last_line, start, stop, stop_on_signals
+from crossover.benchmarks.processes import Fork, Stopped, environment, last_line, start, stop, stop_on_signals
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 POLITE = """
@@ -68,9 +67,26 @@ def test_every_child_gets_the_same_number_of_threads() -> None:
     assert environment(None).get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
 
 
-def test_output_can_be_read_apart_from_messages(tmp_path: Path) -> None:
-    code = "import sys; print('result'); print('message', file=sys.stderr)"
-    child = start([sys.executable, "-c", code], threads=None, log=tmp_path / "log", output=subprocess.PIPE)
-    out, _ = child.communicate(timeout=20)
-    assert out == b"result\n"
+def test_a_fork_writes_output_and_messages_apart_and_leads_its_own_session(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.getsid(0) == os.getpid(), flush=True); print('message', file=sys.stderr)"
+    child = Fork(exec, code, log=tmp_path / "log")
+    with os.fdopen(os.dup(child.output)) as output:
+        assert output.read() == "True\n"
+    assert child.join() == 0
     assert last_line(tmp_path / "log") == "message"
+
+
+def test_a_fork_tells_how_it_ended(tmp_path: Path) -> None:
+    assert Fork(exec, "import sys; sys.exit(3)", log=tmp_path / "log").join() == 3
+    assert Fork(exec, "import os; os.kill(os.getpid(), 9)", log=tmp_path / "log").join() == -signal.SIGKILL
+    child = Fork(exec, "import time; time.sleep(60)", log=tmp_path / "log")
+    child.kill()
+
+
+def test_forks_share_nothing_but_the_preloaded_modules(tmp_path: Path) -> None:
+    marked = "import sys, json; print(hasattr(json, 'mark'), flush=True); json.mark = 1"
+    for _ in range(2):
+        child = Fork(exec, marked, log=tmp_path / "log")
+        with os.fdopen(os.dup(child.output)) as output:
+            assert output.read() == "False\n"
+        child.join()

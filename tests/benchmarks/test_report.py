@@ -213,5 +213,5 @@ def test_an_architecture_unknown_to_the_report_is_shown_all_the_same(tmp_path: P
     home = write_run(tmp_path, "mamba")
     home.rename(tmp_path / "retnet-s0")
     path = tmp_path / "retnet-s0" / "run.json"
-    write_json(path, json.loads(path.read_text()) | {"arch": "retnet"})
-    assert "retnet" in words(write_report(tmp_path).read_text())
+    write_json(path, json.loads(path.read_text()) | {"arch": "retnet", "label": "RetNet"})
+    assert "RetNet" in words(write_report(tmp_path).read_text())

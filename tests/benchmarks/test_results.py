@@ -8,24 +8,10 @@ from crossover.benchmarks.results import (
     load_comparison,
     load_run,
     quality,
-    read_jsonl,
     tokens_per_step,
 )
 
 from .fake_runs import SETTINGS, append_line, cell, corpus, write_comparison, write_json, write_run
-
-
-def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "val/lo')
-    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
-
-
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not valid JSON"):
-        read_jsonl(path)
 
 
 def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None:
@@ -144,10 +130,12 @@ def test_a_model_stopped_for_time_is_not_said_to_have_run_out_of_memory(tmp_path
     assert (one.verdict, one.context_len, one.out_of_memory, one.stopped_after) == ("beyond", 512, None, 300.0)
 
 
-def test_labels_come_from_the_comparison_else_from_the_cells_else_the_name_stands(tmp_path: Path) -> None:
+def test_labels_come_from_the_comparison_else_from_runs_and_cells_else_the_name_stands(tmp_path: Path) -> None:
     append_line(tmp_path / "context.jsonl", json.dumps({**cell("s4d", "train", 128), "label": "S4D of a cell"}) + "\n")
     assert load_comparison(tmp_path).label("s4d") == "S4D of a cell"
     assert load_comparison(tmp_path).label("retnet") == "retnet"
+    write_run(tmp_path, "mamba")
+    assert load_comparison(tmp_path).label("mamba") == "Mamba"
     write_json(tmp_path / "compare.json", {"labels": {"s4d": "S4D of the comparison"}})
     assert load_comparison(tmp_path).label("s4d") == "S4D of the comparison"
 

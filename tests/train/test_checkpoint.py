@@ -80,10 +80,9 @@ def test_the_state_comes_back_with_the_step(tmp_path: Path) -> None:
     assert (state["step"], state["note"]) == (7, 7)
 
 
-def test_the_newest_are_kept_and_latest_names_the_last(tmp_path: Path) -> None:
+def test_the_newest_are_kept(tmp_path: Path) -> None:
     last = saved(tmp_path, 5, 10, 15)
-    assert files_below(tmp_path) == ["latest", "step-00000010", "step-00000015"]
-    assert (tmp_path / "latest").read_text() == "step-00000015\n"
+    assert files_below(tmp_path) == ["step-00000010", "step-00000015"]
     assert newest(tmp_path) == last
 
 
@@ -141,7 +140,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_nothing_else(tmp_pa
     model, optimizer = trained()
     with largest_file(4096), pytest.raises(OSError, match=r"cannot write the checkpoint .*step-00000010: .*too large"):
         save(tmp_path, 10, model=model, optimizer=optimizer, state={})
-    assert files_below(tmp_path) == ["latest", "step-00000005"]
+    assert files_below(tmp_path) == ["step-00000005"]
     verify(tmp_path / "step-00000005")
 
 

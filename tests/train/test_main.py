@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from crossover.train.__main__ import main
-from crossover.train.record import read_json, read_metrics
+from crossover.train.files import read_json, read_json_lines
 
 TINY = (
     *("--model.preset", "lstm", "--model.d-model", "16", "--model.n-layers", "1", "--optim.lr", "1e-3"),
@@ -72,7 +72,7 @@ def test_a_stopped_process_saves_says_so_and_continues(
     # a schedule that does not fall, so that the run may end elsewhere than it was first told
     more = ("--optim.schedule", "constant", "--train.log-every", "1")
     child = start(options, *more, "--train.steps", "1M")
-    wait_until(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) > 2)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(read_json_lines(run / "metrics.jsonl")) > 2)
     child.send_signal(signum)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (code, "")
@@ -81,7 +81,7 @@ def test_a_stopped_process_saves_says_so_and_continues(
     assert result["status"] == "interrupted"
     steps = str(result["steps"] + 2)
     assert main([*options, *more, "--train.steps", steps]) == 0
-    logged = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line]
+    logged = [line["step"] for line in read_json_lines(run / "metrics.jsonl") if "train/loss" in line]
     assert logged == list(range(1, int(steps) + 1))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from crossover.archs import LanguageModel, build, presets
+from crossover.train.checkpoint import newest
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import Corpus, train_batch, val_windows
 from crossover.train.evaluate import Evaluator, Validation
-from crossover.train.record import read_json, read_metrics
+from crossover.train.files import read_json, read_json_lines
 from crossover.train.trainer import Outcome, ResumeError, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -54,12 +55,13 @@ def changed(run: RunConfig, **train: Any) -> RunConfig:
 
 
 def metrics(run: RunConfig, key: str = "train/loss") -> list[tuple[int, float]]:
-    return [(line["step"], line[key]) for line in read_metrics(run.directory / "metrics.jsonl") if key in line]
+    return [(line["step"], line[key]) for line in read_json_lines(run.directory / "metrics.jsonl") if key in line]
 
 
 def tensors(run: RunConfig, file: str = "model.safetensors") -> dict[str, Tensor]:
-    latest = (run.directory / "checkpoints" / "latest").read_text().strip()
-    return load_file(run.directory / "checkpoints" / latest / file)
+    latest = newest(run.directory / "checkpoints")
+    assert latest is not None
+    return load_file(latest / file)
 
 
 def replace_loss(
@@ -112,7 +114,7 @@ def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> No
     assert result["val_bits_per_byte"] == metrics(run, "val/bits_per_byte")[-1][1]
     assert [step for step, _ in metrics(run, "val/bits_per_byte")] == [3, 6]
     assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
-    line = read_metrics(run.directory / "metrics.jsonl")[0]
+    line = read_json_lines(run.directory / "metrics.jsonl")[0]
     assert set(line) == {
         *("step", "tokens", "seconds", "train/loss", "train/aux_loss", "train/lr", "train/grad_norm"),
         *("perf/tokens_per_second", "perf/peak_bytes"),

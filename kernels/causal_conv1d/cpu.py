@@ -1,0 +1,104 @@
+"""The CPU path: numba kernels that read each input once, with bias and SiLU fused (cpu_kernels.py), float32 inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import as_array, run
+from . import torch_impl
+from .reference import ACTIVATIONS
+from .torch_impl import next_window
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.causal_conv1d, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or x is float64.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}, expected one of {ACTIVATIONS}")
+    if any(t is not None and t.device.type != "cpu" for t in (x, weight, bias, initial_state, starts)):
+        raise Unsupported("an input is not on the CPU")
+    if x.dtype == torch.float64:
+        raise Unsupported("x is float64, and the kernels compute in float32")
+    if x.shape[1] == 1:  # a decode step: plain operations cost less than a call of the kernel
+        return torch_impl.causal_conv1d(x, weight, bias, activation, initial_state, starts)
+    (batch, _, E), K = x.shape, weight.shape[1]
+    past = x.new_zeros(batch, K - 1, E) if initial_state is None else initial_state.to(x.dtype)
+    taps = weight.flip(1).T.float().contiguous()  # (K, E), by lag
+    y = _conv(x.float(), past.float(), taps, None if bias is None else bias.float(), activation == "silu", starts)
+    return y.to(x.dtype), next_window(x, past, starts)
+
+
+@torch.library.custom_op("crossover::causal_conv1d_cpu", mutates_args=(), device_types="cpu")
+def _conv(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None) -> Tensor:
+    from . import cpu_kernels
+
+    y = torch.empty(x.shape)
+    run(cpu_kernels.forward, _n_tasks(x), *_inputs(x, past, taps, bias, silu, starts), as_array(y))
+    return y
+
+
+@_conv.register_fake
+def _(x, past, taps, bias, silu, starts):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("crossover::causal_conv1d_cpu_backward", mutates_args=(), device_types="cpu")
+def _conv_backward(
+    grad_y: Tensor, x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, past, taps and bias."""
+    from . import cpu_kernels
+
+    (batch, _, E), K = x.shape, len(taps)
+    grad_x, grad_past = torch.empty(x.shape), torch.empty(batch, K - 1, E)
+    parts_taps, parts_bias = torch.empty(batch, K, E), torch.empty(batch, E)
+    outputs = map(as_array, (grad_x, grad_past, parts_taps, parts_bias))
+    inputs = _inputs(x, past, taps, bias, silu, starts)
+    run(cpu_kernels.backward, _n_tasks(x), as_array(grad_y), *inputs, *outputs)
+    return grad_x, grad_past, parts_taps.sum(0), parts_bias.sum(0)
+
+
+@_conv_backward.register_fake
+def _(grad_y, x, past, taps, bias, silu, starts):
+    return x.new_empty(x.shape), past.new_empty(past.shape), torch.empty_like(taps), x.new_empty(x.shape[2])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, past, taps, bias, ctx.silu, starts = inputs
+    ctx.save_for_backward(x, past, taps, bias, starts)
+
+
+def _backward(ctx, grad_y: Tensor):
+    x, past, taps, bias, starts = ctx.saved_tensors
+    *grads, grad_bias = _conv_backward(grad_y, x, past, taps, bias, ctx.silu, starts)
+    return *grads, None if bias is None else grad_bias, None, None
+
+
+_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _n_tasks(x: Tensor) -> int:
+    from . import cpu_kernels
+
+    return x.shape[0] * -(-x.shape[2] // cpu_kernels.WIDTH)
+
+
+def _inputs(
+    x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
+) -> tuple[object, ...]:
+    """What both kernels take."""
+    bias = torch.zeros(x.shape[2]) if bias is None else bias
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool) if starts is None else starts
+    return *map(as_array, (x, past, taps, bias)), silu, as_array(starts)
