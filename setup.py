@@ -41,6 +41,7 @@ setup(
             "basedpyright>=1.20",
             "setuptools>=77",
             "pip>=23.0",
+            "triton>=3.6; sys_platform == 'linux'",  # PyTorch for CUDA brings it along
             *HF,
         ],
         "hf": HF,

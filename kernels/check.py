@@ -115,7 +115,9 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
         tensors = {"gates": normal(B, L, 4 * E), "weight": normal(4 * E, E)}
         return tensors | ({"initial_state": normal(B, 2, E)} | documents if optional else {})
     if op == "rms_norm":
-        return {"x": normal(B, L, E), "weight": normal(E)}
+        return {"x": normal(B, L, E + 1), "weight": normal(E + 1)}  # of one channel only the sign would be left
+    if op == "gated_rms_norm":
+        return {"x": normal(B, L, 2 * E), "z": normal(B, L, 2 * E), "weight": normal(2 * E)}
     if op == "linear_cross_entropy":
         targets = torch.randint(N + 1, (L,))
         targets[:: 3 if optional else L + 1] = -100 if optional else 0
@@ -130,6 +132,8 @@ def options(op: str, *, optional: bool = True, L: int = 37) -> dict[str, Any]:
     """Arguments of an operation that are not tensors, to go with `example`."""
     if op == "rms_norm":
         return {"eps": 1e-5}
+    if op == "gated_rms_norm":
+        return {"eps": 1e-5, "n_groups": 2 if optional else 1}
     if op == "ssm_kernel":
         return {"length": L}
     if not optional:

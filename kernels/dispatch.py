@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Generic, ParamSpec, TypeVar
@@ -27,6 +30,14 @@ class Unsupported(Exception):
 
 class KernelFallbackWarning(UserWarning):
     """A slower implementation ran where a faster one was expected. Tests and benchmarks make this an error."""
+
+
+@functools.cache
+def triton_can_run() -> bool:
+    """Whether Triton kernels can run here: on a GPU, or for tests in the interpreter (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 
 
 @contextlib.contextmanager

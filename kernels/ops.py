@@ -6,12 +6,16 @@ one line here makes it an `Op`. tests/kernels compares every backend of every op
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 from .attention import reference as _attention
 from .attention import torch_impl as _attention_torch
 from .causal_conv1d import cpu as _causal_conv1d_cpu
 from .causal_conv1d import reference as _causal_conv1d
 from .causal_conv1d import torch_impl as _causal_conv1d_torch
-from .dispatch import Op
+from .dispatch import Op, triton_can_run
 from .grouped_mm import reference as _grouped_mm
 from .grouped_mm import torch_impl as _grouped_mm_torch
 from .linear_cross_entropy import reference as _linear_cross_entropy
@@ -26,6 +30,14 @@ from .selective_scan import cpu as _selective_scan_cpu
 from .selective_scan import reference as _selective_scan
 from .selective_scan import torch_impl as _selective_scan_torch
 
+
+def _triton(name: str, folder: str | None = None) -> Callable[..., Any] | None:
+    """The Triton implementation of an operation, imported only where it can run."""
+    if not triton_can_run():
+        return None
+    return getattr(importlib.import_module(f".{folder or name}.triton_kernels", __package__), name)
+
+
 attention = Op(_attention.attention, torch=_attention_torch.attention)
 selective_scan = Op(
     _selective_scan.selective_scan,
@@ -39,7 +51,10 @@ ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)
 long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)
 ssm_scan = Op(_long_conv.ssm_scan, torch=_long_conv_torch.ssm_scan)
 lstm_scan = Op(_lstm_scan.lstm_scan, torch=_lstm_scan_torch.lstm_scan)
-rms_norm = Op(_rms_norm.rms_norm, torch=_rms_norm_torch.rms_norm)
+rms_norm = Op(_rms_norm.rms_norm, torch=_rms_norm_torch.rms_norm, triton=_triton("rms_norm"))
+gated_rms_norm = Op(
+    _rms_norm.gated_rms_norm, torch=_rms_norm_torch.gated_rms_norm, triton=_triton("gated_rms_norm", "rms_norm")
+)
 linear_cross_entropy = Op(
     _linear_cross_entropy.linear_cross_entropy, torch=_linear_cross_entropy_torch.linear_cross_entropy
 )
@@ -52,6 +67,7 @@ __all__ = [
     "OPS",
     "attention",
     "causal_conv1d",
+    "gated_rms_norm",
     "grouped_mm",
     "linear_cross_entropy",
     "long_conv",

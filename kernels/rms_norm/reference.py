@@ -1,8 +1,9 @@
-"""The definition, in float32 or float64."""
+"""The definitions, in float32 or float64."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,3 +21,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
+    """Computes rms_norm(x silu(z)), in each of `n_groups` groups of channels apart (Mamba-2, arXiv:2405.21060, 7.3).
+
+    Args:
+        x: (..., D).
+        z: gate, (..., D).
+        weight: (D,).
+        eps: added to the mean square.
+        n_groups: number of equal, consecutive groups of channels, each with its own mean square.
+
+    Returns:
+        (..., D), in x's dtype.
+
+    Raises:
+        ValueError: if D is not a multiple of n_groups.
+    """
+    if weight.shape[0] % n_groups:
+        raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (normed.flatten(-2) * weight.to(dtype)).to(x.dtype)

@@ -1,7 +1,8 @@
-"""PyTorch's own rms_norm."""
+"""PyTorch's own rms_norm, after the gate where there is one."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,3 +10,13 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Same contract as reference.rms_norm."""
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
+    """Same contract as reference.gated_rms_norm."""
+    if weight.shape[0] % n_groups:
+        raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
+    normed = F.rms_norm(gated, gated.shape[-1:], None, eps)
+    return (normed.flatten(-2) * weight.to(dtype)).to(x.dtype)
