@@ -3,15 +3,22 @@ PY ?= python3
 V := .venv/bin/python
 LINUX_NOTE := (on a machine with an NVIDIA GPU, PyTorch brings CUDA along: some 4 GB more)
 
-.PHONY: help compare test lint smoke clean
+.PHONY: help compare test bench-cpu aot lint smoke clean
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 compare: .venv/.run  ## train five architectures at one budget, measure them against context length, write the report
 	@.venv/bin/crossover compare $(COMPARE)
 
-test: .venv/.dev  ## run the whole test suite
-	@$(V) -m pytest -q $(PYTEST)
+test: .venv/.dev  ## run the whole test suite, on every core
+	@OMP_NUM_THREADS=1 $(V) -m pytest -q -n auto --dist worksteal $(PYTEST)
+
+bench-cpu: .venv/.dev  ## time every operation, and models against Hugging Face's, on this CPU: about five minutes
+	@.venv/bin/crossover bench kernels $(BENCH)
+
+aot: .venv/.dev  ## compile the Triton kernels for sm_80 and sm_90 with the oldest Triton they run on, and print their cost
+	@$(PY) -m pip --python $(V) install -q --disable-pip-version-check --no-deps --target .venv/triton-3.6 triton==3.6.0
+	@PYTHONPATH=.venv/triton-3.6 $(V) tests/kernels/aot.py
 
 lint: .venv/.dev  ## style and types
 	@$(V) -m ruff check . && $(V) -m ruff format --check . && $(V) -m basedpyright
@@ -35,6 +42,6 @@ clean:  ## remove the environment; runs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.run
-	@echo "Adding what tests and checks need, once: about 0.1 GB to download, 0.4 GB on disk, under a minute"
+	@echo "Adding what tests and checks need, once: about 0.3 GB to download, 1.1 GB on disk, under a minute"
 	@$(PY) -m pip --python $(V) install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -8,7 +8,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg, subcommand
 
-from .config import CompareConfig, ContextConfig, GenerateConfig, LearningRateConfig, ReportConfig
+from .config import (
+    CompareConfig,
+    ContextConfig,
+    DoctorConfig,
+    GenerateConfig,
+    KernelsConfig,
+    LearningRateConfig,
+    ReportConfig,
+)
 
 __all__ = ["main"]
 
@@ -25,10 +33,12 @@ class _Train:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measure one thing: speed and memory against context length, or learning rates."""
+    """Measure one thing: speed and memory against context length, learning rates, or operations against their peers."""
 
     what: Annotated[
-        Annotated[ContextConfig, subcommand("context")] | Annotated[LearningRateConfig, subcommand("lr")],
+        Annotated[ContextConfig, subcommand("context")]
+        | Annotated[LearningRateConfig, subcommand("lr")]
+        | Annotated[KernelsConfig, subcommand("kernels")],
         arg(name=""),
     ]
 
@@ -39,6 +49,7 @@ _Command = (
     | Annotated[_Bench, subcommand("bench")]
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[GenerateConfig, subcommand("generate")]
+    | Annotated[DoctorConfig, subcommand("doctor")]
 )
 
 
@@ -80,6 +91,14 @@ def _run(command: object, words: Sequence[str]) -> int:
             from .learning_rate import bench_lr
 
             return bench_lr(command, command=words)
+        case KernelsConfig():
+            from .kernels import bench_kernels
+
+            return bench_kernels(command, command=words)
+        case DoctorConfig():
+            from .doctor import doctor
+
+            return doctor(command)
         case ReportConfig(folder=folder):
             from .report import write_report
 

@@ -16,7 +16,7 @@ from .config import MeasureConfig
 from .processes import Fork, last_line
 from .progress import Progress, Task
 
-__all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "measure_cells", "reusable_cells"]
+__all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "events", "measure_cells", "reusable_cells"]
 
 PHASES = ("decode", "prefill", "train")
 _SAME_MACHINE = ("cpu", "device", "torch")
@@ -202,7 +202,7 @@ def _run_worker(
     left = list(phases)
     running = phases[0]
     try:
-        for event in _events(child, timeout=settings["timeout"]):
+        for event in events(child, timeout=settings["timeout"]):
             if event is not None:
                 running = event.pop("phase")
                 if event.pop("event") == "cell":
@@ -227,7 +227,7 @@ def _work(order: dict[str, Any]) -> None:
     main(order)
 
 
-def _events(child: Fork, *, timeout: float) -> Iterator[dict[str, Any] | None]:
+def events(child: Fork, *, timeout: float) -> Iterator[dict[str, Any] | None]:
     """Yields what a worker prints until it ends, and None while it is silent.
 
     Raises:

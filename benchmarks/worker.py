@@ -23,6 +23,7 @@ from ..archs import LanguageModel, ModelConfig
 from ..archs.mixer import State
 from ..kernels.dispatch import KernelFallbackWarning, record_backends
 from ..train.config import OptimConfig
+from ..train.health import apply_verdict
 from ..train.optim import adamw, set_learning_rate
 from ..train.runtime import (
     PeakMemory,
@@ -259,6 +260,7 @@ def main(job: dict[str, Any]) -> None:
     # A measurement must never be of a slower path than the one it names.
     warnings.simplefilter("error", KernelFallbackWarning)
     keep_freed_memory()
+    apply_verdict()
     settings = MeasureConfig(**job["measure"])
     device = choose_device(job["device"])
     if job["threads"] is not None:

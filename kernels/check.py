@@ -96,6 +96,16 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
         }
         extra = {"D": normal(E), "z": normal(B, L, E), "delta_bias": normal(E), "initial_state": normal(B, E, N)}
         return tensors | (extra | documents if optional else {})
+    if op == "ssd":
+        tensors = {
+            "x": normal(B, L, 4, E),
+            "dt": normal(B, L, 4) - 2 if optional else torch.rand(B, L, 4, dtype=torch.float64),
+            "A": -torch.rand(4, dtype=torch.float64) * 8 - 0.1,
+            "B": normal(B, L, 2, N),
+            "C": normal(B, L, 2, N),
+        }
+        extra = {"D": normal(4), "z": normal(B, L, 4, E), "dt_bias": normal(4), "initial_state": normal(B, 4, E, N)}
+        return tensors | (extra | documents if optional else {})
     if op == "attention":
         past = N if optional else 0
         tensors = {"q": normal(B, L, 4, 2 * N), "k": normal(B, past + L, 2, 2 * N), "v": normal(B, past + L, 2, 2 * N)}
@@ -140,6 +150,7 @@ def options(op: str, *, optional: bool = True, L: int = 37) -> dict[str, Any]:
         return {}
     return {
         "selective_scan": {"delta_softplus": True},
+        "ssd": {"dt_softplus": True, "chunk_len": 32},
         "attention": {"window": 7},
         "causal_conv1d": {"activation": "silu"},
         "linear_cross_entropy": {"z_loss": 1e-2},

@@ -22,6 +22,7 @@ BACKENDS = ("reference", "torch", "cpu", "triton")
 # Plain globals: torch.compile guards on them, but cannot trace a ContextVar.
 _forced: str | None = None
 _record: dict[str, tuple[str, ...]] | None = None
+_switched_off: dict[tuple[str, str], str] = {}
 
 
 class Unsupported(Exception):
@@ -57,6 +58,27 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def switch_off(op: str, backend: str, reason: str) -> None:
+    """Makes one operation pass a backend over in this process, without a warning. `use_backend` still runs it.
+
+    Args:
+        op: name of the operation.
+        backend: any but the reference, which takes the place of plain PyTorch where that is switched off.
+        reason: what is wrong with it, in one line.
+
+    Raises:
+        ValueError: if there is no such backend, or it is the reference.
+    """
+    if backend not in BACKENDS[1:]:
+        raise ValueError(f"cannot switch off {backend!r}, expected one of {', '.join(BACKENDS[1:])}")
+    _switched_off[op, backend] = reason
+
+
+def switched_off() -> dict[tuple[str, str], str]:
+    """The reasons of all that is switched off, by operation and backend."""
+    return dict(_switched_off)
+
+
 @contextlib.contextmanager
 def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
     """Collects, inside the block, which backends ran for each operation: {"attention": ("torch",), ...}."""
@@ -73,7 +95,8 @@ class Op(Generic[P, R]):
 
     Every implementation has the reference's signature, agrees with it to the tolerance its test states, and raises
     `Unsupported` for arguments it cannot take. The device of the first argument decides which are tried, fastest
-    first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`.
+    first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`. What is
+    switched off is not tried.
     Float64, which is for checking and not for speed, always runs plain PyTorch.
     """
 
@@ -106,7 +129,11 @@ class Op(Generic[P, R]):
             return self._run(_forced, *args, **kwargs)
         x = next(iter((*args, *kwargs.values())))
         assert isinstance(x, Tensor)
-        *fast, last = ("torch",) if x.dtype == torch.float64 else self._by_device.get(x.device.type, ("torch",))
+        names = ("torch",) if x.dtype == torch.float64 else self._by_device.get(x.device.type, ("torch",))
+        if _switched_off:
+            left = tuple(name for name in names if (self.__name__, name) not in _switched_off)
+            names = left if "torch" in left else (*left, "reference")
+        *fast, last = names
         for name in fast:
             try:
                 return self._run(name, *args, **kwargs)

@@ -29,6 +29,8 @@ from .rms_norm import torch_impl as _rms_norm_torch
 from .selective_scan import cpu as _selective_scan_cpu
 from .selective_scan import reference as _selective_scan
 from .selective_scan import torch_impl as _selective_scan_torch
+from .ssd import reference as _ssd
+from .ssd import torch_impl as _ssd_torch
 
 
 def _triton(name: str, folder: str | None = None) -> Callable[..., Any] | None:
@@ -38,14 +40,19 @@ def _triton(name: str, folder: str | None = None) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(f".{folder or name}.triton_kernels", __package__), name)
 
 
-attention = Op(_attention.attention, torch=_attention_torch.attention)
+attention = Op(_attention.attention, torch=_attention_torch.attention, triton=_triton("attention"))
 selective_scan = Op(
     _selective_scan.selective_scan,
     torch=_selective_scan_torch.selective_scan,
     cpu=_selective_scan_cpu.selective_scan,
+    triton=_triton("selective_scan"),
 )
+ssd = Op(_ssd.ssd, torch=_ssd_torch.ssd, triton=_triton("ssd"))
 causal_conv1d = Op(
-    _causal_conv1d.causal_conv1d, torch=_causal_conv1d_torch.causal_conv1d, cpu=_causal_conv1d_cpu.causal_conv1d
+    _causal_conv1d.causal_conv1d,
+    torch=_causal_conv1d_torch.causal_conv1d,
+    cpu=_causal_conv1d_cpu.causal_conv1d,
+    triton=_triton("causal_conv1d"),
 )
 ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel)
 long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)
@@ -74,6 +81,7 @@ __all__ = [
     "lstm_scan",
     "rms_norm",
     "selective_scan",
+    "ssd",
     "ssm_kernel",
     "ssm_scan",
 ]

@@ -21,7 +21,7 @@ import torch
 
 from .files import read_json_lines, write_text
 
-__all__ = ["MetricsLog", "provenance"]
+__all__ = ["MetricsLog", "cpu_model", "provenance"]
 
 LAYOUT = {
     "Quality": {
@@ -124,7 +124,7 @@ def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if is_cuda else None,
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "threads": torch.get_num_threads(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -141,7 +141,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor, as the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -28,6 +28,7 @@ from .config import CUSTOM, RunConfig, flatten
 from .data import Corpus, check_lengths, load_corpus, train_batch, val_windows
 from .evaluate import Evaluator, document_inputs
 from .files import read_json, write_json
+from .health import apply_verdict
 from .optim import adamw, learning_rate, set_learning_rate
 from .progress import Display, farewell, greeting
 from .record import MetricsLog, provenance
@@ -135,6 +136,7 @@ class Trainer:
         self._sample: str | None = None
         self._positions: list[dict[str, Any]] | None = None
         self._peak_bytes: int | None = None
+        self._doctor: dict[str, Any] | None = None
         self._watch = Stopwatch(clock=clock)
 
     def fit(self) -> Outcome:
@@ -162,6 +164,7 @@ class Trainer:
         directory = self.run.directory
         (directory / "result.json").unlink(missing_ok=True)
         keep_freed_memory()
+        self._doctor = apply_verdict()
         warm_up(self.model_config, self.device)
         memory = PeakMemory(self.device)
         record = self._run_record(memory.method)
@@ -381,6 +384,7 @@ class Trainer:
             "corpus": self.corpus.summary(),
             "resumed_from_step": self._first_step or None,
             "backends": None,
+            "doctor": self._doctor,
             "provenance": {
                 **provenance(self.device, self._command),
                 "precision": self.precision.name,

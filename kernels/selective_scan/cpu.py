@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dispatch import Unsupported
 from ..parallel import as_array, run
 from . import torch_impl
+from .gradients import register_gradients
 
 
 def selective_scan(
@@ -139,22 +140,7 @@ def _(grad_y, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, s
     return *(u.new_empty(shape) for shape in shapes), u.new_empty(batch, *A.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, _ = inputs
-    ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts, output[2])
-    ctx.delta_softplus, ctx.continues = delta_softplus, initial_state is not None
-    ctx.set_materialize_grads(True)
-
-
-def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
-    *inputs, starts, checkpoints = ctx.saved_tensors
-    grads = _scan_backward(grad_y, grad_state, *inputs, ctx.delta_softplus, starts, checkpoints)
-    *grads, grad_initial_state = grads
-    given = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
-    return *given, None, grad_initial_state if ctx.continues else None, None, None
-
-
-_scan.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(_scan, _scan_backward)
 
 
 def _inputs(

@@ -18,7 +18,15 @@ def run(*words: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["compare", "--help"], ["bench", "lr", "--help"], ["train", "--help"], ["report", "--help"]],
+    [
+        ["--help"],
+        ["compare", "--help"],
+        ["bench", "lr", "--help"],
+        ["bench", "kernels", "--help"],
+        ["train", "--help"],
+        ["report", "--help"],
+        ["doctor", "--help"],
+    ],
 )
 def test_help_answers_without_loading_torch_or_matplotlib(words: list[str]) -> None:
     code = (
@@ -43,6 +51,24 @@ def test_help_says_what_every_option_of_compare_means(capsys: pytest.CaptureFixt
         assert option in text
     assert "3GiB" in text
     assert "transformer s4d mamba jamba lstm" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["doctor"], "--ops --json"),
+        (
+            ["bench", "kernels"],
+            "--ops --lengths --batch-size --channels --threads --time-box --compile-box --models --out",
+        ),
+    ],
+)
+def test_help_lists_the_options_of_the_other_measurements(
+    words: list[str], options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words, "--help")[0] == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert [option for option in options.split(" --") if option not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Poisons memory that operations allocate, so that what they do not write shows, and mends Triton's interpreter."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,19 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills every empty tensor of floating type with NaN."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _longer_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens in a tile are fewer operations for the interpreter, which pays for each and not for its size."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from crossover.kernels.causal_conv1d import triton_kernels as conv
+        from crossover.kernels.selective_scan import triton_kernels as scan
+
+        monkeypatch.setattr(conv, "configuration", lambda E: {"SPAN": 32, "T": 32, "BLOCK": 16, "num_warps": 1})
+        for name in ("forward_configuration", "backward_configuration"):
+            choose = getattr(scan, name)
+            monkeypatch.setattr(scan, name, lambda E, N, choose=choose: choose(E, N) | {"T": 8})
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -46,5 +60,23 @@ def _widen_bfloat16_products() -> None:
     InterpreterBuilder.create_dot = dot  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _patch_quickly() -> None:
+    """At every call of a device function the interpreter looks through Triton's whole language for what to patch, which
+    is half of its time. What there is to patch does not change."""
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins_of(package: Any) -> list[tuple[str, Any]]:
+        return [(name, m) for name, m in inspect.getmembers(package) if interpreter.tl.core.is_builtin(m)]
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins_of(package):
+            if getattr(package, name) is member:  # an outer call has not patched it
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _widen_bfloat16_products()
+    _patch_quickly()

@@ -4,7 +4,16 @@ import warnings
 
 import pytest
 import torch
-from crossover.kernels.dispatch import KernelFallbackWarning, Op, Unsupported, record_backends, use_backend
+from crossover.kernels import dispatch
+from crossover.kernels.dispatch import (
+    KernelFallbackWarning,
+    Op,
+    Unsupported,
+    record_backends,
+    switch_off,
+    switched_off,
+    use_backend,
+)
 
 
 def reference(x: torch.Tensor) -> str:
@@ -66,3 +75,52 @@ def test_every_operation_has_a_reference_and_plain_pytorch() -> None:
 
     assert {name for name, op in ops.OPS.items() if set(op.backends) < {"reference", "torch"}} == set()
     assert all(name == op.__name__ for name, op in ops.OPS.items())
+
+
+@pytest.fixture
+def _nothing_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_switched_off", {})
+
+
+@pytest.mark.usefixtures("_nothing_stays_off")
+def test_what_is_switched_off_is_passed_over_without_a_warning_and_its_reason_is_known() -> None:
+    op, x = Op(reference, torch=plain, cpu=lambda x: "cpu"), torch.zeros(1)
+    switch_off("reference", "cpu", "wrong gradients")  # the operation is called after its reference
+    with record_backends() as used:
+        assert op(x) == "torch"  # a KernelFallbackWarning would be an error
+    assert used == {"reference": ("torch",)}
+    assert switched_off() == {("reference", "cpu"): "wrong gradients"}
+    switch_off("reference", "torch", "wrong too")
+    assert op(x) == op(x.double()) == "reference"
+
+
+@pytest.mark.usefixtures("_nothing_stays_off")
+def test_without_plain_pytorch_the_reference_is_what_is_fallen_back_to() -> None:
+    op = Op(reference, torch=plain, cpu=picky)
+    switch_off("reference", "torch", "wrong")
+    assert op(torch.zeros(1)) == "cpu"
+    with pytest.warns(KernelFallbackWarning, match="more than one element"):
+        assert op(torch.zeros(2)) == "reference"
+
+
+@pytest.mark.usefixtures("_nothing_stays_off")
+def test_a_forced_backend_runs_though_it_is_switched_off() -> None:
+    switch_off("reference", "torch", "wrong")
+    with use_backend("torch"):
+        assert Op(reference, torch=plain)(torch.zeros(1)) == "torch"
+
+
+@pytest.mark.usefixtures("_nothing_stays_off")
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_the_judge_cannot_be_switched_off_and_neither_can_what_does_not_exist(backend: str) -> None:
+    with pytest.raises(ValueError, match="expected one of torch, cpu, triton"):
+        switch_off("reference", backend, "wrong")
+
+
+@pytest.mark.usefixtures("_nothing_stays_off")
+def test_a_compiled_operation_heeds_what_is_switched_off() -> None:
+    op = Op(lambda x: x, torch=lambda x: x + 1, cpu=lambda x: x + 2)
+    compiled = torch.compile(lambda x: op(x), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 2
+    switch_off(op.__name__, "cpu", "wrong")
+    assert compiled(torch.zeros(1)) == 1

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 IMPLEMENTATIONS = [(name, backend) for name, op in ops.OPS.items() for backend in op.backends if backend != "reference"]
-STATEFUL = ("selective_scan", "causal_conv1d", "ssm_scan", "lstm_scan")
+STATEFUL = ("selective_scan", "ssd", "causal_conv1d", "ssm_scan", "lstm_scan")
 SIZES = {
     "B": st.integers(1, 3),
     "L": st.integers(1, 70),

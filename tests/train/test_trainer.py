@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from crossover.archs import LanguageModel, build, presets
+from crossover.kernels import dispatch
 from crossover.train.checkpoint import newest
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import Corpus, train_batch, val_windows
 from crossover.train.evaluate import Evaluator, Validation
 from crossover.train.files import read_json, read_json_lines
+from crossover.train.health import store_verdict
 from crossover.train.trainer import Outcome, ResumeError, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -104,6 +106,7 @@ def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> No
     assert record["model"] == json.loads(json.dumps(model.config.to_dict()))
     assert RunConfig.from_dict(record["config"]) == run
     assert record["backends"] == result["backend"] != {}
+    assert record["doctor"] is None  # it was never run on this machine
     assert {"precision", "peak_memory_method", "git_commit", "command"} <= set(record["provenance"])
     assert (result["status"], result["error"], result["seed"]) == ("done", None, 0)
     assert (result["steps"], result["tokens"]) == (6, 6 * 4 * 16)
@@ -545,6 +548,20 @@ def test_resume_must_needs_a_checkpoint_and_never_an_empty_directory(tmp_path: P
     with pytest.raises(ResumeError, match="already holds a run"):
         fit(never, corpus)
     assert fit(must, corpus).exit_code == 0
+
+
+def test_what_the_doctor_switched_off_takes_no_part_and_run_json_says_so(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_switched_off", {})
+    store_verdict(["lstm_scan"], {("lstm_scan", "torch"): "wrong gradients"})
+    run = config(tmp_path, steps=1)
+    fit(run, corpus)
+    record = read_json(run.directory / "run.json")
+    off = [{"op": "lstm_scan", "backend": "torch", "reason": "wrong gradients"}]
+    assert record["doctor"]["switched_off"] == off
+    assert record["doctor"]["ran"] <= record["provenance"]["started"]
+    assert record["backends"]["lstm_scan"] == ["reference"]
 
 
 def test_windows_longer_than_the_held_out_text_are_refused_before_anything_is_built(

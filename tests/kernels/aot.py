@@ -1,0 +1,190 @@
+"""Compiles the Triton kernels, as they are launched at standard shapes, for GPUs that need not be here.
+
+    python tests/kernels/aot.py             prints what each costs: registers, stack, shared memory, loops
+    python tests/kernels/aot.py --record    and makes that the table that test_aot.py compares with
+
+Launches are recorded with tensors on the meta device, so what is compiled is what runs. TRITON_INTERPRET must be unset.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from crossover.kernels.triton_kernels import Launch, record_launches
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TABLE = Path(__file__).with_name("aot.json")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90)
+LOOP = 24
+"""Fewest instructions of a loop that is reported; shorter ones are set-up."""
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def single(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.float32)
+
+
+def module(op: str) -> Any:
+    return importlib.import_module(f"crossover.kernels.{op}.triton_kernels")
+
+
+def selective_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 16) -> None:
+    ops = module("selective_scan")
+    u, delta, z = meta(batch, L, E), meta(batch, L, E), meta(batch, L, E)
+    inputs = (u, delta, single(E, N), single(batch, L, N), single(batch, L, N), single(E), z, single(E), True)
+    _, state, states = ops.forward(*inputs, None, None, True)
+    ops.backward(meta(batch, L, E), state, *inputs, None, states)
+
+
+def causal_conv1d(batch: int = 8, L: int = 2048, E: int = 2048, K: int = 4) -> None:
+    ops = module("causal_conv1d")
+    inputs = (meta(batch, L, E), None, single(K, E), single(E), True, None)
+    ops.backward(ops.forward(*inputs), *inputs)
+
+
+def rms_norm(T: int = 16384, D: int = 2048, gated: bool = False) -> None:
+    ops = module("rms_norm")
+    x, z, weight = meta(T, D), meta(T, D) if gated else None, single(D)
+    y, rstd = ops.forward(x, z, weight, 1e-5, 1)
+    ops.backward(y, x, z, weight, rstd)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "selective_scan": selective_scan,
+    "selective_scan, one row": lambda: selective_scan(batch=1),
+    "causal_conv1d": causal_conv1d,
+    "rms_norm": rms_norm,
+    "gated_rms_norm": lambda: rms_norm(gated=True),
+}
+"""Operations at standard shapes, forward and backward, in bfloat16."""
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """Every kernel that the cases launch, by name; once where equal."""
+    seen = set()
+    for case, run in CASES.items():
+        with record_launches() as recorded:
+            run()
+        for launch in recorded:
+            name = f"{case}: {launch.kernel.fn.__name__.strip('_')}"
+            if (name, str(source(launch).signature)) not in seen:
+                seen.add((name, str(source(launch).signature)))
+                count = sum(name == other for other, _ in seen)
+                yield name if count == 1 else f"{name} {count}", launch
+
+
+def source(launch: Launch) -> ASTSource:
+    """What Triton's launcher would compile for these arguments."""
+    constants = {k: v for k, v in launch.options.items() if k not in ("num_warps", "num_stages")}
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | constants
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = values[name]
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constexprs[i,] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def cost(launch: Launch, architecture: int) -> dict[str, Any]:
+    """Registers, bytes of stack (spills), shared memory, instructions in all and in each loop, the longest first."""
+    options = {k: launch.options[k] for k in ("num_warps", "num_stages") if k in launch.options}
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source(launch), target=target, options=options | {"enable_fp_fusion": True})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    n_instructions, loops = _loops(assembly)
+    return {
+        "registers": registers,
+        "stack": stack + local,
+        "shared": compiled.metadata.shared,
+        "instructions": n_instructions,
+        "loops": sorted((n for n in loops if n >= LOOP), reverse=True),
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _loops(assembly: str) -> tuple[int, list[int]]:
+    """The number of instructions, and of those between each backward branch and its target."""
+    n, labels, loops = 0, {}, []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = n
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", line):
+            target = re.search(r"(\.L_x_\d+)", instruction[2])
+            if instruction[1].startswith("BRA") and target and labels.get(target[1], n) < n:
+                loops.append(n - labels[target[1]] + 1)
+            n += 1
+    return n, loops
+
+
+def costs_of(index: int) -> dict[str, dict[str, Any]]:
+    """The costs of one launch on each architecture."""
+    name, launch = list(launches())[index]
+    return {f"{name}, sm_{architecture}": cost(launch, architecture) for architecture in ARCHITECTURES}
+
+
+def costs() -> dict[str, dict[str, Any]]:
+    """The costs of every launch."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(costs_of, range(len(list(launches())))))
+    return {name: value for one in found for name, value in one.items()}
+
+
+def main() -> None:
+    """Prints the costs as JSON lines."""
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels for GPUs that need not be here.")
+    parser.add_argument("--record", action="store_true", help=f"write {TABLE.name}")
+    asked = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    table = {"triton": triton.__version__, "kernels": costs()}
+    print(f'{{"triton": "{triton.__version__}", "kernels": {{')
+    print(",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in table["kernels"].items()))
+    print("}}")
+    if asked.record:
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
