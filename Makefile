@@ -23,7 +23,7 @@ aot: .venv/.dev  ## compile the Triton kernels for sm_80 and sm_90 with the olde
 lint: .venv/.dev  ## style and types
 	@$(V) -m ruff check . && $(V) -m ruff format --check . && $(V) -m basedpyright
 
-smoke:  ## a shortened `make compare` from scratch, for checks: two minutes instead of ten
+smoke:  ## a shortened `make compare` from scratch, for checks: one minute or two instead of eight
 	@rm -rf runs/smoke
 	@$(MAKE) --no-print-directory compare COMPARE="--params 300k --steps 30 --context 128 512 --out runs/smoke"
 
@@ -37,7 +37,7 @@ clean:  ## remove the environment; runs/ stays
 	@mkdir -p .ide && ln -sfn .. .ide/crossover
 
 .venv/.run: .venv/pyvenv.cfg setup.py constraints.txt
-	@echo "Setting up .venv, once: about 0.5 GB to download, 1.8 GB on disk, 1 to 3 minutes $(LINUX_NOTE)"
+	@echo "Setting up .venv, once: about 0.5 GB to download, 1.6 GB on disk, 1 to 3 minutes $(LINUX_NOTE)"
 	@$(PY) -m pip --python $(V) install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 

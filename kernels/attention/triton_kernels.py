@@ -740,7 +740,7 @@ def _add_to_key_gradients(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds p^T do to dv, and the transpose of p (dp - delta) times q to dk; scores are transposed here, (keys, queries)."""
+    """Adds p do to dv and p (dp - delta) q to dk, where p and dp = v do^T are (keys, queries) here."""
     begin, stop, gap = _loop(begin, whole, whole_end, stop, MASKED)
     steps = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
     for j in range(steps * GROUP):

@@ -62,6 +62,24 @@ def selective_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 16) ->
     ops.backward(meta(batch, L, E), state, *inputs, None, states)
 
 
+def ssd(batch: int = 8, L: int = 2048, H: int = 32, P: int = 64, G: int = 1, N: int = 128) -> None:
+    ops = module("ssd")
+    x, z, dt = meta(batch, L, H, P), meta(batch, L, H, P), meta(batch, L, H)
+    B, C = meta(batch, L, G, N), meta(batch, L, G, N)
+    inputs = (x, dt, single(H), B, C, single(H), z, single(H), None, None, True, 0)
+    ops.forward(*inputs)
+    ops.backward(x, None, *inputs)
+
+
+def attention(head_dim: int, L: int = 4096, S: int = 4096, n_kv_heads: int = 16) -> None:
+    ops = module("attention")
+    q, k = meta(4, L, 16, head_dim), meta(4, S, n_kv_heads, head_dim)
+    bounds = (None, None, None, True, None, head_dim**-0.5)
+    o, lse = ops.forward(q, k, k, *bounds)
+    if L > 1:
+        ops.backward(o, q, k, k, o, lse, *bounds)
+
+
 def causal_conv1d(batch: int = 8, L: int = 2048, E: int = 2048, K: int = 4) -> None:
     ops = module("causal_conv1d")
     inputs = (meta(batch, L, E), None, single(K, E), single(E), True, None)
@@ -77,7 +95,10 @@ def rms_norm(T: int = 16384, D: int = 2048, gated: bool = False) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "selective_scan": selective_scan,
-    "selective_scan, one row": lambda: selective_scan(batch=1),
+    "ssd": ssd,
+    "attention, 64 wide": lambda: attention(64),
+    "attention, 128 wide": lambda: attention(128),
+    "attention, one query": lambda: attention(128, L=1, S=8192, n_kv_heads=4),
     "causal_conv1d": causal_conv1d,
     "rms_norm": rms_norm,
     "gated_rms_norm": lambda: rms_norm(gated=True),
@@ -183,7 +204,13 @@ def main() -> None:
     print(",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in table["kernels"].items()))
     print("}}")
     if asked.record:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        why = json.loads(TABLE.read_text())["why_stack"] if TABLE.exists() else {}
+        lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in table["kernels"].items())
+        TABLE.write_text(
+            f'{{\n "triton": "{triton.__version__}",\n "why_stack": {json.dumps(why, indent=2)},\n "kernels": {{\n'
+            + ",\n".join(lines)
+            + "\n }\n}\n"
+        )
 
 
 if __name__ == "__main__":
