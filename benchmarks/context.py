@@ -198,7 +198,7 @@ def _run_worker(
         **{key: settings[key] for key in ("precision", "device", "threads")},
     }
     log_bytes = log.stat().st_size if log.exists() else 0
-    child = Fork(_work, order, log=log, preload=_PRELOAD)
+    child = Fork(_work, order, log=log, preload=_PRELOAD if settings["device"] == "cpu" else None)
     left = list(phases)
     running = phases[0]
     try:

@@ -247,12 +247,17 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
         axes.set_xlabel("training tokens" if x == "tokens" else "seconds of training")
         axes.set_ylabel("bits per byte")
 
+    if x == "tokens":
+        caption = "The same data for everyone: what each token teaches."
+    else:
+        caption = "The same runs against the time they took on this machine."
+    trains = [run.info["config"]["train"] for run in comparison.runs]
+    if any(train["final_eval_tokens"] > train["eval_tokens"] for train in trains):
+        caption += " The last point of a run reads more of the held-out text than those before it."
     what = "tokens" if x == "tokens" else "seconds"
     return draw(
         f"learning-{what}",
-        "The same data for everyone: what each token teaches."
-        if x == "tokens"
-        else "The same runs against the time they took on this machine.",
+        caption,
         f"Validation bits per byte against training {what} for {_names(comparison, archs)}",
         paint,
     )

@@ -75,10 +75,18 @@ class Fork:
     not survive a fork, it is one.
     """
 
-    def __init__(self, work: Callable[[Any], object], order: Any, *, log: Path, preload: Sequence[str] = ()) -> None:
-        """Calls work(order) in the child, whose standard output is `output` and whose messages go to the file `log`."""
-        context = _FORKSERVER if sys.platform == "linux" else multiprocessing.get_context("spawn")
-        _FORKSERVER.set_forkserver_preload(list(preload))  # heeded before the first fork, that is, once
+    def __init__(
+        self, work: Callable[[Any], object], order: Any, *, log: Path, preload: Sequence[str] | None = ()
+    ) -> None:
+        """Calls work(order) in the child, whose standard output is `output` and whose messages go to the file `log`.
+
+        `preload` names the modules that the server imports, once and for all; with None the child is no fork but a new
+        process, as CUDA needs it: asking for a GPU in the server would be enough to lose it in every fork.
+        """
+        context = multiprocessing.get_context("spawn")
+        if preload is not None and sys.platform == "linux":
+            context = _FORKSERVER
+            _FORKSERVER.set_forkserver_preload(list(preload))
         reading, writing = context.Pipe(duplex=False)
         self._reading = reading
         self._process = context.Process(target=_in_child, args=(work, order, str(log), writing))

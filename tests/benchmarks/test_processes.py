@@ -83,6 +83,15 @@ def test_a_fork_tells_how_it_ended(tmp_path: Path) -> None:
     child.kill()
 
 
+def test_without_preloading_a_child_is_a_new_process(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.getppid(), flush=True)"
+    for preload, is_own in (((), False), (None, True)):
+        child = Fork(exec, code, log=tmp_path / "log", preload=preload)
+        with os.fdopen(os.dup(child.output)) as output:
+            assert (int(output.read()) == os.getpid()) is is_own
+        child.join()
+
+
 def test_forks_share_nothing_but_the_preloaded_modules(tmp_path: Path) -> None:
     marked = "import sys, json; print(hasattr(json, 'mark'), flush=True); json.mark = 1"
     for _ in range(2):

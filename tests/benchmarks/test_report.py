@@ -215,3 +215,9 @@ def test_an_architecture_unknown_to_the_report_is_shown_all_the_same(tmp_path: P
     path = tmp_path / "retnet-s0" / "run.json"
     write_json(path, json.loads(path.read_text()) | {"arch": "retnet", "label": "RetNet"})
     assert "RetNet" in words(write_report(tmp_path).read_text())
+
+
+def test_report_says_where_the_final_validation_reads_more_than_those_on_the_way(tmp_path: Path) -> None:
+    said = "The last point of a run reads more of the held-out text than those before it."
+    assert said not in words(write_report(write_run(tmp_path, "mamba", eval_tokens=262_144)).read_text())
+    assert said in words(write_report(write_run(tmp_path, "mamba", eval_tokens=65_536)).read_text())
