@@ -224,10 +224,11 @@ def _compiled_loop(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The selective scan as a loop over chunks, each compiled into one function of _CHUNK unrolled steps."""
-    h = u.new_zeros(u.shape[0], *A.shape)
+    # a compiled function is of certain strides and of what needs a gradient: the same for every chunk and length
+    h = u.new_zeros(u.shape[0], *A.shape).requires_grad_(torch.is_grad_enabled())
     ys = []
     for parts in zip(*(t.split(_CHUNK, dim=1) for t in (u, delta, B, C, z)), strict=True):
-        y, h = _compiled_chunk()(h, A, D, delta_bias, *parts)
+        y, h = _compiled_chunk()(h, A, D, delta_bias, *(part.contiguous() for part in parts))
         ys.append(y)
     return torch.cat(ys, dim=1), h
 

@@ -144,3 +144,23 @@ def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'rms_norm'?" in text
     assert "--lengths must be increasing" in text
     assert "--channels must be a multiple of 16, got 20" in text
+
+
+def test_the_loop_is_compiled_once_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(kernel_cases, "_CHUNK", 2)
+    kernel_cases._compiled_chunk.cache_clear()
+    graphs = []
+    for L in (4, 8, 16):
+        inputs = {name: torch.randn(2, L, 3) for name in ("u", "delta", "z")}
+        inputs |= {name: torch.randn(2, L, 2) for name in ("B", "C")}
+        inputs |= {"A": -torch.rand(3, 2), "D": torch.randn(3), "delta_bias": torch.randn(3)}
+        leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+        with torch.no_grad():
+            kernel_cases._compiled_loop(**leaves)
+        y, _ = kernel_cases._compiled_loop(**leaves)
+        y.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+    kernel_cases._compiled_chunk.cache_clear()
