@@ -146,6 +146,7 @@ def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--channels must be a multiple of 16, got 20" in text
 
 
+@pytest.mark.slow
 def test_the_loop_is_compiled_once_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
