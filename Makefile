@@ -42,6 +42,6 @@ clean:  ## remove the environment; runs/ stays
 	@touch $@
 
 .venv/.dev: .venv/.run
-	@echo "Adding what tests and checks need, once: about 0.3 GB to download, 1.1 GB on disk, under a minute"
+	@echo "Adding what tests and checks need, once: about 0.3 GB to download, 1.2 GB on disk, under a minute"
 	@$(PY) -m pip --python $(V) install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

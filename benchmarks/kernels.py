@@ -32,9 +32,11 @@ from .document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
 from .kernel_cases import Case, Compiler, Contestant, case_at, cases, compiled, contestants
 from .peers import model_rows
+from .worker import timed
 
 __all__ = ["bench_kernels", "race"]
 
+_CPU = torch.device("cpu")
 _OTHERS = ("torch", "compiled", "definition", "peer")
 _COLUMNS = ("operation", "size", "pass", "threads", "ours, ms", "backend", *_OTHERS, "exp floor")
 _SHORT = 64
@@ -126,7 +128,7 @@ def _row(
     with warnings.catch_warnings(), record_backends() as used:
         warnings.simplefilter("error", KernelFallbackWarning)  # never measure a slower path than the one named
         warnings.simplefilter("ignore", UserWarning)
-        first = {"ours": _timed(works["ours"])}
+        first = {"ours": timed(_CPU, works["ours"])}
     backend = ", ".join(used.get(case.op, ()))
     if backend == "torch":
         works.pop("torch")
@@ -140,7 +142,7 @@ def _row(
         works.pop("compiled")
     for name in [name for name in works if name != "ours"]:
         try:
-            first[name] = _timed(works[name])
+            first[name] = timed(_CPU, works[name])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -189,12 +191,6 @@ def _work(contestant: Contestant, backward: bool) -> Callable[[], object]:
     return both if backward else forward
 
 
-def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def race(works: Mapping[str, Callable[[], object]], *, time_box: float) -> dict[str, list[float]]:
     """Seconds of each work; they take turns until the box is full, each at least twice, after the caller's warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -202,7 +198,7 @@ def race(works: Mapping[str, Callable[[], object]], *, time_box: float) -> dict[
     rounds = 0
     while rounds < 2 or time.perf_counter() - begin < time_box:
         for name, work in works.items():
-            seconds[name].append(_timed(work))
+            seconds[name].append(timed(_CPU, work))
         rounds += 1
     return seconds
 
@@ -214,7 +210,7 @@ def _too_slow(case: Case, config: KernelsConfig, backward: bool) -> str | None:
     """
     length = _SHORT
     while length < case.length:
-        seconds = _timed(_work(contestants(case_at(case.op, length, config))["definition"], backward))
+        seconds = timed(_CPU, _work(contestants(case_at(case.op, length, config))["definition"], backward))
         if seconds * min(4, case.length / length) ** 2 > 2 * config.time_box:
             return f"too slow: {seconds:.2g} s at length {length}"
         length *= 4

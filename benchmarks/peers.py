@@ -26,9 +26,11 @@ from ..train.runtime import choose_precision, keep_freed_memory
 from ..train.step import accumulate_gradients
 from .context import events
 from .processes import Fork, last_line
+from .worker import repeat_in_time_box, timed
 
 __all__ = ["model_rows"]
 
+_CPU = torch.device("cpu")
 _DEADLINE = 60.0
 """Seconds after which a model is left out."""
 _PEERS = {"mamba": "MambaForCausalLM", "transformer": "LlamaForCausalLM"}
@@ -111,11 +113,11 @@ def _work(order: dict[str, Any]) -> None:
         model = _peer(order["arch"], lm)
         step = _their_step(model)
     step(window[:, :17])  # loads libraries and kernels
-    seconds = [_timed(lambda: step(window))]
+    seconds = [timed(_CPU, lambda: step(window))]
     if seconds[0] < order["time_box"]:  # a step longer than that is measured once
-        seconds, begin = [], time.perf_counter()
-        while len(seconds) < 3 or time.perf_counter() - begin < order["time_box"]:
-            seconds.append(_timed(lambda: step(window)))
+        seconds = repeat_in_time_box(
+            lambda: timed(_CPU, lambda: step(window)), time_box=order["time_box"], min_repeats=3
+        )
     n_tokens = order["batch_size"] * order["seq_len"]
     found = {
         "tokens_per_second": n_tokens / statistics.median(seconds),
@@ -124,12 +126,6 @@ def _work(order: dict[str, Any]) -> None:
         "error": None,
     }
     print(json.dumps(found), flush=True)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def _our_step(lm: LanguageModel) -> Callable[[Tensor], None]:

@@ -37,7 +37,7 @@ from ..train.step import accumulate_gradients
 from ..train.warm_up import warm_up
 from .config import MeasureConfig
 
-__all__ = ["Measurement", "measure", "repeat_in_time_box"]
+__all__ = ["Measurement", "measure", "repeat_in_time_box", "timed"]
 
 _MIN_REPEATS_OF_SLOW_TRAINING = 2
 
@@ -70,7 +70,8 @@ def repeat_in_time_box(
     return seconds
 
 
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, with what it leaves running on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -120,7 +121,7 @@ class _Bench:
             optimizer.zero_grad(set_to_none=True)
 
         return self._measure(
-            lambda: _timed(self.device, step),
+            lambda: timed(self.device, step),
             batch_size,
             batch_size * self.context_len,
             min_repeats_if_slow=_MIN_REPEATS_OF_SLOW_TRAINING,
@@ -138,7 +139,7 @@ class _Bench:
             nonlocal held
             held = _n_bytes(self._prefilled(tokens, self.context_len))
 
-        found = self._measure(lambda: _timed(self.device, read), batch_size, batch_size * self.context_len)
+        found = self._measure(lambda: timed(self.device, read), batch_size, batch_size * self.context_len)
         declared = self._declared_bytes(batch_size)
         if held != declared:
             raise ValueError(
@@ -163,7 +164,7 @@ class _Bench:
                     for i in range(n_tokens):
                         state = self.lm(tokens[:, i : i + 1], state).state
 
-            return _timed(self.device, go)
+            return timed(self.device, go)
 
         return self._measure(generate, batch_size, batch_size * n_tokens, spare_bytes=_n_bytes(snapshot))
 

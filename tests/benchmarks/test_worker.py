@@ -59,7 +59,7 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
         time.sleep(0.01)
         return next(seconds)
 
-    monkeypatch.setattr(worker, "_timed", fill_the_box)
+    monkeypatch.setattr(worker, "timed", fill_the_box)
     found = measure(bench(), "train")
     assert (found["status"], found["repeats"]) == ("done", repeats)
     if repeats == 2:
@@ -67,7 +67,7 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
 
 
 def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_timed", lambda device, work: 100.0)
+    monkeypatch.setattr(worker, "timed", lambda device, work: 100.0)
     assert measure(bench(), "decode")["repeats"] >= 3
 
 
