@@ -411,5 +411,5 @@ def softplus(x):
     e = exp(0.0 - absolute(x))
     s = e / (e + 2.0)  # log(1 + e) = 2 atanh(s), and s <= 1/3
     q = s * s
-    series = (((((q / 13.0 + 1.0 / 11.0) * q + 1.0 / 9.0) * q + 1.0 / 7.0) * q + 1.0 / 5.0) * q + 1.0 / 3.0) * q + 1.0
-    return at_least(x, 0.0) + 2.0 * s * series
+    series = ((((q * (1.0 / 13.0) + 1.0 / 11.0) * q + 1.0 / 9.0) * q + 1.0 / 7.0) * q + 1.0 / 5.0) * q + 1.0 / 3.0
+    return at_least(x, 0.0) + 2.0 * s * (series * q + 1.0)

@@ -1,12 +1,13 @@
 """The recurrence of the selective scan and its adjoint as numba kernels on explicit vectors (see kernels/simd.py).
 
 A task is one row of the batch and `blocks_per_task` blocks of LANES channels. It walks the sequence in chunks of CHUNK
-tokens; inside a chunk, block by block, it first prepares what does not depend on the state (softplus, dt u), STATES
-tokens to a tile, then takes STATES states at a time through the chunk's tokens with the state in registers. Tasks share
-no output, so any number of threads gives the same bits.
+tokens; in a chunk it first reads the inputs of all its blocks, row by row as memory has them, and prepares what does
+not depend on the state (softplus, dt u), STATES tokens to a tile. Then it takes STATES states of one block after
+another through the chunk's tokens with the state in registers. Tasks share no output, so any number of threads gives
+the same bits.
 
-Scratch arrays are indexed [block, state * LANES + channel] or [token, channel], where states are padded to a multiple
-of STATES.
+Scratch arrays are indexed [block, state * LANES + channel] or [block, token, channel], where states are padded to a
+multiple of STATES.
 """
 
 from __future__ import annotations
@@ -40,22 +41,25 @@ from ..simd import (
     total,
 )
 
-CHUNK = 32
-"""Tokens between two stored states: a chunk's states and decays fit the first-level cache."""
+CHUNK = 16
+"""Tokens between two stored states: what one block needs of a chunk in backward fits the first-level cache."""
 
 LOG_2 = 1 / LOG2_E
 
 SUM_WIDTH = 4096
 """Columns a task of `sum_parts` adds up."""
 
-TASKS = 32
-"""Tasks to aim at: enough for many threads, few enough to share the work on B and C among several blocks."""
+TASKS = 16
+"""Tasks to aim at: enough for many threads, few enough to read long pieces of rows and to share the work on B and C."""
+
+MAX_BLOCKS = 16
+"""Most blocks of a task: its scratch stays in the second-level cache."""
 
 
 def blocks_per_task(batch: int, E: int) -> int:
     """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
     n_blocks = -(-E // LANES)
-    return max(min(2, n_blocks), batch * n_blocks // TASKS)
+    return min(n_blocks, MAX_BLOCKS, max(2, batch * n_blocks // TASKS))
 
 
 def tasks_per_row(batch: int, E: int) -> int:
@@ -69,8 +73,8 @@ def checkpoint_shape(batch: int, L: int, E: int, N: int) -> tuple[int, int, int,
 
 
 @called
-def _scratch(rows, columns):
-    return np.zeros((rows, columns), np.float32)
+def _scratch(n_blocks):
+    return np.zeros((n_blocks, CHUNK, LANES), np.float32)
 
 
 @called
@@ -101,17 +105,27 @@ def _copy_tokens(source, b, t0, n_tokens, scratch):
 
 
 @called
-def _read_block(source, b, t0, n_tokens, e, scratch):
-    n_channels = source.shape[2] - e
+def _read(source, b, t0, n_tokens, e, n_blocks, scratch):
+    """scratch[block, t, lane] = source[b, t0 + t, e + block * LANES + lane], token by token, as memory has it."""
+    n_whole = min(n_blocks, (source.shape[2] - e) // LANES)
     for t in range(n_tokens):
-        store(scratch, (t, 0), load_first(source, (b, t0 + t, e), n_channels))
+        for block in range(n_whole):
+            store(scratch, (block, t, 0), load(source, (b, t0 + t, e + block * LANES)))
+        if n_whole < n_blocks:
+            rest = e + n_whole * LANES
+            store(scratch, (n_whole, t, 0), load_first(source, (b, t0 + t, rest), source.shape[2] - rest))
 
 
 @called
-def _write_block(scratch, target, b, t0, n_tokens, e):
-    n_channels = target.shape[2] - e
+def _write(scratch, target, b, t0, n_tokens, e, n_blocks):
+    """The reverse of `_read`."""
+    n_whole = min(n_blocks, (target.shape[2] - e) // LANES)
     for t in range(n_tokens):
-        store_first(target, (b, t0 + t, e), load(scratch, (t, 0)), n_channels)
+        for block in range(n_whole):
+            store(target, (b, t0 + t, e + block * LANES), load(scratch, (block, t, 0)))
+        if n_whole < n_blocks:
+            rest = e + n_whole * LANES
+            store_first(target, (b, t0 + t, rest), load(scratch, (n_whole, t, 0)), target.shape[2] - rest)
 
 
 @kernel
@@ -143,54 +157,55 @@ def forward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated, keep = z.shape[0] > 0, checkpoints.shape[0] > 0
-    rates = _scratch(blocks_per_task, n_tiles * TILE)  # A log2(e), for exp2
-    states = _scratch(blocks_per_task, n_tiles * TILE)
-    Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
-    xs, gates, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
+    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
+    states = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)
+    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
+    xs, sums = _scratch(blocks_per_task), _scratch(blocks_per_task)
+    dts, drives = _scratch(blocks_per_task), _scratch(blocks_per_task)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
-        n_blocks = min(blocks_per_task, -(-E // LANES) - first_block)
+        n_blocks, e0 = min(blocks_per_task, -(-E // LANES) - first_block), first_block * LANES
         for block in range(n_blocks):
-            e = (first_block + block) * LANES
-            _pack(A, e, rates[block], np.float32(LOG2_E))
-            _pack(initial_state[b], e, states[block], np.float32(1.0))
+            _pack(A, e0 + block * LANES, rates[block], np.float32(LOG2_E))
+            _pack(initial_state[b], e0 + block * LANES, states[block], np.float32(1.0))
         for t0 in range(0, L, CHUNK):
             n_tokens = min(CHUNK, L - t0)
             _copy_tokens(B, b, t0, n_tokens, Bs)
             _copy_tokens(C, b, t0, n_tokens, Cs)
+            _read(u, b, t0, n_tokens, e0, n_blocks, xs)
+            _read(delta, b, t0, n_tokens, e0, n_blocks, dts)
             for block in range(n_blocks):
-                e = (first_block + block) * LANES
+                e = e0 + block * LANES
                 bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
-                _read_block(u, b, t0, n_tokens, e, xs)
-                _read_block(delta, b, t0, n_tokens, e, dts)
                 for t in range(0, n_tokens, STATES):
-                    x, dt = load_tile(xs, (t, 0)), load_tile(dts, (t, 0)) + bias
+                    x, dt = load_tile(xs, (block, t, 0)), load_tile(dts, (block, t, 0)) + bias
                     if delta_softplus:
                         dt = softplus(dt)
-                    store(dts, (t, 0), dt)
-                    store(drives, (t, 0), dt * x)
-                    store(sums, (t, 0), skip * x)
-                for i in range(n_tiles):
+                    store(dts, (block, t, 0), dt)
+                    store(drives, (block, t, 0), dt * x)
+                    store(sums, (block, t, 0), skip * x)
+            for i in range(n_tiles):
+                for block in range(n_blocks):
                     rate, h = load_tile(rates, (block, i * TILE)), load_tile(states, (block, i * TILE))
                     if keep:
                         store(checkpoints, (b, t0 // CHUNK, first_block + block, i * TILE), h)
                     for t in range(n_tokens):
                         if starts[b, t0 + t]:
                             h = zero
-                        decay = exp2(repeat(load(dts, (t, 0))) * rate)
-                        h = decay * h + repeat(load(drives, (t, 0))) * spread(Bs, (t, i * STATES))
-                        store(sums, (t, 0), load(sums, (t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
+                        decay = exp2(repeat(load(dts, (block, t, 0))) * rate)
+                        h = decay * h + repeat(load(drives, (block, t, 0))) * spread(Bs, (t, i * STATES))
+                        store(sums, (block, t, 0), load(sums, (block, t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
                     store(states, (block, i * TILE), h)
-                if gated:
-                    _read_block(z, b, t0, n_tokens, e, gates)
+            if gated:
+                _read(z, b, t0, n_tokens, e0, n_blocks, xs)
+                for block in range(n_blocks):
                     for t in range(0, n_tokens, STATES):
-                        gate = load_tile(gates, (t, 0))
-                        store(sums, (t, 0), load_tile(sums, (t, 0)) * (gate * sigmoid(gate)))
-                _write_block(sums, y, b, t0, n_tokens, e)
+                        gate = load_tile(xs, (block, t, 0))
+                        store(sums, (block, t, 0), load_tile(sums, (block, t, 0)) * (gate * sigmoid(gate)))
+            _write(sums, y, b, t0, n_tokens, e0, n_blocks)
         for block in range(n_blocks):
-            _unpack(states[block], (first_block + block) * LANES, state[b])
+            _unpack(states[block], e0 + block * LANES, state[b])
 
 
 @kernel
@@ -233,22 +248,22 @@ def backward(
     L, E, N = u.shape[1], u.shape[2], A.shape[1]
     n_tiles = -(-N // STATES)
     gated = z.shape[0] > 0
-    rates = _scratch(blocks_per_task, n_tiles * TILE)  # A log2(e), for exp2
-    rs, grad_rates = _scratch(blocks_per_task, n_tiles * TILE), _scratch(blocks_per_task, n_tiles * TILE)
-    Bs, Cs = _scratch(CHUNK, n_tiles * STATES), _scratch(CHUNK, n_tiles * STATES)
-    grad_Bs, grad_Cs = _scratch(CHUNK, n_tiles * TILE), _scratch(CHUNK, n_tiles * TILE)
-    xs, gates, sums = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    deltas, dts, drives = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    grad_ys, gs = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    grad_drives, grad_dts = _scratch(CHUNK, LANES), _scratch(CHUNK, LANES)
-    decays, states = _scratch(CHUNK, TILE), _scratch(CHUNK + 1, TILE)
+    rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
+    rs, grad_rates = np.zeros_like(rates), np.zeros_like(rates)
+    Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
+    xs, deltas, gates = _scratch(blocks_per_task), _scratch(blocks_per_task), _scratch(blocks_per_task)
+    grad_ys, gs = _scratch(blocks_per_task), _scratch(blocks_per_task)
+    dts, drives, sums = _scratch(blocks_per_task), _scratch(blocks_per_task), _scratch(blocks_per_task)
+    grad_dts, grad_drives = _scratch(blocks_per_task), _scratch(blocks_per_task)
+    decays, states = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
+    grad_Bs, grad_Cs = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, part = task // tasks_per_row, task % tasks_per_row
         first_block = part * blocks_per_task
-        n_blocks = min(blocks_per_task, -(-E // LANES) - first_block)
+        n_blocks, e0 = min(blocks_per_task, -(-E // LANES) - first_block), first_block * LANES
         for block in range(n_blocks):
-            e = (first_block + block) * LANES
+            e = e0 + block * LANES
             _pack(A, e, rates[block], np.float32(LOG2_E))
             _pack(grad_state[b], e, rs[block], np.float32(1.0))
             store_first(grad_D, (b, e), full(0.0), E - e)
@@ -258,88 +273,94 @@ def backward(
             n_tokens = min(CHUNK, L - t0)
             _copy_tokens(B, b, t0, n_tokens, Bs)
             _copy_tokens(C, b, t0, n_tokens, Cs)
-            grad_Bs.fill(0)
-            grad_Cs.fill(0)
+            _read(u, b, t0, n_tokens, e0, n_blocks, xs)
+            _read(delta, b, t0, n_tokens, e0, n_blocks, deltas)
+            _read(grad_y, b, t0, n_tokens, e0, n_blocks, grad_ys)
+            if gated:
+                _read(z, b, t0, n_tokens, e0, n_blocks, gates)
             for block in range(n_blocks):
-                e = (first_block + block) * LANES
+                e = e0 + block * LANES
                 bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
-                _read_block(u, b, t0, n_tokens, e, xs)
-                _read_block(delta, b, t0, n_tokens, e, deltas)
-                _read_block(grad_y, b, t0, n_tokens, e, grad_ys)
-                if gated:
-                    _read_block(z, b, t0, n_tokens, e, gates)
                 for t in range(0, n_tokens, STATES):
-                    x, dt, g = load_tile(xs, (t, 0)), load_tile(deltas, (t, 0)) + bias, load_tile(grad_ys, (t, 0))
+                    x, dt = load_tile(xs, (block, t, 0)), load_tile(deltas, (block, t, 0)) + bias
+                    g = load_tile(grad_ys, (block, t, 0))
                     if delta_softplus:
                         dt = softplus(dt)
                     if gated:
-                        gate = load_tile(gates, (t, 0))
+                        gate = load_tile(gates, (block, t, 0))
                         g = g * (gate * sigmoid(gate))
-                    store(dts, (t, 0), dt)
-                    store(drives, (t, 0), dt * x)
-                    store(sums, (t, 0), skip * x)
-                    store(gs, (t, 0), g)
-                    store(grad_drives, (t, 0), zero)
-                    store(grad_dts, (t, 0), zero)
-                for i in range(n_tiles):
+                    store(dts, (block, t, 0), dt)
+                    store(drives, (block, t, 0), dt * x)
+                    store(sums, (block, t, 0), skip * x)
+                    store(gs, (block, t, 0), g)
+                    store(grad_drives, (block, t, 0), zero)
+                    store(grad_dts, (block, t, 0), zero)
+            for i in range(n_tiles):
+                grad_Bs.fill(0)
+                grad_Cs.fill(0)
+                for block in range(n_blocks):
                     rate = load_tile(rates, (block, i * TILE))
                     h = load_tile(checkpoints, (b, t0 // CHUNK, first_block + block, i * TILE))
                     for t in range(n_tokens):
                         store(states, (t, 0), h)
                         if starts[b, t0 + t]:
                             h = zero
-                        decay = exp2(repeat(load(dts, (t, 0))) * rate)
-                        h = decay * h + repeat(load(drives, (t, 0))) * spread(Bs, (t, i * STATES))
+                        decay = exp2(repeat(load(dts, (block, t, 0))) * rate)
+                        h = decay * h + repeat(load(drives, (block, t, 0))) * spread(Bs, (t, i * STATES))
                         store(decays, (t, 0), decay)
-                        store(sums, (t, 0), load(sums, (t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
-                    store(states, (n_tokens, 0), h)
+                        store(sums, (block, t, 0), load(sums, (block, t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
                     r, grad_rate = load_tile(rs, (block, i * TILE)), zero
                     for t in range(n_tokens - 1, -1, -1):
-                        g, drive = repeat(load(gs, (t, 0))), repeat(load(drives, (t, 0)))
+                        g, drive = repeat(load(gs, (block, t, 0))), repeat(load(drives, (block, t, 0)))
                         dh = g * spread(Cs, (t, i * STATES)) + r
-                        store(grad_Cs, (t, i * TILE), load_tile(grad_Cs, (t, i * TILE)) + g * h)
-                        store(grad_Bs, (t, i * TILE), load_tile(grad_Bs, (t, i * TILE)) + dh * drive)
-                        store(grad_drives, (t, 0), load(grad_drives, (t, 0)) + fold(dh * spread(Bs, (t, i * STATES))))
+                        store(grad_Cs, (t, 0), load_tile(grad_Cs, (t, 0)) + g * h)
+                        store(grad_Bs, (t, 0), load_tile(grad_Bs, (t, 0)) + dh * drive)
+                        from_state = fold(dh * spread(Bs, (t, i * STATES)))
+                        store(grad_drives, (block, t, 0), load(grad_drives, (block, t, 0)) + from_state)
                         r, h = load_tile(decays, (t, 0)) * dh, load_tile(states, (t, 0))
                         grad_exponent = r * h
                         if starts[b, t0 + t]:
                             r, grad_exponent = zero, zero
-                        grad_rate = grad_rate + grad_exponent * repeat(load(dts, (t, 0)))
-                        store(grad_dts, (t, 0), load(grad_dts, (t, 0)) + fold(grad_exponent * rate))
+                        grad_rate = grad_rate + grad_exponent * repeat(load(dts, (block, t, 0)))
+                        store(grad_dts, (block, t, 0), load(grad_dts, (block, t, 0)) + fold(grad_exponent * rate))
                     store(rs, (block, i * TILE), r)
                     store(grad_rates, (block, i * TILE), load_tile(grad_rates, (block, i * TILE)) + grad_rate)
+                for t in range(n_tokens):
+                    store(Bs, (t, i * STATES), total(load_tile(grad_Bs, (t, 0))))
+                    store(Cs, (t, i * STATES), total(load_tile(grad_Cs, (t, 0))))
+            for block in range(n_blocks):
+                e = e0 + block * LANES
+                bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
                 for t in range(0, n_tokens, STATES):
-                    grad_drive = load_tile(grad_drives, (t, 0))
-                    grad_dt = grad_drive * load_tile(xs, (t, 0)) + load_tile(grad_dts, (t, 0)) * LOG_2
+                    grad_drive, g = load_tile(grad_drives, (block, t, 0)), load_tile(gs, (block, t, 0))
+                    grad_dt = grad_drive * load_tile(xs, (block, t, 0)) + load_tile(grad_dts, (block, t, 0)) * LOG_2
                     if delta_softplus:
-                        grad_dt = grad_dt * sigmoid(load_tile(deltas, (t, 0)) + bias)
-                    store(deltas, (t, 0), grad_dt)
-                    store(drives, (t, 0), grad_drive * load_tile(dts, (t, 0)) + load_tile(gs, (t, 0)) * skip)
+                        grad_dt = grad_dt * sigmoid(load_tile(deltas, (block, t, 0)) + bias)
+                    store(deltas, (block, t, 0), grad_dt)
+                    store(drives, (block, t, 0), grad_drive * load_tile(dts, (block, t, 0)) + g * skip)
                     if gated:
-                        gate = load_tile(gates, (t, 0))
+                        gate = load_tile(gates, (block, t, 0))
                         s = sigmoid(gate)
                         slope = s * (1.0 + gate * (1.0 - s))
-                        store(gates, (t, 0), load_tile(grad_ys, (t, 0)) * load_tile(sums, (t, 0)) * slope)
-                # the scratch of delta, dt u and z now holds the gradients of delta, u and z
-                _write_block(deltas, grad_delta, b, t0, n_tokens, e)
-                _write_block(drives, grad_u, b, t0, n_tokens, e)
-                if gated:
-                    _write_block(gates, grad_z, b, t0, n_tokens, e)
+                        before_gate = load_tile(grad_ys, (block, t, 0)) * load_tile(sums, (block, t, 0))
+                        store(gates, (block, t, 0), before_gate * slope)
                 sum_D, sum_bias = full(0.0), full(0.0)
                 for t in range(n_tokens):
-                    sum_D = sum_D + load(gs, (t, 0)) * load(xs, (t, 0))
-                    sum_bias = sum_bias + load(deltas, (t, 0))
+                    sum_D = sum_D + load(gs, (block, t, 0)) * load(xs, (block, t, 0))
+                    sum_bias = sum_bias + load(deltas, (block, t, 0))
                 store_first(grad_D, (b, e), load_first(grad_D, (b, e), E - e) + sum_D, E - e)
                 store_first(grad_bias, (b, e), load_first(grad_bias, (b, e), E - e) + sum_bias, E - e)
+            # the scratch of delta, dt u and z now holds the gradients of delta, u and z
+            _write(deltas, grad_delta, b, t0, n_tokens, e0, n_blocks)
+            _write(drives, grad_u, b, t0, n_tokens, e0, n_blocks)
+            if gated:
+                _write(gates, grad_z, b, t0, n_tokens, e0, n_blocks)
             for t in range(n_tokens):
-                for i in range(n_tiles):
-                    store(Bs, (t, i * STATES), total(load_tile(grad_Bs, (t, i * TILE))))
-                    store(Cs, (t, i * STATES), total(load_tile(grad_Cs, (t, i * TILE))))
                 for n in range(N):
                     grad_B[part, b, t0 + t, n] = Bs[t, n]
                     grad_C[part, b, t0 + t, n] = Cs[t, n]
         for block in range(n_blocks):
-            e = (first_block + block) * LANES
+            e = e0 + block * LANES
             _unpack(grad_rates[block], e, grad_A[b])
             _unpack(rs[block], e, grad_initial_state[b])
 
