@@ -3,7 +3,7 @@ PY ?= python3
 V := .venv/bin/python
 LINUX_NOTE := (on a machine with an NVIDIA GPU, PyTorch brings CUDA along: some 4 GB more)
 
-.PHONY: help compare test bench-cpu aot lint smoke clean
+.PHONY: help compare test bench-cpu gpu aot lint smoke clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -15,6 +15,9 @@ test: .venv/.dev  ## run the whole test suite, on every core
 
 bench-cpu: .venv/.dev  ## time every operation, and models against Hugging Face's, on this CPU: about five minutes
 	@.venv/bin/crossover bench kernels $(BENCH)
+
+gpu:  ## check every kernel on an NVIDIA GPU and time it against floor and peers: nine minutes, nothing to install
+	@mkdir -p .ide && ln -sfn .. .ide/crossover && PYTHONPATH=.ide$${PYTHONPATH:+:$$PYTHONPATH} $(PY) -m crossover.benchmarks.gpu $(GPU)
 
 aot: .venv/.dev  ## compile the Triton kernels for sm_80 and sm_90 with the oldest Triton they run on, and print their cost
 	@$(PY) -m pip --python $(V) install -q --disable-pip-version-check --no-deps --target .venv/triton-3.6 triton==3.6.0

@@ -5,19 +5,23 @@ from .config import ModelConfig
 from .ffn import FFN
 from .mixer import Mixer, State
 from .model import Backbone, Block, LanguageModel, LMOutput
-from .presets import available, build, configure
+from .presets import PUBLISHED, available, build, configure
 from .registry import FFNS, MIXERS, register_mixer
+from .seq2seq import Seq2Seq, Seq2SeqConfig
 
 __all__ = [
     "FFN",
     "FFNS",
     "MIXERS",
+    "PUBLISHED",
     "Backbone",
     "Block",
     "LMOutput",
     "LanguageModel",
     "Mixer",
     "ModelConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "State",
     "available",
     "build",

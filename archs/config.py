@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from .registry import FFNS, MIXERS
+from .layers import NORMS
+from .registry import nearest, resolve
+
+__all__ = ["ModelConfig", "Options", "nearest"]
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -40,16 +42,39 @@ class ModelConfig:
     """Options of the mixers named in `pattern`."""
     ffn: Options = field(default_factory=dict)
     """Options of the ffns named in `pattern`."""
+    norm: str = "rmsnorm"
+    """Norm of the residual stream: "rmsnorm" or "layernorm"."""
     norm_eps: float = 1e-5
-    """Added to the mean square in every norm of the residual stream."""
+    """Added to the mean square, or the variance, in every norm of the residual stream."""
+    prenorm: bool = True
+    """Whether a layer is x + f(norm(x)), with a norm after the last one; False is norm(x + f(x)), with a norm before
+    the first one, as in BERT."""
+    bias: bool = False
+    """Whether the projections of every mixer and ffn that has an option `bias` have biases."""
+    positions: str = "none"
+    """What is added to the embeddings: "none", or "learned", a vector for each position in the document."""
+    max_positions: int | None = None
+    """Longest context of learned positions, in tokens."""
+    head: str = "linear"
+    """What makes logits of the last layer's output: "linear", one projection, or "mlm", as BERT predicts masked tokens:
+    a layer with GELU and a norm, then a projection with a bias."""
     tie_embeddings: bool = True
     """Whether the output projection is the embedding itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("d_model", "n_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("d_model", "n_layers", "vocab_size", "max_positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name}={value} must be at least 1")
+        for name, known in (("norm", NORMS), ("positions", ("none", "learned")), ("head", ("linear", "mlm"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown model.{name}={getattr(self, name)!r}{nearest(getattr(self, name), known)}")
+        if (self.positions == "learned") != (self.max_positions is not None):
+            raise ValueError(
+                f"model.positions={self.positions!r} and model.max_positions={self.max_positions} contradict each"
+                ' other: "learned" positions, and no others, need the longest context'
+            )
         if not self.pattern:
             raise ValueError("model.pattern is empty: it needs at least one entry, such as 'attention+mlp'")
         for section, names in (("mixer", {m for m, _ in self.period}), ("ffn", {f for _, f in self.period if f})):
@@ -81,17 +106,12 @@ class ModelConfig:
         return self._layer("ffn", name)
 
     def _layer(self, section: str, name: str) -> tuple[type[Any], Any]:
-        registry: Mapping[str, type[Any]] = MIXERS if section == "mixer" else FFNS
-        options = dict(getattr(self, section).get(name, {}))
-        kind = options.pop("kind", name)
-        if kind not in registry:
-            raise ValueError(f"unknown {section} {kind!r} in model.pattern{nearest(kind, registry)}")
-        cls = registry[kind]
-        known = {f.name for f in dataclasses.fields(cls.Config)}
-        for key in options:
-            if key not in known:
-                raise ValueError(f"unknown option model.{section}.{name}.{key}{nearest(key, known)}")
-        return cls, cls.Config(**options)
+        options, path = dict(getattr(self, section).get(name, {})), f"model.{section}.{name}"
+        named_in = f"{path}.kind" if "kind" in options else "model.pattern"
+        cls, config = resolve(section, options.pop("kind", name), options, named_in=named_in, path=path)
+        if self.bias and hasattr(config, "bias") and "bias" not in options:
+            config = dataclasses.replace(config, bias=True)
+        return cls, config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, from which `from_dict` makes an equal config."""
@@ -114,10 +134,3 @@ class ModelConfig:
         if missing := sorted(required - set(values)):
             raise ValueError(f"the model table lacks {', '.join(missing)}")
         return cls(**values)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the most similar known word, or all of them."""
-    known = sorted(known)
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"

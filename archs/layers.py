@@ -1,11 +1,17 @@
-"""The parts that mixers and channel mixers share: projections, the norm, their FLOPs."""
+"""The parts that models are put together from: projections and their FLOPs, norms, learned positions."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ops
+from .mixer import State
 
 
 def linear(d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0) -> nn.Linear:
@@ -16,6 +22,18 @@ def linear(d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0) -> 
         if bias:
             layer.bias.zero_()
     return layer
+
+
+def step_bias(n: int, dt_min: float, dt_max: float) -> nn.Parameter:
+    """dt_bias, (n,), where softplus(dt_bias) is log-uniform in [dt_min, dt_max], at least 1e-4 (Mamba, section 3.6)."""
+    dt = torch.empty(n).uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=1e-4)
+    return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+
+
+def default_head_dim(width: int, *, n_groups: int = 1) -> int:
+    """The largest power of two up to 64 that leaves at least three heads, in equal groups; 1 where there is none."""
+    least = max(3, n_groups)
+    return next((p for p in (64, 32, 16, 8, 4, 2) if width % (p * n_groups) == 0 and width // p >= least), 1)
 
 
 def linear_flops(module: nn.Module) -> float:
@@ -34,3 +52,57 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
+"""Norms of the residual stream: made from the width and eps."""
+
+
+@dataclass
+class PositionState(State):
+    """How far a sequence has come."""
+
+    first: Tensor
+    """Index of the first token of the current document, (B,) int64."""
+    n_seen: int | Tensor = 0
+    """Tokens seen: the index of the next one."""
+
+
+class LearnedPositions(nn.Module):
+    """x[t] + weight[p], where p counts the tokens of its document before token t (Gehring et al. 2017, 1705.03122)."""
+
+    def __init__(self, max_positions: int, d_model: int) -> None:
+        super().__init__()
+        # as large as the token embeddings
+        self.weight = nn.Parameter(torch.empty(max_positions, d_model).normal_(std=d_model**-0.5))
+
+    def forward(
+        self, x: Tensor, state: PositionState | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, PositionState | None]:
+        """(B, L, D) -> (B, L, D); state and starts are as in Mixer.forward.
+
+        Raises:
+            ValueError: if the sequence is longer than max_positions, even if each of its documents is not: their
+                lengths are only known on the device.
+        """
+        n_seen = 0 if state is None else state.n_seen
+        if not isinstance(n_seen, Tensor):  # a tensor is not read back: `init_state` has checked the length
+            self._check(n_seen + x.shape[1])
+        index = n_seen + torch.arange(x.shape[1], device=x.device)
+        first = index.new_zeros(1, 1) if state is None else state.first[:, None]
+        if starts is not None:
+            first = torch.where(starts, index, first).cummax(1).values  # (B, L): of the document of each token
+        y = x + F.embedding(index - first, self.weight)
+        return y, None if state is None else PositionState(first[:, -1].clone(), n_seen + x.shape[1])
+
+    def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None) -> PositionState:
+        """The state before the first of at most `max_len` tokens; ValueError where max_positions is less."""
+        self._check(max_len)
+        return PositionState(torch.zeros(batch_size, device=device, dtype=torch.int64))
+
+    def _check(self, length: int) -> None:
+        if length > len(self.weight):
+            raise ValueError(
+                f"{length} tokens are more than max_positions={len(self.weight)}: build the model with more positions,"
+                " or shorten the context"
+            )

@@ -54,6 +54,8 @@ C = TypeVar("C")
 class Mixer(nn.Module, Generic[C, S]):
     """Mixes information along the sequence axis, causally: output t depends on inputs 0..t only.
 
+    Encoders (attention with causal=False, bidirectional recurrences) see both sides, and take no state.
+
     A mixer is one file in archs/mixers/ and one line in archs/registry.py. It sees (B, L, D) in and out; the norm, the
     residual and the channel mixing belong to Block. It creates and initializes its own parameters, and nothing else
     initializes them again. What every mixer must hold is stated by tests/archs/test_contract.py: a full pass, any split

@@ -5,50 +5,55 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from ..kernels import ops
+from . import generation
 from .config import ModelConfig
 from .ffn import FFN
-from .layers import RMSNorm
+from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)) where there is an ffn: pre-norm, one residual stream."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)) where there is an ffn; norm(x + mixer(x)) and so on for post-norm."""
 
     def __init__(self, config: ModelConfig, mixer: str, ffn: str | None) -> None:
         super().__init__()
         # GPT-2's rule: residual branches shrink with the square root of their number
         scale = sum(1 if f is None else 2 for _, f in config.layers) ** -0.5
         cls, options = config.mixer_of(mixer)
-        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.prenorm = config.prenorm
+        self.mixer_norm = _norm(config)
         self.mixer: Mixer = cls(config.d_model, options, residual_scale=scale)
         self.ffn: FFN | None = None
         if ffn is not None:
             cls, options = config.ffn_of(ffn)
-            self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+            self.ffn_norm = _norm(config)
             self.ffn = cls(config.d_model, options, residual_scale=scale)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, State | None, Tensor | None]:
         """(B, L, D) -> (B, L, D), the mixer's next state, and the ffn's auxiliary loss or None."""
-        y, state = self.mixer(self.mixer_norm(x), state, starts=starts)
-        x = x + y
+        y, state = self.mixer(self.mixer_norm(x) if self.prenorm else x, state, starts=starts)
+        x = x + y if self.prenorm else self.mixer_norm(x + y)
         if self.ffn is None:
             return x, state, None
-        y, aux = self.ffn(self.ffn_norm(x))
-        return x + y, state, aux
+        y, aux = self.ffn(self.ffn_norm(x) if self.prenorm else x)
+        return x + y if self.prenorm else self.ffn_norm(x + y), state, aux
 
 
 class Backbone(nn.Module):
-    """Blocks and a final norm: (B, L, D) -> (B, L, D). No embedding, so it drops into any experiment."""
+    """Learned positions where the model has them, blocks, and a norm after them (before them for post-norm).
+
+    (B, L, D) -> (B, L, D): no tokens, so it drops into any experiment.
+    """
 
     blocks: Sequence[Block]  # an nn.ModuleList, typed as what iterating it gives
 
@@ -58,7 +63,10 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             Block(config, mixer, ffn) for mixer, ffn in config.layers
         )
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = _norm(config)
+        self.positions: LearnedPositions | None = None
+        if config.max_positions is not None:
+            self.positions = LearnedPositions(config.max_positions, config.d_model)
 
     def forward(
         self, x: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None
@@ -67,7 +75,7 @@ class Backbone(nn.Module):
 
         Args:
             x: (B, L, D).
-            state: one state per block, as `init_state` and this method return it; None keeps none.
+            state: a list of states, as `init_state` and this method return it; None keeps none.
             starts: (B, L) bool, True at the first token of a document.
 
         Returns:
@@ -75,12 +83,20 @@ class Backbone(nn.Module):
             a scalar.
         """
         aux_loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        before: list[Any] = [None] * (len(self.blocks) + 1) if state is None else state
         states: list[Any] = []
+        position = None
+        if self.positions is not None:
+            x, position = self.positions(x, before[-1], starts=starts)
+        if not self.config.prenorm:
+            x = self.norm(x)
         for i, block in enumerate(self.blocks):
-            x, after, aux = block(x, None if state is None else state[i], starts=starts)
+            x, after, aux = block(x, before[i], starts=starts)
             states.append(after)
             aux_loss = aux_loss if aux is None else aux_loss + aux
-        return self.norm(x), None if state is None else states, aux_loss
+        if position is not None:
+            states.append(position)
+        return self.norm(x) if self.config.prenorm else x, None if state is None else states, aux_loss
 
     def init_state(
         self,
@@ -90,10 +106,19 @@ class Backbone(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[State]:
-        """An empty state for each block; the device and dtype are the parameters' unless given."""
-        weight = self.norm.weight
+        """An empty state for each block, then one for learned positions where there are any.
+
+        The device and dtype are the parameters' unless given.
+
+        Raises:
+            ValueError: if the mixers are those of an encoder, or if max_len is more than max_positions.
+        """
+        weight = next(self.parameters())
         device, dtype = device or weight.device, dtype or weight.dtype
-        return [block.mixer.init_state(batch_size, max_len, device=device, dtype=dtype) for block in self.blocks]
+        states = [block.mixer.init_state(batch_size, max_len, device=device, dtype=dtype) for block in self.blocks]
+        if self.positions is not None:
+            states.append(self.positions.init_state(batch_size, max_len, device=device))
+        return states
 
 
 class LMOutput(NamedTuple):
@@ -102,40 +127,52 @@ class LMOutput(NamedTuple):
     logits: Tensor
     """(B, L, V)."""
     state: list[State] | None
-    """One per block, or None where none was given."""
+    """As `init_state` gave it, or None where none was given."""
     aux_loss: Tensor
     """Sum of the blocks' auxiliary losses, a scalar."""
 
 
 class LanguageModel(nn.Module):
-    """Embedding, backbone and output projection: tokens in, logits of the next token out."""
+    """Embedding, backbone and output projection: tokens in, logits out.
+
+    Decoders predict the next token; encoders predict the token itself where it was masked, so `targets` are -100 at all
+    other places.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone = Backbone(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # BERT's layer between the backbone and the projection (arXiv:1810.04805, the authors' code)
+        self.transform: nn.Module = nn.Identity()
+        if config.head == "mlm":
+            layer = linear(config.d_model, config.d_model, bias=True)
+            self.transform = nn.Sequential(layer, nn.GELU(), _norm(config))
+        self.head = linear(config.d_model, config.vocab_size, bias=config.head == "mlm")
         # GPT-2's 0.02 is hardly larger than Adam's first steps at these widths, which then overwrite it
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None) -> LMOutput:
-        """Logits of the token after each of `tokens`, (B, L) int64; state and starts are as in Backbone.forward."""
+        """Logits at each of `tokens`, (B, L) int64; state and starts are as in Backbone.forward."""
         x, state, aux_loss = self.backbone(self.embedding(tokens), state, starts=starts)
-        return LMOutput(self.head(x), state, aux_loss)
+        return LMOutput(self.head(self.transform(x)), state, aux_loss)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats per token, and the auxiliary loss to be added to it, both scalars.
 
         Args:
             tokens: (B, L) int64.
-            targets: the next tokens, (B, L) int64; -100 is not counted.
+            targets: the tokens to be predicted, (B, L) int64: the next ones, or the masked ones; -100 is not counted.
             starts: (B, L) bool, True at the first token of a document.
         """
         x, _, aux_loss = self.backbone(self.embedding(tokens), starts=starts)
-        loss, _ = ops.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        x, weight = self.transform(x).flatten(0, 1), self.head.weight
+        if self.head.bias is not None:  # it is the weight of a channel that is always one
+            x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, self.head.bias[:, None]], dim=1)
+        loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
         return loss, aux_loss
 
     def token_losses(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Tensor:
@@ -167,6 +204,9 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, context_len: float) -> float:
         """Forward FLOPs (a multiply-add is two) of one token with `context_len` tokens before it; training is 3 times.
 
+        For an encoder it is the last token of a sequence, which sees as much as in a decoder; `mean_flops_per_token` is
+        what a token of a whole sequence costs.
+
         Projections count twice their weights (the embedding lookup nothing, the head its product, tied or not), and
         each mixer adds what it does besides. Norms and activations are left out.
         """
@@ -189,40 +229,61 @@ class LanguageModel(nn.Module):
 
     def _other_flops(self) -> float:
         ffns = sum(block.ffn.flops_per_token() for block in self.backbone.blocks if block.ffn is not None)
-        return ffns + 2.0 * self.head.weight.numel()
+        return ffns + linear_flops(self.transform) + 2.0 * self.head.weight.numel()
 
-    @torch.inference_mode()
+    @overload
+    def generate(self, prompt: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    @overload
+    def generate(self, prompt: Sequence[Tensor | Sequence[int]], *args: Any, **kwargs: Any) -> list[Tensor]: ...
     def generate(
         self,
-        prompt: Tensor,
+        prompt: generation.Prompts,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continues each prompt by sampling: one prefill, then one token at a time.
+        *,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        prefill_chunk: int | None = None,
+        on_token: generation.OnToken | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Continues each prompt by sampling: the prompt in chunks, then one token at a time.
 
         Args:
-            prompt: (B, L) int64, L at least 1.
-            max_new_tokens: tokens to add.
+            prompt: (B, L) int64, or a list of rows, (L,) each, of any lengths: in one batch they give what they would
+                alone. L is at least 1.
+            max_new_tokens: most tokens to add to each.
             temperature: divides the logits; 0 always takes the most likely token.
             top_k: samples among this many most likely tokens.
             top_p: samples among the fewest tokens that hold this much probability (arXiv:1904.09751).
             generator: source of randomness; None means PyTorch's global one.
+            repetition_penalty: makes tokens that the row already holds, prompt included, less likely where it is above
+                1 (arXiv:1909.05858, section 4.1).
+            stop_tokens: tokens that end the row in which they are drawn.
+            prefill_chunk: tokens of each prompt read at once; None means 2048.
+            on_token: called after every step with its number, from 0, and the token of each row, (B,) int64: -1 in rows
+                that had ended before.
 
         Returns:
-            (B, L + max_new_tokens) int64.
+            For a tensor (B, L + n), where n is less than max_new_tokens only if all rows ended earlier, and rows that
+            ended before others are filled up with the first of stop_tokens. For a list a list, in which each row ends
+            with the stop token where one was drawn.
+
+        Raises:
+            ValueError: for an empty prompt, an option out of its range, or an encoder.
         """
-        if prompt.shape[1] == 0:
-            raise ValueError("the prompt is empty: generation needs at least one token to start from")
-        state = self.init_state(len(prompt), prompt.shape[1] + max_new_tokens)
-        tokens, step = [prompt], prompt
-        for _ in range(max_new_tokens):
-            logits, state, _ = self(step, state)
-            step = _sample(logits[:, -1], temperature, top_k, top_p, generator)
-            tokens.append(step)
-        return torch.cat(tokens, dim=1)
+        sampling = generation.Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        return generation.generate(
+            *(self, prompt, max_new_tokens, sampling),
+            stop_tokens=stop_tokens,
+            prefill_chunk=prefill_chunk,
+            on_token=on_token,
+            generator=generator,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""
@@ -236,22 +297,13 @@ class LanguageModel(nn.Module):
         """Reads what `save_pretrained` wrote. Nothing in it is executed."""
         config = ModelConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
         model = cls(config)
-        load_model(model, str(Path(folder) / "model.safetensors"))
+        weights = Path(folder) / "model.safetensors"
+        load_model(model, str(weights))
+        for name, value in load_file(weights).items():
+            model.get_parameter(name).data = value  # in the precision of the file
         return model if device is None else model.to(device)
 
 
-def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """Draws one token per row from logits, (B, V) -> (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    if top_p is not None:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p  # the token that crosses top_p is still inside
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+def _norm(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return NORMS[config.norm](config.d_model, config.norm_eps)

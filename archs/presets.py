@@ -1,6 +1,7 @@
 """The architectures by name: each is a layer pattern, a few options, a depth rule and a tuned learning rate.
 
-`configure` turns a name and options into a ModelConfig, and sizes it where a number of parameters is asked for.
+`configure` turns a name and options into a ModelConfig, and sizes it where a number of parameters is asked for. Names
+with a "-" are published models, sizes included: the table PUBLISHED.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
-from .config import ModelConfig, nearest
+from .config import ModelConfig
 from .ffn import default_d_ff
+from .mixers.bidirectional import Bidirectional
 from .model import LanguageModel
+from .registry import nearest
+from .seq2seq import Seq2Seq, Seq2SeqConfig
 
 TOLERANCE = 0.02
 """How far a sized model may be from the number of parameters asked for, relative."""
+
+UNTUNED = 2e-3
+"""Learning rate of the architectures that nobody has tuned yet: the Transformer's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +40,15 @@ class Preset:
     make: Callable[..., Mapping[str, Any]]
     """Its own options -> ModelConfig fields."""
     learning_rate: float
-    """Peak learning rate of AdamW, tuned by `crossover bench lr` at the demo's size (results/cpu-demo/lr.csv)."""
+    """Peak learning rate of AdamW, tuned by `crossover bench lr` at the demo's size (results/cpu-demo/lr.csv), or
+    UNTUNED."""
     n_layers_at_1m: float
     """Depth of the architecture at one million parameters; it grows with their fourth root."""
     d_model_multiple: int
     """Widths are multiples of this, so that head sizes are legal."""
     kind: str = "decoder"
-    """What it is for: "decoder" reads left to right and predicts the next token."""
+    """What it is for: a "decoder" reads left to right and predicts the next token; an "encoder" reads in both
+    directions and predicts masked tokens; a "seq2seq" model reads one sequence and predicts another."""
 
 
 PRESETS: dict[str, Preset] = {}
@@ -62,10 +71,44 @@ def transformer() -> Mapping[str, Any]:
     return {"pattern": ("attention+mlp",)}
 
 
+@_preset(label="GPT-2", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+def gpt2() -> Mapping[str, Any]:
+    """GPT-2: a Transformer with learned positions, LayerNorm, GELU and biases. Its learning rate is not tuned."""
+    return {
+        "pattern": ("attention+mlp",),
+        "norm": "layernorm",
+        "bias": True,
+        "positions": "learned",
+        "max_positions": 1024,
+        "mixer": {"attention": {"rope": False}},
+        "ffn": {"mlp": {"activation": "gelu_tanh"}},
+    }
+
+
 @_preset(label="S4D", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
 def s4d() -> Mapping[str, Any]:
     """S4D: a diagonal state space model, time-invariant, with SwiGLU."""
     return {"pattern": ("s4d+mlp",)}
+
+
+@_preset(label="S4", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
+def s4() -> Mapping[str, Any]:
+    """S4: a state space model that remembers by HiPPO-LegS, with SwiGLU. Its learning rate is S4D's, not tuned."""
+    return {"pattern": ("s4+mlp",)}
+
+
+@_preset(label="H3", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
+def h3(attention_every: int | None = None) -> Mapping[str, Any]:
+    """H3: keys and values gated through two state space models, with SwiGLU. Its learning rate is S4D's, not tuned.
+
+    With `attention_every` the second layer of each such group has attention; n_layers / 2 gives the two layers of the
+    paper's hybrids (arXiv:2212.14052, section 5.1).
+    """
+    if attention_every is None:
+        return {"pattern": ("h3+mlp",)}
+    if attention_every < 2:
+        raise ValueError(f"attention_every={attention_every} must be at least 2: the second layer of each group has it")
+    return {"pattern": ("h3+mlp", "attention+mlp", *["h3+mlp"] * (attention_every - 2))}
 
 
 @_preset(label="Mamba", learning_rate=4e-3, n_layers_at_1m=8, d_model_multiple=4)
@@ -74,26 +117,53 @@ def mamba() -> Mapping[str, Any]:
     return {"pattern": ("mamba",)}
 
 
+@_preset(label="Mamba-2", learning_rate=UNTUNED, n_layers_at_1m=8, d_model_multiple=8)
+def mamba2() -> Mapping[str, Any]:
+    """Mamba-2: one decay per head, so that the scan is made of matrix products. Its learning rate is not tuned."""
+    return {"pattern": ("mamba2",)}
+
+
+@_preset(label="Mamba-3", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+def mamba3() -> Mapping[str, Any]:
+    """Mamba-3: states that rotate, driven by a trapezoidal rule, with SwiGLU. Its learning rate is not tuned."""
+    return {"pattern": ("mamba3+mlp",)}
+
+
+@_preset(label="Gated DeltaNet", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+def gated_deltanet() -> Mapping[str, Any]:
+    """Gated DeltaNet: a memory that forgets, and revises what it holds for a key. Its learning rate is not tuned."""
+    return {"pattern": ("gated_deltanet+mlp",)}
+
+
 @_preset(label="Jamba", learning_rate=8e-3, n_layers_at_1m=8, d_model_multiple=32)
 def jamba(
-    attention_every: int = 8, attention_offset: int = 4, moe_every: int = 2, moe_offset: int = 1
+    attention_every: int = 8, attention_offset: int = 4, moe_every: int = 2, moe_offset: int = 1, ssm: str = "mamba"
 ) -> Mapping[str, Any]:
     """Jamba: seven Mamba layers to one of attention without positions, experts in every second layer.
 
     Layer i has attention where i % attention_every == attention_offset, and experts instead of one MLP where
-    i % moe_every == moe_offset (arXiv:2403.19887, figure 1).
+    i % moe_every == moe_offset (arXiv:2403.19887, figure 1). `ssm` names the mixer of the other layers: "mamba2" is
+    the variant that its authors compared it with (arXiv:2408.12570).
     """
     for name, offset, every in (("attention", attention_offset, attention_every), ("moe", moe_offset, moe_every)):
         if not 0 <= offset < every:
             raise ValueError(f"{name}_offset={offset} must be at least 0 and below {name}_every={every}")
     period = attention_every * moe_every
-    mixers = ["attention" if i % attention_every == attention_offset else "mamba" for i in range(period)]
+    mixers = ["attention" if i % attention_every == attention_offset else ssm for i in range(period)]
     ffns = ["moe" if i % moe_every == moe_offset else "mlp" for i in range(period)]
     pattern = tuple(f"{mixer}+{ffn}" for mixer, ffn in zip(mixers, ffns, strict=True))
     if attention_every % moe_every == 0:
         pattern = pattern[:attention_every]  # the shorter spelling of the same
-    options = {"attention": {"rope": False}, "mamba": {"inner_norm": True}}
-    return {"pattern": pattern, "mixer": options, "ffn": {"moe": {"n_experts": 4, "top_k": 2}}}
+    options: dict[str, dict[str, Any]] = {"attention": {"rope": False}}
+    if ssm == "mamba":
+        options["mamba"] = {"inner_norm": True}
+    return {"pattern": pattern, "mixer": options, "ffn": {"moe": {"n_experts": 4, "top_k": 2}}, "norm_eps": 1e-6}
+
+
+@_preset(label="Samba", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+def samba() -> Mapping[str, Any]:
+    """Samba: Mamba and attention in a sliding window by turns (arXiv:2406.07522). Its learning rate is not tuned."""
+    return {"pattern": ("mamba+mlp", "attention+mlp"), "mixer": {"attention": {"window": 2048}}}
 
 
 @_preset(label="LSTM", learning_rate=8e-3, n_layers_at_1m=2, d_model_multiple=4)
@@ -102,20 +172,110 @@ def lstm() -> Mapping[str, Any]:
     return {"pattern": ("lstm",)}
 
 
+@_preset(label="BERT", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32, kind="encoder")
+def bert() -> Mapping[str, Any]:
+    """BERT: an encoder with post-norm, for one text at a time (no segment embeddings). Its learning rate is not tuned.
+
+    arXiv:1810.04805. `LanguageModel.loss` is that of masked language modelling where `targets` are -100 at every token
+    that was not masked; masking is the caller's.
+    """
+    return {
+        "pattern": ("attention+mlp",),
+        "norm": "layernorm",
+        "norm_eps": 1e-12,
+        "prenorm": False,
+        "bias": True,
+        "positions": "learned",
+        "max_positions": 512,
+        "head": "mlm",
+        "mixer": {"attention": {"rope": False, "causal": False}},
+        "ffn": {"mlp": {"activation": "gelu"}},
+    }
+
+
+@_preset(label="Encoder-decoder", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32, kind="seq2seq")
+def encdec() -> Mapping[str, Any]:
+    """Encoder-decoder: the Transformer of 2017, with post-norm. Its learning rate is not tuned.
+
+    arXiv:1706.03762, but with rotary positions for sinusoidal ones and GELU for ReLU. Two layers here are one of the
+    paper's decoder: n_layers=12 gives its six, and six of the encoder.
+    """
+    mlp = {"activation": "gelu", "bias": True}
+    return {
+        "pattern": ("attention", "cross_attention+mlp"),
+        "source": {"pattern": ("attention+mlp",), "mixer": {"attention": {"causal": False}}, "ffn": {"mlp": mlp}},
+        "norm": "layernorm",
+        "prenorm": False,
+        "ffn": {"mlp": mlp},
+    }
+
+
+@_preset(label="RNN with attention", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=2, kind="seq2seq")
+def seq2seq() -> Mapping[str, Any]:
+    """RNN with attention: LSTMs, one in both directions that reads, one that writes. Its learning rate is not tuned.
+
+    After arXiv:1409.0473; archs/seq2seq.py says where it differs.
+    """
+    return {
+        "pattern": ("lstm", "additive_attention"),
+        "source": {"pattern": ("lstm",), "mixer": {"lstm": {"kind": "bidirectional", "of": "lstm"}}},
+    }
+
+
+_MAMBA = {"vocab_size": 50280}  # of 50277 tokens, padded to a multiple of 8
+_MAMBA2 = {"vocab_size": 50288}  # of the same, padded to a multiple of 16
+
+PUBLISHED: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "gpt2-124m": ("gpt2", {"d_model": 768, "n_layers": 12, "vocab_size": 50257}),
+    "gpt2-355m": ("gpt2", {"d_model": 1024, "n_layers": 24, "vocab_size": 50257}),
+    "gpt2-774m": ("gpt2", {"d_model": 1280, "n_layers": 36, "vocab_size": 50257}),
+    "gpt2-1.5b": ("gpt2", {"d_model": 1600, "n_layers": 48, "vocab_size": 50257}),
+    "llama-7b": (
+        "transformer",
+        {"d_model": 4096, "n_layers": 32, "n_heads": 32, "d_ff": 11008, "vocab_size": 32000, "tie_embeddings": False},
+    ),
+    "llama-3-8b": (
+        "transformer",
+        {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500_000.0, "d_ff": 14336}
+        | {"vocab_size": 128256, "tie_embeddings": False},
+    ),
+    "mamba-130m": ("mamba", {"d_model": 768, "n_layers": 24} | _MAMBA),
+    "mamba-370m": ("mamba", {"d_model": 1024, "n_layers": 48} | _MAMBA),
+    "mamba-790m": ("mamba", {"d_model": 1536, "n_layers": 48} | _MAMBA),
+    "mamba-1.4b": ("mamba", {"d_model": 2048, "n_layers": 48} | _MAMBA),
+    "mamba-2.8b": ("mamba", {"d_model": 2560, "n_layers": 64} | _MAMBA),
+    "mamba2-130m": ("mamba2", {"d_model": 768, "n_layers": 24} | _MAMBA2),
+    "mamba2-370m": ("mamba2", {"d_model": 1024, "n_layers": 48} | _MAMBA2),
+    "mamba2-780m": ("mamba2", {"d_model": 1536, "n_layers": 48} | _MAMBA2),
+    "mamba2-1.3b": ("mamba2", {"d_model": 2048, "n_layers": 48} | _MAMBA2),
+    "mamba2-2.7b": ("mamba2", {"d_model": 2560, "n_layers": 64} | _MAMBA2),
+    "jamba-v0.1": (
+        "jamba",
+        {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "d_ff": 14336, "n_experts": 16, "top_k": 2}
+        | {"norm_eps": 1e-6, "vocab_size": 65536, "tie_embeddings": False},
+    ),
+}
+"""Published models by name: the architecture, and the options of `configure` that give it its size."""
+
+
 def available(kind: str = "decoder") -> tuple[str, ...]:
-    """Names that `build` takes, of models of one kind."""
+    """Names that `build` takes, of models of one kind: "decoder", "encoder" or "seq2seq".
+
+    Published sizes are in PUBLISHED.
+    """
     return tuple(name for name, preset in PRESETS.items() if preset.kind == kind)
 
 
 def find(name: str) -> Preset:
-    """The preset of a name.
+    """The preset of a name, or of the architecture of a published model.
 
     Raises:
         ValueError: if there is none, with the most similar name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown architecture {name!r}{nearest(name, PRESETS)}")
-    return PRESETS[name]
+    arch, _ = PUBLISHED.get(name, (name, {}))
+    if arch not in PRESETS:
+        raise ValueError(f"unknown architecture {name!r}{nearest(name, [*PRESETS, *PUBLISHED])}")
+    return PRESETS[arch]
 
 
 def learning_rate(name: str) -> float:
@@ -123,15 +283,24 @@ def learning_rate(name: str) -> float:
     return find(name).learning_rate
 
 
-def configure(name: str, *, n_params: int | None = None, vocab_size: int = 256, **options: Any) -> ModelConfig:
+def configure(
+    name: str,
+    *,
+    n_params: int | None = None,
+    vocab_size: int | None = None,
+    bidirectional: bool = False,
+    **options: Any,
+) -> ModelConfig:
     """Describes the model called `name`.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, of `available("encoder")`, of `available("seq2seq")` or of PUBLISHED.
         n_params: number of parameters to come within 2 % of, embeddings included, shared weights once. Depth follows
             the preset's rule, then width is solved, then the inner width of the ffns where there are any; of these
             d_model, n_layers and d_ff, what is given in `options` is kept.
-        vocab_size: V.
+        vocab_size: V; None means that of the published model, or 256, bytes.
+        bidirectional: makes an encoder of a decoder: attention without its mask, and every other mixer twice, once in
+            each direction (`Bidirectional`).
         options: options of the preset (attention_every, ...), fields of ModelConfig (d_model, tie_embeddings, ...) and
             options of its mixers and ffns by name (n_heads, d_state, top_k, ...), which go to every mixer or ffn of the
             pattern that has them.
@@ -140,10 +309,26 @@ def configure(name: str, *, n_params: int | None = None, vocab_size: int = 256, 
         ValueError: for a name or an option that does not exist, or a size that cannot be reached.
     """
     preset = find(name)
-    make = functools.partial(_configure, preset, vocab_size=vocab_size)
+    _, published = PUBLISHED.get(name, (name, {}))
+    options = {"vocab_size": 256, **published} | options | ({} if vocab_size is None else {"vocab_size": vocab_size})
+
+    def make(**options: Any) -> ModelConfig:
+        config = _configure(preset, **options)
+        return _encoder(config) if bidirectional else config
+
     if n_params is None:
         return make(**({"d_model": 256, "n_layers": _depth(preset, 4_000_000, 1)} | options))
     return _size(preset, make, n_params, options)
+
+
+@overload
+def build(  # pyright: ignore[reportOverlappingOverload]  # other names are those of language models
+    model: Literal["encdec", "seq2seq"] | Seq2SeqConfig, **options: Any
+) -> Seq2Seq: ...
+
+
+@overload
+def build(model: str | ModelConfig, **options: Any) -> LanguageModel: ...
 
 
 def build(
@@ -153,29 +338,46 @@ def build(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> LanguageModel:
-    """Builds a language model from a name and options as in `configure`, or from a ModelConfig.
+) -> LanguageModel | Seq2Seq:
+    """Builds a model from a name and options as in `configure`, or from a ModelConfig.
 
     With device="meta" nothing is allocated: counts and state sizes are exact, weights have no values.
     """
     config = configure(model, n_params=n_params, **options) if isinstance(model, str) else model
     with torch.device(device or torch.get_default_device()):
-        lm = LanguageModel(config)
+        lm = _model(config)
     return lm if dtype is None else lm.to(dtype)
+
+
+def _model(config: ModelConfig) -> LanguageModel | Seq2Seq:
+    return Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else LanguageModel(config)
 
 
 def _configure(preset: Preset, **options: Any) -> ModelConfig:
     """Sorts options by who takes them."""
     own = {key: options.pop(key) for key in _parameters(preset.make) if key in options}
     fields = dict(preset.make(**own))
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    cls = Seq2SeqConfig if preset.kind == "seq2seq" else ModelConfig
+    known = {f.name for f in dataclasses.fields(cls)}
     for section in ("mixer", "ffn"):
         if section in options:
             given = options.pop(section)
             fields[section] = _merge(fields.get(section, {}), given)
     fields |= {key: options.pop(key) for key in list(options) if key in known}
-    skeleton = ModelConfig(**fields)
-    taken = known | set(_parameters(preset.make))
+    skeleton = cls(**fields)
+    taken = known | set(_parameters(preset.make)) | _spread(skeleton, fields, options)
+    if isinstance(skeleton, Seq2SeqConfig):
+        fields["source"] = dict(fields["source"])
+        taken |= _spread(skeleton.encoder, fields["source"], options)
+    for key in options:
+        if key not in taken:
+            raise ValueError(f"{preset.name} has no option {key!r}{nearest(key, taken)}")
+    return cls(**fields)
+
+
+def _spread(skeleton: ModelConfig, fields: dict[str, Any], options: Mapping[str, Any]) -> set[str]:
+    """Adds options to the mixers and ffns in `fields` that have them; returns all that there are."""
+    taken: set[str] = set()
     for section, names in (("mixer", {m for m, _ in skeleton.period}), ("ffn", {f for _, f in skeleton.period if f})):
         for name in names:
             cls, _ = skeleton.mixer_of(name) if section == "mixer" else skeleton.ffn_of(name)
@@ -183,10 +385,29 @@ def _configure(preset: Preset, **options: Any) -> ModelConfig:
             taken |= of_layer
             if chosen := {key: value for key, value in options.items() if key in of_layer}:
                 fields[section] = _merge(fields.get(section, {}), {name: chosen})
-    for key in options:
-        if key not in taken:
-            raise ValueError(f"{preset.name} has no option {key!r}{nearest(key, taken)}")
-    return ModelConfig(**fields)
+    return taken
+
+
+def is_causal(config: ModelConfig) -> bool:
+    """Whether no layer sees the tokens to come, as training to predict them needs."""
+    mixers = (config.mixer_of(name) for name, _ in config.period)
+    return all(cls is not Bidirectional and getattr(options, "causal", True) for cls, options in mixers)
+
+
+def _encoder(config: ModelConfig) -> ModelConfig:
+    """The same layers, seeing the whole sequence."""
+    if isinstance(config, Seq2SeqConfig):
+        raise ValueError("a seq2seq model has an encoder, and its decoder must be causal: leave bidirectional out")
+    mixers: dict[str, Mapping[str, Any]] = {}
+    for name, _ in config.period:
+        options = config.mixer.get(name, {})
+        _, chosen = config.mixer_of(name)
+        if hasattr(chosen, "causal"):
+            mixers[name] = {**options, "causal": False}
+        else:
+            of = options.get("kind", name)
+            mixers[name] = {"kind": "bidirectional", "of": of, "options": dataclasses.asdict(chosen)}
+    return dataclasses.replace(config, mixer=mixers)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -210,7 +431,7 @@ def count_params(config: ModelConfig) -> int:
     n_periods, rest = divmod(config.n_layers, period)
     if rest or n_periods <= 2:
         with torch.device("meta"):
-            return LanguageModel(config).n_params
+            return _model(config).n_params
     # all periods are alike, so two models say what any number of them holds
     one, two = (count_params(dataclasses.replace(config, n_layers=n * period)) for n in (1, 2))
     return one + (n_periods - 1) * (two - one)
@@ -275,12 +496,15 @@ def _closest(count: Callable[[int], int], target: int) -> int:
 
 __all__ = [
     "PRESETS",
+    "PUBLISHED",
     "TOLERANCE",
+    "UNTUNED",
     "Preset",
     "available",
     "build",
     "configure",
     "count_params",
     "find",
+    "is_causal",
     "learning_rate",
 ]

@@ -11,6 +11,7 @@ from tyro.conf import arg, subcommand
 from .config import (
     CompareConfig,
     ContextConfig,
+    ConvertConfig,
     DoctorConfig,
     GenerateConfig,
     KernelsConfig,
@@ -49,6 +50,7 @@ _Command = (
     | Annotated[_Bench, subcommand("bench")]
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[GenerateConfig, subcommand("generate")]
+    | Annotated[ConvertConfig, subcommand("convert")]
     | Annotated[DoctorConfig, subcommand("doctor")]
 )
 
@@ -107,8 +109,11 @@ def _run(command: object, words: Sequence[str]) -> int:
         case GenerateConfig():
             from .generate import generate
 
-            print(generate(command))
-            return 0
+            return generate(command)
+        case ConvertConfig():
+            from .convert import convert
+
+            return convert(command)
         case _:
             raise AssertionError(f"no command handles {type(command).__name__}")
 

@@ -16,6 +16,7 @@ __all__ = [
     "ByteSize",
     "CompareConfig",
     "ContextConfig",
+    "ConvertConfig",
     "DoctorConfig",
     "GenerateConfig",
     "KernelsConfig",
@@ -384,23 +385,60 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a Hugging Face checkpoint into a model of ours, or one of ours into Hugging Face's.
+
+    The direction follows from SRC. Every tensor keeps its values and its dtype; what the other side cannot compute is
+    refused.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder of a Hugging Face checkpoint (gpt2, llama, mamba, mamba2, jamba, bert; or of mamba_ssm), or a run folder,
+    checkpoint folder or saved model of ours."""
+
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Folder that gets the converted model; must be empty or new."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue a prompt with a trained model."""
+    """Continue prompts with a trained model; text appears as it comes, and Ctrl-C keeps what there is.
+
+    Several prompts go in one batch and are printed one after the other. The printed text begins with the prompt.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run folder, checkpoint folder or saved model."""
 
-    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """Text to continue."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
+    """Texts to continue; - reads one from standard input. Without any, the model begins a document."""
+
+    prompt_file: tuple[Path, ...] = ()
+    """Files in UTF-8, each a prompt from its first to its last byte."""
 
     max_new_tokens: int = 200
-    """Tokens to add."""
+    """Most tokens to add to each prompt."""
 
     temperature: float = 0.8
     """Sampling temperature; 0 takes the most likely token."""
 
+    top_k: int | None = None
+    """Sample among this many most likely tokens."""
+
     top_p: float | None = 0.95
     """Sample among the most likely tokens that together have this probability."""
+
+    repetition_penalty: float = 1.0
+    """Makes tokens that the text already holds less likely: 1 does nothing, 1.2 is usual."""
+
+    stop: tuple[str, ...] = ()
+    """Texts, each of them one token, that end a continuation when the model writes them."""
+
+    stop_at_end: bool = True
+    """Whether a continuation ends where the model ends the document."""
+
+    prefill_chunk: int = 2048
+    """Tokens of each prompt that are read at once; fewer need less memory."""
 
     seed: int = 0
     """Seed of the sampling."""
@@ -409,7 +447,11 @@ class GenerateConfig:
     """'auto', 'cpu' or 'cuda'."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_new_tokens")
+        _check_positive(self, "max_new_tokens", "prefill_chunk")
+        if self.top_k is not None:
+            _check_positive(self, "top_k")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"--repetition-penalty must be positive, got {self.repetition_penalty}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

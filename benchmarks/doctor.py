@@ -1,8 +1,6 @@
 """Checks every operation on this machine: each backend and dtype, values and gradients, against the definition.
 
-The judge is the reference in float64 on the same, rounded inputs. A backend may be off by twice what the reference
-itself loses in that dtype, and a floor for sums taken in another order. What fails is switched off: training and
-measurements on this machine pass it over until the doctor finds it sound.
+What fails is switched off: training and measurements on this machine pass it over until the doctor finds it sound.
 """
 
 from __future__ import annotations
@@ -10,62 +8,22 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..archs.config import nearest
-from ..kernels import dispatch, ops
-from ..kernels.check import example, options, relative_error, to, values_and_gradients
+from ..kernels import ops
 from ..train.files import write_json
 from ..train.health import identity, store_verdict, version
 from ..train.progress import duration
 from ..train.record import cpu_model
 from ..train.runtime import choose_precision
 from .config import DoctorConfig
+from .operation_checks import Check, checks
 
 __all__ = ["Check", "checks", "doctor", "machine"]
-
-FLOORS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Relative error that is always allowed, by dtype."""
-
-# whole and partial vectors and blocks, with and without all that is optional, and one token as in decoding
-_EXAMPLES = (
-    {"L": 37, "E": 24, "N": 8, "optional": True},
-    {"L": 64, "E": 16, "N": 8, "optional": False},
-    {"L": 1, "E": 5, "N": 4, "optional": True},
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line of the table."""
-
-    op: str
-    backend: str
-    device: str
-    dtype: str
-    outputs: float | None = None
-    """Relative error of the output that comes nearest to what it is allowed."""
-    gradients: float | None = None
-    """The same of the gradients."""
-    allowed: float | None = None
-    """What the nearest of them all is allowed."""
-    status: str
-    """ok, failed, not supported, not here, not checked"""
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Case:
-    tensors: dict[str, Tensor]
-    others: dict[str, Any]
-    expected: dict[str, Tensor]
-    allowed: dict[str, float]
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -111,120 +69,6 @@ def machine() -> dict[str, str]:
             + [f"{name} {version(name) or 'not installed'}" for name in ("torch", "triton", "numba")]
         ),
     }
-
-
-def checks(names: Sequence[str]) -> Iterator[Check]:
-    """Checks the operations of these names, one line after the other."""
-    gpu_is_lost = False
-    for name in names:
-        cases = {dtype: _cases(name, dtype) for dtype in FLOORS}
-        for backend in ops.OPS[name].backends[1:]:
-            for device in _devices(backend):
-                for dtype, of_dtype in cases.items():
-                    if not of_dtype:
-                        continue
-                    where: dict[str, Any] = {"op": name, "backend": backend, "device": device, "dtype": _name(dtype)}
-                    if gpu_is_lost and device == "cuda":
-                        yield Check(**where, status="not checked", reason="an earlier failure left the GPU unusable")
-                        continue
-                    one = _check(where, of_dtype)
-                    gpu_is_lost = gpu_is_lost or (one.status == "failed" and device == "cuda" and not _gpu_works())
-                    yield one
-        if "triton" not in ops.OPS[name].backends and _has_triton(name):
-            reason = "no GPU" if version("triton") else "triton is not installed"
-            yield Check(op=name, backend="triton", device="cuda", dtype="all", status="not here", reason=reason)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _devices(backend: str) -> list[str]:
-    if backend == "cpu" or not torch.cuda.is_available():
-        return ["cpu"]
-    return ["cuda"] if backend == "triton" else ["cpu", "cuda"]
-
-
-def _has_triton(name: str) -> bool:
-    sources = Path(ops.__file__).parent.glob("*/triton_kernels.py")
-    return any(f"\ndef {name}(" in path.read_text(encoding="utf-8") for path in sources)
-
-
-def _gpu_works() -> bool:
-    try:
-        return bool((torch.ones(1, device="cuda") + 1).item() == 2)
-    except RuntimeError:
-        return False
-
-
-def _cases(name: str, dtype: torch.dtype) -> list[_Case]:
-    """The examples of an operation with what is expected and allowed; none where no input can have the dtype."""
-    op, cases = ops.OPS[name], []
-    for sizes in _EXAMPLES:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            tensors = to(example(name, **sizes), dtype)
-        others = options(name, optional=sizes["optional"], L=sizes["L"])
-        if dtype != torch.float32 and not any(t.dtype == dtype for t in tensors.values()):
-            continue
-        with dispatch.use_backend("reference"):
-            expected = values_and_gradients(op, to(tensors, torch.float64), **others)
-            plain = values_and_gradients(op, tensors, **others)
-        allowed = {k: 2 * relative_error(plain[k], expected[k]) + FLOORS[dtype] for k in expected}
-        cases.append(_Case(tensors=tensors, others=others, expected=expected, allowed=allowed))
-    return cases
-
-
-def _check(where: Mapping[str, Any], cases: Sequence[_Case]) -> Check:
-    found: list[tuple[float, float, str]] = []  # error, allowed, what
-    op, device = ops.OPS[where["op"]], torch.device(where["device"])
-    for case in cases:
-        try:
-            with dispatch.use_backend(where["backend"]):
-                actual = values_and_gradients(_on(device, op), case.tensors, **case.others)
-        except Exception as error:  # whatever a broken backend raises is what is looked for
-            return Check(**where, **_explained(error))
-        for key, value in case.expected.items():
-            if actual[key].shape != value.shape:
-                reason = f"{key} has shape {tuple(actual[key].shape)}, expected {tuple(value.shape)}"
-                return Check(**where, status="failed", reason=reason)
-            found.append((relative_error(actual[key], value), case.allowed[key], key))
-
-    def nearest_to_its_limit(start: str) -> tuple[float, float, str]:
-        return max((one for one in found if one[2].startswith(start)), key=lambda one: one[0] / one[1])
-
-    error, allowed, what = nearest_to_its_limit("")
-    is_ok = error <= allowed
-    return Check(
-        **where,
-        outputs=_finite(nearest_to_its_limit("output")[0]),
-        gradients=_finite(nearest_to_its_limit("gradient")[0]),
-        allowed=allowed,
-        status="ok" if is_ok else "failed",
-        reason=None if is_ok else f"{what} is off by {error:.1e}, allowed {allowed:.1e}",
-    )
-
-
-def _finite(error: float) -> float | None:
-    return error if error < float("inf") else None
-
-
-def _explained(error: Exception) -> dict[str, Any]:
-    line = (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
-    if isinstance(error, dispatch.Unsupported) or "not implemented for" in line:
-        return {"status": "not supported", "reason": line}
-    return {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
-
-
-def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function computed on a device, for tensors on the CPU."""
-
-    def call(**arguments: Any) -> Any:
-        moved = {k: a.to(device) if isinstance(a, Tensor) else a for k, a in arguments.items()}
-        out = function(**moved)
-        return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
-
-    return call
 
 
 def _printed(rows: Iterator[Check], names: Sequence[str]) -> Iterator[Check]:

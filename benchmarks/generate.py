@@ -1,42 +1,134 @@
-"""Continues a prompt with the model of a run folder, a checkpoint or a saved model."""
+"""Continues prompts with the model of a run folder, a checkpoint or a saved model, and prints text as it comes."""
 
+import codecs
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..archs import LanguageModel
+from ..archs.generation import NO_TOKEN
 from ..train.checkpoint import newest
+from ..train.health import apply_verdict
 from ..train.runtime import choose_device
 from ..train.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from .config import GenerateConfig
 
-__all__ = ["generate"]
+__all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]
 
 
-def generate(config: GenerateConfig) -> str:
-    """Returns the prompt and its continuation.
+def generate(config: GenerateConfig) -> int:
+    """Prints each prompt and its continuation; returns 0.
 
     Raises:
-        ValueError: if the folder holds no model, or no tokenizer for it.
+        ValueError: if the folder holds no model, or no tokenizer for it; if a prompt is no text; if a text of --stop is
+            not one token.
     """
-    weights = _weights(config.folder)
+    apply_verdict()
+    weights = weights_of(config.folder)
     device = choose_device(config.device)
     lm = LanguageModel.from_pretrained(weights, device=device).eval()
-    tokenizer = _tokenizer(config.folder, weights, lm.config.vocab_size)
-    prompt = torch.from_numpy(tokenizer.encode(config.prompt))[None].to(device)
-    if prompt.shape[1] == 0:
-        prompt = torch.tensor([[tokenizer.separator]], device=device)  # as at the start of a document
-    ids = lm.generate(
-        prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        generator=torch.Generator(device=device).manual_seed(config.seed),
-    )
-    return tokenizer.decode(ids[0].cpu().numpy())
+    tokenizer = tokenizer_of(config.folder, weights, lm.config.vocab_size)
+    texts = _prompts(config)
+    stops = [_token(tokenizer, text) for text in config.stop]
+    printer = Printer(texts, tokenizer, silent={tokenizer.separator} - set(stops) if config.stop_at_end else set())
+    try:
+        lm.generate(
+            # without a prompt as at the start of a document
+            [
+                torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([tokenizer.separator])
+                for text in texts
+            ],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            stop_tokens=[*stops, tokenizer.separator] if config.stop_at_end else stops,
+            prefill_chunk=config.prefill_chunk,
+            on_token=printer,
+            generator=torch.Generator(device=device).manual_seed(config.seed),
+        )
+    finally:  # Ctrl-C too keeps what there is
+        printer.finish()
+    return 0
 
 
-def _weights(folder: Path) -> Path:
+class Printer:
+    """Prints texts that grow side by side one after the other: the first that has not ended appears as it grows.
+
+    A character may take several tokens; it is printed when its last byte is there. Bytes that are no UTF-8, as
+    untrained models write, become U+FFFD.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, *, silent: set[int]) -> None:
+        """Takes the prompts, and the tokens that end a text without being part of it."""
+        self._tokenizer, self._silent = tokenizer, silent
+        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in texts]
+        titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
+        self._waiting = [title + text for title, text in zip(titles, texts, strict=True)]
+        self._current = 0
+        self._print()
+
+    def __call__(self, step: int, tokens: Tensor) -> None:
+        """Takes one token of each text, as LanguageModel.generate calls it."""
+        found = tokens.tolist()
+        for i, token in enumerate(found):
+            if token != NO_TOKEN and token not in self._silent:
+                self._waiting[i] += self._decoders[i].decode(self._tokenizer.to_bytes([token]))
+        while found[self._current] == NO_TOKEN and self._current + 1 < len(found):
+            self._next()
+        self._print()
+
+    def finish(self) -> None:
+        """Prints the rest of every text."""
+        while self._current + 1 < len(self._waiting):
+            self._next()
+        self._end_text()
+
+    def _next(self) -> None:
+        self._end_text()
+        self._current += 1
+
+    def _end_text(self) -> None:
+        self._waiting[self._current] += self._decoders[self._current].decode(b"", final=True) + "\n"
+        self._print()
+
+    def _print(self) -> None:
+        sys.stdout.write(self._waiting[self._current])
+        sys.stdout.flush()
+        self._waiting[self._current] = ""
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    """The texts to continue, in the order of the command line, files last."""
+    texts = [_read_stdin() if text == "-" else text for text in config.prompt]
+    for path in config.prompt_file:
+        try:
+            texts.append(path.read_bytes().decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a prompt: byte {error.start} is not UTF-8") from error
+    return texts or [""]
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not a prompt: byte {error.start} is not UTF-8") from error
+
+
+def _token(tokenizer: Tokenizer, text: str) -> int:
+    """The one token of a text."""
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ValueError(f"--stop {text!r} is {len(ids)} tokens of {tokenizer.name}: give texts of one token each")
+    return int(ids[0])
+
+
+def weights_of(folder: Path) -> Path:
     """The folder with the model itself."""
     if (folder / "model.safetensors").exists():
         return folder
@@ -46,7 +138,7 @@ def _weights(folder: Path) -> Path:
     return checkpoint
 
 
-def _tokenizer(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:
+def tokenizer_of(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer saved beside the model, in its run folder, or bytes where the vocabulary is theirs."""
     for home in (folder, weights, *weights.parents[:2]):
         if (home / "tokenizer.json").exists():

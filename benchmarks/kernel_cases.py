@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..kernels.check import example, options, to
 from ..kernels.dispatch import use_backend
-from .config import KernelsConfig
 
-__all__ = ["Case", "Compiler", "Contestant", "cases", "compiled", "contestants"]
+if TYPE_CHECKING:
+    from .config import KernelsConfig
+
+__all__ = ["Case", "Compiler", "Contestant", "cases", "compiled", "contestants", "one_pass"]
 
 _LENGTH = 1024
 """Tokens of all operations but the selective scan, which is timed at several lengths."""
@@ -27,7 +29,7 @@ _CHUNK = 16
 minutes."""
 
 # their plain PyTorch form is an opaque operator, into which torch.compile does not look
-_OPAQUE = ("selective_scan", "lstm_scan")
+_OPAQUE = ("selective_scan", "lstm_scan", "linear_cross_entropy", "grouped_mm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,11 @@ def case_at(name: str, L: int, config: KernelsConfig) -> Case:
     elif name == "gated_rms_norm":
         tensors = {"x": torch.randn(B, L, E), "z": torch.randn(B, L, E), "weight": torch.ones(E)}
         others, shape = {"eps": 1e-5}, f"B={B} L={L} E={E}"
+    elif name == "swiglu":
+        tensors, shape = {"gate": torch.randn(B, L, E), "up": torch.randn(B, L, E)}, f"B={B} L={L} F={E}"
+    elif name == "rotary":
+        tensors = {"q": torch.randn(B, L, H, P), "k": torch.randn(B, L, H, P), "positions": torch.arange(L)}
+        shape = f"B={B} L={L} H={H} P={P}"
     elif name == "linear_cross_entropy":
         T, D, V = 2 * L, E // 2, 16 * E
         weight = torch.randn(V, D) * D**-0.5
@@ -169,9 +176,28 @@ def contestants(case: Case) -> dict[str, Contestant]:
     racing = {name: Contestant(run=run, leaves=leaves) for name, run in found.items()}
     if case.op == "lstm_scan":
         E, x = tensors["weight"].shape[1], tensors["x"]
-        peer = nn.LSTM(E, E, batch_first=True)
+        peer = nn.LSTM(E, E, batch_first=True, device=x.device, dtype=x.dtype)
         racing["peer"] = Contestant(run=lambda: peer(x), leaves=[x, *peer.parameters()])
     return racing
+
+
+def one_pass(contestant: Contestant, backward: bool) -> Callable[[], Any]:
+    """Forward alone as in inference, which returns the outputs, or with backward, which returns all gradients."""
+    incoming: list[Tensor] = []
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return contestant.run()
+
+    def both() -> Any:
+        out = contestant.run()
+        y: Tensor = out[0] if isinstance(out, tuple) else out
+        if not incoming:  # once: it is no part of the work, and all contestants get the same
+            generator = torch.Generator(y.device).manual_seed(1)
+            incoming.append(torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device))
+        return torch.autograd.grad(y, contestant.leaves, incoming[0], allow_unused=True)
+
+    return both if backward else forward
 
 
 class Compiler:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..archs.config import nearest
 from ..kernels import ops
@@ -30,7 +29,7 @@ from .config import KernelsConfig
 from .context import append_jsonl
 from .document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
-from .kernel_cases import Case, Compiler, Contestant, case_at, cases, compiled, contestants
+from .kernel_cases import Case, Compiler, Contestant, case_at, cases, compiled, contestants, one_pass
 from .peers import model_rows
 from .worker import timed
 
@@ -123,11 +122,11 @@ def _row(
     threads: int,
 ) -> dict[str, Any]:
     _say(f"{case.op} {case.shape}, {'forward and backward' if backward else 'forward'}, {threads} threads ...")
-    works = {name: _work(one, backward) for name, one in racing.items()}
+    works = {name: one_pass(one, backward) for name, one in racing.items()}
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(), record_backends() as used:
-        warnings.simplefilter("error", KernelFallbackWarning)  # never measure a slower path than the one named
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", KernelFallbackWarning)  # never measure a slower path than the one named
         first = {"ours": timed(_CPU, works["ours"])}
     backend = ", ".join(used.get(case.op, ()))
     if backend == "torch":
@@ -176,21 +175,6 @@ def _row(
     }
 
 
-def _work(contestant: Contestant, backward: bool) -> Callable[[], object]:
-    """One pass, forward alone as in inference, or with the gradients of everything."""
-
-    def forward() -> object:
-        with torch.no_grad():
-            return contestant.run()
-
-    def both() -> object:
-        out = contestant.run()
-        y: Tensor = out[0] if isinstance(out, tuple) else out
-        return torch.autograd.grad(y, contestant.leaves, torch.ones_like(y), allow_unused=True)
-
-    return both if backward else forward
-
-
 def race(works: Mapping[str, Callable[[], object]], *, time_box: float) -> dict[str, list[float]]:
     """Seconds of each work; they take turns until the box is full, each at least twice, after the caller's warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -210,7 +194,7 @@ def _too_slow(case: Case, config: KernelsConfig, backward: bool) -> str | None:
     """
     length = _SHORT
     while length < case.length:
-        seconds = timed(_CPU, _work(contestants(case_at(case.op, length, config))["definition"], backward))
+        seconds = timed(_CPU, one_pass(contestants(case_at(case.op, length, config))["definition"], backward))
         if seconds * min(4, case.length / length) ** 2 > 2 * config.time_box:
             return f"too slow: {seconds:.2g} s at length {length}"
         length *= 4

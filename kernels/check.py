@@ -106,6 +106,11 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
         }
         extra = {"D": normal(4), "z": normal(B, L, 4, E), "dt_bias": normal(4), "initial_state": normal(B, 4, E, N)}
         return tensors | (extra | documents if optional else {})
+    if op == "gated_delta_rule":
+        q, k = (torch.nn.functional.normalize(normal(B, L, 3, N), dim=-1) for _ in range(2))  # longer keys can explode
+        tensors = {"q": q, "k": k, "v": normal(B, L, 3, E)}
+        tensors |= {"log_decay": -normal(B, L, 3).exp(), "beta": torch.rand(B, L, 3, dtype=torch.float64)}
+        return tensors | ({"initial_state": normal(B, 3, E, N)} | documents if optional else {})
     if op == "attention":
         past = N if optional else 0
         tensors = {"q": normal(B, L, 4, 2 * N), "k": normal(B, past + L, 2, 2 * N), "v": normal(B, past + L, 2, 2 * N)}
@@ -113,6 +118,19 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
     if op == "causal_conv1d":
         tensors = {"x": normal(B, L, E), "weight": normal(E, N)}
         return tensors | ({"bias": normal(E), "initial_state": normal(B, N - 1, E)} | documents if optional else {})
+    if op == "state_update":
+        channels = 4 * E + 2 * 2 * N
+        return {
+            "x": normal(B, channels),
+            "dt": normal(B, 4) - 2,
+            "window": normal(B, 3, channels),
+            "state": normal(B, 4, E, N),
+            "weight": normal(channels, 4),
+            "bias": normal(channels),
+            "A": -torch.rand(4, dtype=torch.float64) * 8 - 0.1,
+            "D": normal(4),
+            "dt_bias": normal(4),
+        }
     if op == "ssm_kernel":
         return {"A": poles(), "C": torch.complex(normal(E, N), normal(E, N))}
     if op == "long_conv":
@@ -121,6 +139,14 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
         tensors = {"u": normal(B, L, E), "A": poles(), "C": torch.complex(normal(E, N), normal(E, N))}
         state = torch.complex(normal(B, E, N), normal(B, E, N))
         return tensors | ({"D": normal(E), "initial_state": state} | documents if optional else {})
+    if op in ("dplr_kernel", "dplr_scan"):
+        # a pole near zero hardly decays, and its truncated kernel is a difference of nearly equal numbers
+        tensors = {"A": poles() - 0.5} | {k: torch.complex(normal(E, N), normal(E, N)) for k in "PBC"}
+        if op == "dplr_kernel":
+            return tensors
+        state = torch.complex(normal(B, E, N), normal(B, E, N))
+        extra = {"D": normal(E), "initial_state": state} | documents
+        return {"u": normal(B, L, E)} | tensors | (extra if optional else {})
     if op == "lstm_scan":
         tensors = {"gates": normal(B, L, 4 * E), "weight": normal(4 * E, E)}
         return tensors | ({"initial_state": normal(B, 2, E)} | documents if optional else {})
@@ -128,6 +154,11 @@ def example(op: str, *, B: int = 2, L: int = 37, E: int = 6, N: int = 5, optiona
         return {"x": normal(B, L, E + 1), "weight": normal(E + 1)}  # of one channel only the sign would be left
     if op == "gated_rms_norm":
         return {"x": normal(B, L, 2 * E), "z": normal(B, L, 2 * E), "weight": normal(2 * E)}
+    if op == "swiglu":
+        return {"gate": normal(B, L, E), "up": normal(B, L, E)}
+    if op == "rotary":
+        tensors = {"q": normal(B, L, 4, 2 * N), "k": normal(B, L, 2, 2 * N)}
+        return tensors | {"positions": torch.arange(E, E + L)}
     if op == "linear_cross_entropy":
         targets = torch.randint(N + 1, (L,))
         targets[:: 3 if optional else L + 1] = -100 if optional else 0
@@ -144,7 +175,7 @@ def options(op: str, *, optional: bool = True, L: int = 37) -> dict[str, Any]:
         return {"eps": 1e-5}
     if op == "gated_rms_norm":
         return {"eps": 1e-5, "n_groups": 2 if optional else 1}
-    if op == "ssm_kernel":
+    if op in ("ssm_kernel", "dplr_kernel"):
         return {"length": L}
     if not optional:
         return {}

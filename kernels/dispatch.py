@@ -58,6 +58,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` asks for here, or None."""
+    return _forced
+
+
 def switch_off(op: str, backend: str, reason: str) -> None:
     """Makes one operation pass a backend over in this process, without a warning. `use_backend` still runs it.
 

@@ -17,6 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dispatch import forced_backend
+
+SMALL = 1 << 16
+"""Numbers up to which PyTorch's own elementwise operations cost less than one call of a kernel."""
+
 
 @functools.cache
 def _threads(process: int, n_threads: int) -> ThreadPoolExecutor:
@@ -41,3 +46,14 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
 def as_array(x: Tensor) -> np.ndarray:
     """The tensor's memory, as kernels take it: copied only if its last axis is not contiguous."""
     return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor as (T, D), one row for each token, each contiguous; copied only where it must be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def is_small(x: Tensor) -> bool:
+    """Whether plain PyTorch should do it, for kernels that save no more than passes over memory; not if forced."""
+    return x.numel() <= SMALL and forced_backend() is None

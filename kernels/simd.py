@@ -1,10 +1,11 @@
 """Explicit float32 vectors for numba kernels, because LLVM does not vectorize exponentials by itself.
 
 A kernel works on a block of LANES channels at a time, LANES being what one register of this processor holds: 16 with
-AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE). There are two types, both with the usual operators:
+AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE). There are three types, all with the usual operators:
 
     vector   LANES values, one per channel;
-    tile     STATES vectors side by side, one per state: as many independent recurrences hide each other's latency.
+    tile     STATES vectors side by side, one per state: as many independent recurrences hide each other's latency;
+    pair     two vectors side by side: eight of them are the sums that a matrix product keeps in registers.
 
 Multiplications and additions contract to fused multiply-add where the processor has it. No other liberty is taken:
 NaN and infinity go through as in IEEE arithmetic, and a kernel gives the same bits on every call.
@@ -39,6 +40,9 @@ STATES = 4
 TILE = STATES * LANES
 """Values in a tile."""
 
+PAIR = 2 * LANES
+"""Values in a pair."""
+
 
 class Vector(types.Type):
     """The numba type of `width` float32 values that stay together in registers."""
@@ -54,7 +58,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, _floats(vector.width))
 
 
-_vector, _tile = Vector(LANES), Vector(TILE)
+_vector, _pair, _tile = Vector(LANES), Vector(PAIR), Vector(TILE)
 
 
 # Compilation
@@ -68,6 +72,7 @@ Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray
 
 _NUMBA_TYPES = {
     "int": types.int64,
+    "float": types.float32,
     "bool": types.boolean,
     **{f"Floats{n}": types.Array(types.float32, n, "A") for n in range(1, 5)},
     "Bools2": types.Array(types.boolean, 2, "A"),
@@ -172,8 +177,18 @@ def load_tile(typing_context, array, index):
 
 
 @_operation
+def load_pair(typing_context, array, index):
+    """Reads the pair that begins at array[index]."""
+
+    def generate(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig, args, PAIR), align=4)
+
+    return _pair(array, index), generate
+
+
+@_operation
 def store(typing_context, array, index, value):
-    """Writes a vector or a tile to array[index] and what follows it."""
+    """Writes a vector, a pair or a tile to array[index] and what follows it."""
 
     def generate(context, builder, sig, args):
         builder.store(args[2], _address(context, builder, sig, args, value.width), align=4)
@@ -282,7 +297,7 @@ def total(typing_context, tile):
 
 
 def _define_operator(symbol: Callable[..., Any], instruction: str) -> None:
-    """Makes `symbol` act on two vectors, two tiles, or one of these and a number, value by value."""
+    """Makes `symbol` act on two vectors, pairs or tiles, or one of these and a number, value by value."""
 
     @type_callable(symbol)
     def _(context):
@@ -339,6 +354,16 @@ def at_least(x, bound):
 def at_most(x, bound):
     """The smaller of each value and the bound; NaN stays."""
     return where_above(x, bound, bound, x)
+
+
+@_operation
+def larger(typing_context, a, b):
+    """The larger of two vectors, pairs or tiles, value by value; `b` where either is NaN."""
+
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, a), generate
 
 
 @_operation
@@ -413,3 +438,12 @@ def softplus(x):
     q = s * s
     series = ((((q * (1.0 / 13.0) + 1.0 / 11.0) * q + 1.0 / 9.0) * q + 1.0 / 7.0) * q + 1.0 / 5.0) * q + 1.0 / 3.0
     return at_least(x, 0.0) + 2.0 * s * (series * q + 1.0)
+
+
+@inline
+def tanh(x):
+    """tanh x to four units in the last place, also where it is small: a minimax quotient of polynomials, up to 9."""
+    x = at_least(at_most(x, 9.0), -9.0)
+    q = x * x
+    p = (((1.33546711e-8 * q + 2.06090898e-5) * q + 3.49558859e-3) * q + 0.13381026) * q + 0.999999979
+    return x * p / ((((7.77656241e-7 * q + 3.28563558e-4) * q + 0.025876984) * q + 0.467143416) * q + 1.0)

@@ -1,15 +1,14 @@
 """One trainer for every backbone: configuration, data, optimiser, checkpoints, records.
 
-Importing this package does not import torch; `train` and `Trainer` do when they are first asked for.
+Importing this package imports nothing: torch and tyro, the parser, come with the names that need them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, parse
-
 if TYPE_CHECKING:
+    from .config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, parse
     from .trainer import Outcome, Trainer, train
 
 __all__ = [
@@ -30,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from . import trainer
 
         return getattr(trainer, name)
+    if name in __all__:
+        from . import config
+
+        return getattr(config, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -89,7 +89,8 @@ class ModelSpec:
     """The model: a preset and its size, or a [model] table of a run file that spells out the pattern."""
 
     preset: str = "mamba"
-    """Architecture: transformer, s4d, mamba, jamba, lstm; "custom" where a [model] table gives the pattern."""
+    """Architecture: transformer, mamba, mamba2, s4, h3, jamba, lstm, ..., as `crossover.archs.available()` lists them;
+    "custom" where a [model] table gives the pattern."""
     n_params: Annotated[
         int | None,
         _value(count, "COUNT", optional=True),
@@ -141,11 +142,13 @@ class ModelSpec:
             ValueError: if the preset or an option does not exist, or the sizes do not fit together.
         """
         from .. import archs
+        from ..archs.seq2seq import Seq2SeqConfig
 
         sizes = {name: getattr(self, name) for name in ("n_params", "d_model", "n_layers")}
         options = {name: size for name, size in sizes.items() if size is not None} | self.options()
         if self.preset == CUSTOM:
-            return archs.ModelConfig.from_dict({**options, "vocab_size": vocab_size})
+            described = Seq2SeqConfig if "source" in options else archs.ModelConfig
+            return described.from_dict({**options, "vocab_size": vocab_size})
         return archs.configure(self.preset, vocab_size=vocab_size, **options)
 
 
@@ -155,6 +158,8 @@ class DataConfig:
 
     source: Annotated[str, tyro.conf.arg(aliases=("--data",), metavar="stdlib|PATH|hf:NAME[:CONFIG]")] = "stdlib"
     """The running Python's own library sources, a file or folder (text, JSONL, Parquet), or a Hugging Face data set."""
+    rows: Literal["documents", "pairs"] = "documents"
+    """What a model learns from: texts, or the pairs {"source": "...", "target": "..."} in the lines of a JSONL file."""
     column: str = "text"
     """Column that holds the text in JSONL, Parquet and Hugging Face data sets."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=("--tokenizer",), metavar="bytes|bpe:SIZE|FILE")] = "bytes"

@@ -29,8 +29,11 @@ from .tokenizer import Tokenizer, open_tokenizer
 __all__ = [
     "Corpus",
     "DataError",
+    "byte_counts",
     "check_lengths",
+    "digest_of",
     "document_starts",
+    "encode",
     "load_corpus",
     "train_batch",
     "val_windows",
@@ -54,9 +57,9 @@ class Corpus:
     skipped: dict[str, int]
     """Files and rows that were left out, by reason."""
     tokenizer: Tokenizer
-    train: np.memmap
+    train: np.ndarray
     """Token ids, 1-D, in the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
-    val: np.memmap
+    val: np.ndarray
     train_bytes: int
     """UTF-8 bytes of the training documents, with one per separator: the same for every tokenizer."""
     val_bytes: int
@@ -98,20 +101,24 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
-    """Reads the documents, and tokenizes them unless the cache holds this very content.
+    """Reads the documents, and tokenizes them unless the cache holds this very content; pairs as `load_pairs` says.
 
     Args:
-        config: source, column, tokenizer, val_fraction and cache are used.
+        config: source, rows, column, tokenizer, val_fraction and cache are used.
         progress: show the bars of `datasets` and `tokenizers`, on a terminal.
 
     Raises:
         DataError: if the source, the tokenizer or the cache cannot be used.
     """
+    if config.rows == "pairs":
+        from .pairs import load_pairs  # which builds on this module
+
+        return load_pairs(config, progress=progress)
     cache = cache_folder(config.cache)
     documents = read_documents(config.source, column=config.column, cache=cache, progress=progress)
     train, val = split_documents(documents.texts, config.val_fraction)
     tokenizer = open_tokenizer(config.tokenizer, train, cache=cache, progress=progress)
-    documents_digest = _documents_digest(train, val)
+    documents_digest = digest_of(train, val)
     digest = hashlib.sha256(f"{FORMAT} {documents_digest} {tokenizer.digest}".encode()).hexdigest()
     folder = cache / "corpora" / digest[:32]
     with FileLock(cache / f"corpus-{digest[:32]}.lock"):
@@ -198,7 +205,8 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray
     return tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)
 
 
-def _documents_digest(train: Sequence[str], val: Sequence[str]) -> str:
+def digest_of(train: Sequence[str], val: Sequence[str]) -> str:
+    """Returns the SHA-256 (hex) over documents and split."""
     digest = hashlib.sha256()
     for split, texts in ((b"train", train), (b"val", val)):
         digest.update(split)
@@ -207,9 +215,10 @@ def _documents_digest(train: Sequence[str], val: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _write(folder: Path, train: Sequence[str], val: Sequence[str], tokenizer: Tokenizer) -> None:
+def byte_counts(train: Sequence[str], val: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of a Corpus that no tokenizer changes."""
     stream = "\0".join(val).encode()
-    record = {
+    return {
         "train_bytes": sum(len(text.encode()) for text in train) + len(train) - 1,
         "val_bytes": len(stream),
         "reference_bits_per_byte": {
@@ -217,13 +226,17 @@ def _write(folder: Path, train: Sequence[str], val: Sequence[str], tokenizer: To
             "xz": 8 * len(lzma.compress(stream, preset=6)) / len(stream),
         },
     }
+
+
+def _write(folder: Path, train: Sequence[str], val: Sequence[str], tokenizer: Tokenizer) -> None:
+    record = byte_counts(train, val)
     with publish(folder) as draft:
-        np.save(draft / "train.npy", _encode(train, tokenizer))
-        np.save(draft / "val.npy", _encode(val, tokenizer))
+        np.save(draft / "train.npy", encode(train, tokenizer))
+        np.save(draft / "val.npy", encode(val, tokenizer))
         (draft / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+def encode(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     """Returns the documents as one stream of ids, after checking that each of them can be restored byte for byte."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array([tokenizer.separator], dtype=dtype)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .. import archs
+from ..archs.seq2seq import Seq2Seq, Seq2SeqConfig
 from ..kernels.dispatch import record_backends
 from . import checkpoint
 from .config import CUSTOM, RunConfig, flatten
@@ -30,6 +31,7 @@ from .evaluate import Evaluator, document_inputs
 from .files import read_json, write_json
 from .health import apply_verdict
 from .optim import adamw, learning_rate, set_learning_rate
+from .pairs import Pair, PairCorpus, PairEvaluator, pair_inputs, train_pairs, val_pairs
 from .progress import Display, farewell, greeting
 from .record import MetricsLog, provenance
 from .runtime import (
@@ -42,7 +44,7 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
-from .step import accumulate_gradients
+from .step import Batch, PairBatch, accumulate_gradients
 from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer", "train"]
@@ -97,10 +99,15 @@ class Trainer:
         Raises:
             ValueError: if model, data, device and lengths do not fit together.
         """
-        check_lengths(corpus, run.train.seq_len)
-        if len(corpus.val) <= run.train.position_len:
+        has_pairs = isinstance(corpus, PairCorpus)
+        position_len = 0 if has_pairs else run.train.position_len
+        if has_pairs:
+            corpus.check_lengths(run.train.seq_len)
+        else:
+            check_lengths(corpus, run.train.seq_len)
+        if len(corpus.val) <= position_len:
             raise ValueError(
-                f"train.position_len={run.train.position_len} is too long for a validation split of {len(corpus.val)} "
+                f"train.position_len={position_len} is too long for a validation split of {len(corpus.val)} "
                 f"tokens: shorten it, set it to 0, or hold out more with --data.val-fraction"
             )
         if run.train.threads is not None:
@@ -110,27 +117,30 @@ class Trainer:
         self.device = choose_device(run.train.device)
         self.precision = choose_precision(run.train.precision, self.device)
         self.model_config = run.model.configure(corpus.tokenizer.vocab_size)
+        _check_kind(self.model_config, has_pairs)
         self.peak_lr = _peak_learning_rate(run)
         self._command = command
         self._clock = clock
         self._separator = corpus.separator if run.data.packing == "reset" else None
-        self._windows = val_windows(corpus, run.train.seq_len, run.train.eval_tokens)
-        self._final_windows = val_windows(corpus, run.train.seq_len, run.train.final_eval_tokens)
+        self._windows, self._final_windows = (
+            self._held_out(n) for n in (run.train.eval_tokens, run.train.final_eval_tokens)
+        )
         self._long_windows = None
-        if run.train.position_len:
-            self._long_windows = val_windows(corpus, run.train.position_len, run.train.final_eval_tokens)
+        if position_len:
+            self._long_windows = val_windows(corpus, position_len, run.train.final_eval_tokens)
 
         sketch = archs.build(self.model_config, device="meta")
         state = sketch.init_state(1, run.train.seq_len, device="meta")
+        lengths = corpus.mean_lengths() if has_pairs else (run.train.seq_len,)
         self._facts = {
             **_names(run),
             "seed": run.seed,
             "n_params": sketch.n_params,
             "n_active_params": sketch.n_active_params,
-            "flops_per_token": sketch.training_flops_per_token(run.train.seq_len),
+            "flops_per_token": sketch.training_flops_per_token(*lengths),
             "state_bytes": sum(part.nbytes for part in state if part is not None),
         }
-        self._step = self._first_step = 0
+        self._step = self._first_step = self._tokens = 0
         self._saved_step = -1
         self._validation: dict[str, Any] | None = None
         self._sample: str | None = None
@@ -165,7 +175,8 @@ class Trainer:
         (directory / "result.json").unlink(missing_ok=True)
         keep_freed_memory()
         self._doctor = apply_verdict()
-        warm_up(self.model_config, self.device)
+        if not isinstance(self.model_config, Seq2SeqConfig):  # its toy speaks of one sequence
+            warm_up(self.model_config, self.device)
         memory = PeakMemory(self.device)
         record = self._run_record(memory.method)
         write_json(directory / "run.json", record)
@@ -210,15 +221,18 @@ class Trainer:
         optimizer = adamw(model, run.optim)
         if start is not None:
             checkpoint.restore(start, model=model, optimizer=optimizer)
-        evaluator = Evaluator(
-            model=model,
-            tokenizer=self.corpus.tokenizer,
-            device=self.device,
-            autocast=lambda: self.precision.autocast(self.device),
-            reset=self._separator is not None,
-            max_tokens=run.train.batch_size * run.train.seq_len // run.train.grad_accumulation,
-            poll=poll,
-        )
+        options: dict[str, Any] = {
+            "model": model,
+            "tokenizer": self.corpus.tokenizer,
+            "device": self.device,
+            "autocast": lambda: self.precision.autocast(self.device),
+            "reset": self._separator is not None,
+            "max_tokens": run.train.batch_size * run.train.seq_len // run.train.grad_accumulation,
+            "poll": poll,
+        }
+        evaluator = Evaluator(**options)
+        if isinstance(self.corpus, PairCorpus):
+            evaluator = PairEvaluator(**options, example=self.corpus.val_pairs[0][0])
         with contextlib.closing(MetricsLog(directory, first_step=self._step)) as log:
             try:
                 while True:
@@ -243,7 +257,7 @@ class Trainer:
                 self._save(model, optimizer)
                 raise
 
-    def _update(self, model: archs.LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def _update(self, model: archs.LanguageModel | Seq2Seq, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Makes one update and returns its metrics.
 
         Raises:
@@ -252,13 +266,9 @@ class Trainer:
         run = self.run
         lr = learning_rate(self._step, peak=self.peak_lr, steps=run.train.steps, config=run.optim)
         set_learning_rate(optimizer, lr)
-        size = {"batch_size": run.train.batch_size, "seq_len": run.train.seq_len}
-        with self._watch.step(run.train.batch_size * run.train.seq_len):
-            batch = train_batch(self.corpus, seed=run.seed, step=self._step, **size)
-            parts = [
-                document_inputs(part, self.device, separator=self._separator)
-                for part in np.split(batch, run.train.grad_accumulation)
-            ]
+        n_tokens = self._n_targets(self._step)
+        with self._watch.step(n_tokens):
+            parts = self._pair_parts() if isinstance(self.corpus, PairCorpus) else self._window_parts()
             loss, aux, norm = accumulate_gradients(model, parts, precision=self.precision, clip=run.optim.clip)
             # All: a NaN weight can leave the gradients finite, and a finite loss can have an infinite gradient.
             if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(norm)):
@@ -272,7 +282,35 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._step += 1
+        self._tokens += n_tokens
         return {"train/loss": loss, "train/aux_loss": aux, "train/lr": lr, "train/grad_norm": norm}
+
+    def _held_out(self, max_tokens: int) -> Any:
+        """What the evaluator validates on."""
+        if isinstance(self.corpus, PairCorpus):
+            return val_pairs(self.corpus, max_tokens)
+        return val_windows(self.corpus, self.run.train.seq_len, max_tokens)
+
+    def _window_parts(self) -> list[Batch]:
+        size = {"batch_size": self.run.train.batch_size, "seq_len": self.run.train.seq_len}
+        batch = train_batch(self.corpus, seed=self.run.seed, step=self._step, **size)
+        parts = np.split(batch, self.run.train.grad_accumulation)
+        return [document_inputs(part, self.device, separator=self._separator) for part in parts]
+
+    def _pair_parts(self) -> list[PairBatch]:
+        pairs, rows = self._drawn_pairs(self._step), self.run.train.batch_size // self.run.train.grad_accumulation
+        parts = (pairs[i : i + rows] for i in range(0, len(pairs), rows))
+        return [pair_inputs(part, self.device, separator=self.corpus.separator) for part in parts]
+
+    def _drawn_pairs(self, step: int) -> list[Pair]:
+        assert isinstance(self.corpus, PairCorpus)
+        return train_pairs(self.corpus, seed=self.run.seed, step=step, batch_size=self.run.train.batch_size)
+
+    def _n_targets(self, step: int) -> int:
+        """Tokens that the update of a step predicts."""
+        if isinstance(self.corpus, PairCorpus):
+            return sum(len(target) for _, target in self._drawn_pairs(step))
+        return self.run.train.batch_size * self.run.train.seq_len
 
     def _log(self, values: Mapping[str, float], log: MetricsLog, display: Display) -> None:
         rate = self._watch.lap()
@@ -283,7 +321,7 @@ class Trainer:
             "perf/peak_bytes": self._peak_bytes,
         }
         log.append(record)
-        tokens_left = (self.run.train.steps - self._step) * self.run.train.batch_size * self.run.train.seq_len
+        tokens_left = (self.run.train.steps - self._step) * self._tokens / self._step
         display.trained(record, seconds_left=tokens_left / rate if rate else 0.0)
 
     def _validate(self, evaluator: Evaluator, log: MetricsLog, display: Display) -> None:
@@ -322,8 +360,7 @@ class Trainer:
         return self._step == self.run.train.steps or bool(self._step and every and self._step % every == 0)
 
     def _position(self) -> dict[str, Any]:
-        tokens = self._step * self.run.train.batch_size * self.run.train.seq_len
-        return {"step": self._step, "tokens": tokens, "seconds": self._watch.seconds}
+        return {"step": self._step, "tokens": self._tokens, "seconds": self._watch.seconds}
 
     def _resume_point(self) -> Path | None:
         run, directory = self.run, self.run.directory
@@ -373,6 +410,7 @@ class Trainer:
         self._step = self._first_step = self._saved_step = state["step"]
         self._validation, self._sample, self._peak_bytes = state["validation"], state["sample"], state["peak_bytes"]
         self._watch = Stopwatch(**state["stopwatch"], clock=self._clock)
+        self._tokens = sum(map(self._n_targets, range(self._step)))
 
     def _run_record(self, peak_memory_method: str) -> dict[str, Any]:
         run = self.run
@@ -430,6 +468,20 @@ def _peak_learning_rate(run: RunConfig) -> float:
     if run.model.preset == CUSTOM:
         raise ValueError("optim.lr must be given: a model described by its pattern has no tuned learning rate")
     return archs.presets.learning_rate(run.model.preset)
+
+
+def _check_kind(config: archs.ModelConfig, has_pairs: bool) -> None:
+    """Raises ValueError unless a model of this kind can learn from such data by predicting the next token."""
+    takes_source = isinstance(config, Seq2SeqConfig)
+    if takes_source and not has_pairs:
+        raise ValueError("this model reads a source and writes a target: give pairs with --data.rows pairs")
+    if has_pairs and not takes_source:
+        raise ValueError("data.rows=pairs are for models that read a source, which this one does not: give documents")
+    if not archs.presets.is_causal(config):
+        raise ValueError(
+            "this model is an encoder, in which a token sees those to come, the answers to predicting the next one: "
+            "train a causal model"
+        )
 
 
 @contextlib.contextmanager

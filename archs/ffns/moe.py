@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
@@ -52,10 +51,11 @@ class MoE(FFN[MoEConfig]):
         probs = self.router(tokens).float().softmax(-1)  # (T, n_experts)
         weight, expert = probs.topk(self.config.top_k, dim=-1)  # (T, top_k)
         order = expert.flatten().argsort(stable=True)  # assignments, sorted by expert
-        counts = torch.bincount(expert.flatten(), minlength=self.config.n_experts)
+        # not bincount, for which the host would wait
+        counts = expert.new_zeros(self.config.n_experts).scatter_add_(0, expert.flatten(), torch.ones_like(order))
         token = order // self.config.top_k
         gate, up = ops.grouped_mm(tokens[token], self.gate_up_proj, counts).chunk(2, dim=-1)
-        y = ops.grouped_mm(F.silu(gate) * up, self.down_proj, counts) * weight.flatten()[order, None]
+        y = ops.grouped_mm(ops.swiglu(gate, up), self.down_proj, counts) * weight.flatten()[order, None]
         y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
         load = counts / counts.sum()
         balance = self.config.balance_weight * self.config.n_experts * (load * probs.mean(0)).sum()

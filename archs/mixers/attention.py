@@ -1,4 +1,4 @@
-"""Causal self-attention in the Llama layout: rotary positions or none, grouped keys, an optional sliding window.
+"""Self-attention, causal or not: rotary positions or none, grouped keys, an optional sliding window.
 
 Sources: Vaswani et al. 2017 (arXiv:1706.03762), Su et al. 2021 (RoPE, arXiv:2104.09864), Ainslie et al. 2023 (grouped
 keys, arXiv:2305.13245), Beltagy et al. 2020 (window, arXiv:2004.05150).
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -33,7 +34,11 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     """Base of the rotation's wavelengths."""
     window: int | None = None
-    """Number of latest tokens seen, the current one included; None means all."""
+    """Number of latest tokens seen, the current one included; None means all. Without `causal` as many to come."""
+    causal: bool = True
+    """Whether a token sees only itself and earlier ones; False is an encoder, which takes no state."""
+    bias: bool = False
+    """Whether the projections have biases."""
 
 
 @dataclass
@@ -44,14 +49,13 @@ class KVCache(State):
     """Keys, rotated, (B, max_len, H_kv, P); under a window (B, min(max_len, window - 1), H_kv, P)."""
     v: Tensor
     """Values, shaped like k."""
-    first_key: Tensor
-    """Index of the first key of the current document, (B,) int64."""
-    length: int = 0
-    """Keys held."""
-    n_seen: int = 0
-    """Tokens seen: the position of the next one."""
-    one_document: bool = True
-    """Whether no start has been seen, so that every key is visible and attention needs no mask for first_key."""
+    first_key: Tensor | None = None
+    """Index of the first key of the current document, (B,) int64; None where no start has been seen, so that every key
+    is visible and attention needs no mask."""
+    length: int | Tensor = 0
+    """Keys held. As a tensor, (), it makes every step the same work, whose result the host need not know."""
+    n_seen: int | Tensor = 0
+    """Tokens seen: the position of the next one. A tensor where `length` is one."""
 
 
 class Attention(Mixer[AttentionConfig, KVCache]):
@@ -71,40 +75,53 @@ class Attention(Mixer[AttentionConfig, KVCache]):
             )
         if config.window is not None and config.window < 1:
             raise ValueError(f"window={config.window} must be at least 1, the token itself")
-        self.q_proj = linear(d_model, self.n_heads * self.head_dim)
-        self.k_proj = linear(d_model, self.n_kv_heads * self.head_dim)
-        self.v_proj = linear(d_model, self.n_kv_heads * self.head_dim)
-        self.out_proj = linear(self.n_heads * self.head_dim, d_model, scale=residual_scale)
+        d_q, d_kv, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, config.bias
+        self.q_proj = linear(d_model, d_q, bias=bias)
+        self.k_proj = linear(d_model, d_kv, bias=bias)
+        self.v_proj = linear(d_model, d_kv, bias=bias)
+        self.out_proj = linear(d_q, d_model, bias=bias, scale=residual_scale)
 
     def forward(
         self, x: Tensor, state: KVCache | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, KVCache | None]:
-        """See Mixer.forward."""
+        """See Mixer.forward.
+
+        Raises:
+            ValueError: if the cache is full, or if a state is given to an encoder.
+        """
+        if state is not None:
+            self._check_causal()
         q, k, v = (
             rearrange(proj(x), "b l (h p) -> b l h p", p=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.rope:
             # attention sees differences of positions only, so they may run on across documents
-            cos, sin = _rotation(x, 0 if state is None else state.n_seen, self.head_dim, self.config.rope_theta)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        first_key = None
+            first = 0 if state is None else state.n_seen
+            positions = first + torch.arange(x.shape[1], device=x.device)
+            q, k = ops.rotary(q, k, positions, self.config.rope_theta)
+        first_key = kv_len = None
         if state is not None:
-            first_key = None if state.one_document else state.first_key
-            k, v, state = self._append(state, k, v, starts)
-        o = ops.attention(q, k, v, window=self.config.window, starts=starts, first_key=first_key)
+            first_key = state.first_key
+            if isinstance(state.length, Tensor):
+                kv_len = state.length + x.shape[1]
+                k, v, state = self._append_at(state.length, state, k, v, starts)
+            else:
+                k, v, state = self._append(state.length, state, k, v, starts)
+        o = ops.attention(
+            q, k, v, self.config.causal, self.config.window, starts=starts, first_key=first_key, kv_len=kv_len
+        )
         return self.out_proj(rearrange(o, "b l h p -> b l (h p)")), state
 
-    def _append(self, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, KVCache]:
-        """All keys and values that the new tokens may see, and the cache after them."""
-        L, past, capacity = k.shape[1], state.length, state.k.shape[1]
-        first_key, one_document = state.first_key, state.one_document and starts is None
-        if starts is not None:
-            first_key = torch.where(starts.any(1), past + _last_true(starts), first_key)
-        n_seen = state.n_seen + L
+    def _append(
+        self, past: int, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, KVCache]:
+        """All keys and values that the new tokens may see, and the cache after them; `past` is the length before."""
+        L, capacity = k.shape[1], state.k.shape[1]
+        first_key, n_seen = _first_key_after(past, state.first_key, starts), state.n_seen + L
         if past + L <= capacity and self.may_write_in_place(k, v, state.k, state.v):
             state.k[:, past : past + L], state.v[:, past : past + L] = k, v
-            cache = KVCache(state.k, state.v, first_key, past + L, n_seen, one_document)
+            cache = KVCache(state.k, state.v, first_key, past + L, n_seen)
             return state.k[:, : past + L], state.v[:, : past + L], cache
         keys, values = (torch.cat([old[:, :past], new.to(old.dtype)], 1) for old, new in ((state.k, k), (state.v, v)))
         if past + L > capacity and self.config.window is None:
@@ -114,9 +131,37 @@ class Attention(Mixer[AttentionConfig, KVCache]):
             torch.cat([t[:, dropped:], t.new_zeros(len(t), capacity - (past + L - dropped), *t.shape[2:])], 1)
             for t in (keys, values)
         ]
-        first_key = (first_key - dropped).clamp(min=0)
-        cache = KVCache(kept[0], kept[1], first_key, past + L - dropped, n_seen, one_document)
-        return keys, values, cache
+        if first_key is not None:
+            first_key = (first_key - dropped).clamp(min=0)
+        return keys, values, KVCache(kept[0], kept[1], first_key, past + L - dropped, n_seen)
+
+    def _append_at(
+        self, past: Tensor, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, KVCache]:
+        """`_append` at a length that is a tensor: shapes do not depend on it, and no error says that a cache is full.
+
+        Of the keys and values that come back the first `past` + L are valid.
+        """
+        L, capacity, windowed = k.shape[1], state.k.shape[1], self.config.window is not None
+        first_key, length = _first_key_after(past, state.first_key, starts), past + L
+        write = Tensor.index_copy_ if self.may_write_in_place(k, v, state.k, state.v) else Tensor.index_copy
+        index = past + torch.arange(L, device=k.device)
+        keys, values = (
+            write(F.pad(old, (0, 0, 0, 0, 0, L)) if windowed else old, 1, index, new.to(old.dtype))
+            for old, new in ((state.k, k), (state.v, v))
+        )
+        if not windowed:
+            return keys, values, KVCache(keys, values, first_key, length, state.n_seen + L)
+        dropped = (length - capacity).clamp(min=0)  # tokens that have left the window for good
+        index = dropped + torch.arange(capacity, device=k.device)
+        kept = [t.index_select(1, index) for t in (keys, values)]
+        if first_key is not None:
+            first_key = (first_key - dropped).clamp(min=0)
+        return keys, values, KVCache(kept[0], kept[1], first_key, length - dropped, state.n_seen + L)
+
+    def _check_causal(self) -> None:
+        if not self.config.causal:
+            raise ValueError("attention with causal=false sees the tokens to come and has no state: use causal=true")
 
     def init_state(
         self,
@@ -126,19 +171,24 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> KVCache:
-        """An empty cache of `max_len` tokens, or of window - 1 where that is less."""
+        """An empty cache of `max_len` tokens, or of window - 1 where that is less; ValueError for an encoder."""
+        self._check_causal()
         capacity = max_len if self.config.window is None else min(max_len, self.config.window - 1)
         shape = (batch_size, capacity, self.n_kv_heads, self.head_dim)
         return KVCache(
             k=torch.zeros(shape, device=device, dtype=dtype),
             v=torch.zeros(shape, device=device, dtype=dtype),
-            first_key=torch.zeros(batch_size, device=device, dtype=torch.int64),
         )
 
     def flops_per_token(self, context_len: float) -> float:
         """Projections, and scores and weighted values over what the token sees: 4 H P each key."""
         seen = context_len + 1 if self.config.window is None else min(context_len + 1, self.config.window)
         return linear_flops(self) + 4 * self.n_heads * self.head_dim * seen
+
+    def sequence_flops(self, seq_len: int) -> float:
+        """The sum over the tokens; without `causal` they see as much to their right as to their left."""
+        left = super().sequence_flops(seq_len)
+        return left if self.config.causal else 2 * left - seq_len * self.flops_per_token(0)
 
 
 def _heads(d_model: int, config: AttentionConfig) -> tuple[int, int]:
@@ -156,19 +206,11 @@ def _heads(d_model: int, config: AttentionConfig) -> tuple[int, int]:
     return (n_heads, d_model // n_heads) if n_heads else (d_model // known, known)
 
 
-def _rotation(x: Tensor, offset: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, (L, 1, P/2) each. Angles in float64: positions may be large."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=x.device, dtype=torch.float64) / head_dim)
-    position = torch.arange(offset, offset + x.shape[1], device=x.device, dtype=torch.float64)
-    angle = position[:, None, None] * frequency
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + P/2]) of each head, (B, L, H, P)."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+def _first_key_after(past: int | Tensor, first_key: Tensor | None, starts: Tensor | None) -> Tensor | None:
+    """Index of the first key of the current document once the tokens of `starts` follow `past` keys."""
+    if starts is None:
+        return first_key
+    return torch.where(starts.any(1), past + _last_true(starts), 0 if first_key is None else first_key)
 
 
 def _last_true(marks: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import RMSNorm, linear, linear_flops
+from ..layers import RMSNorm, linear, linear_flops, step_bias
 from ..mixer import Mixer, State
 
 
@@ -64,9 +64,7 @@ class Mamba(Mixer[MambaConfig, MambaState]):
         self.out_proj = linear(E, d_model, scale=residual_scale)
         if config.inner_norm:
             self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(n, 1e-6) for n in (self.dt_rank, N, N))
-        # softplus(dt_bias) = dt, drawn log-uniform in [dt_min, dt_max] (section 3.6)
-        dt = torch.empty(E).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.dt_bias = step_bias(E, config.dt_min, config.dt_max)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, starts: Tensor | None = None

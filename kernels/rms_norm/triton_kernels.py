@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..parallel import rows
 from ..triton_kernels import launch, silu, silu_slope
 
 MAX_WIDTH = 16384
@@ -38,14 +39,8 @@ def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_gr
     """
     if weight.shape[0] // n_groups > MAX_WIDTH:
         raise Unsupported(f"a group of {weight.shape[0] // n_groups} channels is wider than {MAX_WIDTH}")
-    y, _ = _norm(_rows(x), None if z is None else _rows(z), weight, eps, n_groups)
+    y, _ = _norm(rows(x), None if z is None else rows(z), weight, eps, n_groups)
     return y.view(x.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The tensor as (T, D) with contiguous rows, copied only where it must be."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("crossover::rms_norm_triton", mutates_args=())
@@ -87,8 +82,8 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 def configuration(width: int) -> dict[str, int]:
     """Rows of a program, the power of two that holds a row, and warps: some 4096 numbers at once, 16 a thread."""
     block = triton.next_power_of_2(width)
-    rows = max(1, min(16, 4096 // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // 512))}
+    n_rows = max(1, min(16, 4096 // block))
+    return {"ROWS": n_rows, "BLOCK": block, "num_warps": max(1, min(16, n_rows * block // 512))}
 
 
 def forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +103,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z (empty without a gate) and weight."""
     (T, D), n_groups = x.shape, rstd.shape[1]
-    grad_y = _rows(grad_y)
+    grad_y = rows(grad_y)
     grad_x = torch.empty(T, D, dtype=x.dtype, device=x.device)
     grad_z = torch.empty((T, D) if z is not None else (0,), dtype=x.dtype, device=x.device)
     options = configuration(D // n_groups)

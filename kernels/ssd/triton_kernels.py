@@ -1,7 +1,9 @@
 """The SSD scan for the GPU: a program walks the chunks of one head with the state in registers (arXiv:2405.21060).
 
 Once the step sizes and their sums are laid out, forward is one kernel: neither the states between chunks nor C B^T
-ever leave the multiprocessor. Backward writes out the state that enters each chunk and the gradient of the state that
+ever leave the multiprocessor. Where the heads are too few to fill the GPU, the sequence is cut into segments: a first
+run finds what each of them adds to the state, a small kernel carries the states across, and a second run starts every
+segment from its own. Backward writes out the state that enters each chunk and the gradient of the state that
 leaves it, by one kernel run in either direction, and from then on treats all chunks at once: first what belongs to one
 head, then the gradients of B and C, for which a program takes the heads of a group in turn and sums in registers. No
 atomics: results repeat bit for bit.
@@ -29,6 +31,12 @@ MAX_HEAD_DIM = 128
 
 PROGRAMS = 264
 """Programs that backward wants at least, by dividing the heads of a group: two for each multiprocessor."""
+
+FILLED = 132
+"""Programs that fill the GPU in forward: one for each multiprocessor, whose registers it takes."""
+
+SEGMENT = 4
+"""Fewest chunks of a segment: shorter ones would not be worth the second run."""
 
 FORGOTTEN = tl.constexpr(-160.0)
 """Binary logarithm of a decay that leaves nothing in float32: the bound of one step, lest sums of them lose digits."""
@@ -163,6 +171,12 @@ def splits(programs: int, heads_per_group: int) -> int:
     return next((n for n in divisors if n * programs >= PROGRAMS), heads_per_group)
 
 
+def segment_chunks(programs: int, n_chunks: int) -> int:
+    """Chunks of a segment: as few as fill the GPU, or all of them where the heads alone fill more than half of it."""
+    n_segments = min(FILLED // programs, n_chunks // SEGMENT)
+    return triton.cdiv(n_chunks, n_segments) if n_segments > 1 else n_chunks
+
+
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -184,15 +198,37 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = torch.empty(batch, H, P, N, dtype=torch.float32, device=x.device)
     h = None if initial_state is None else initial_state.float().contiguous()
+    n_chunks, n_parts = triton.cdiv(L, options["Q"]), triton.cdiv(P, options["BLOCK_P"])
+    span = segment_chunks(batch * H * n_parts, n_chunks) * options["Q"]
+    n_segments = triton.cdiv(L, span)
+
+    def walk(c: Tensor | None, d: Tensor | None, z: Tensor | None, *rest: Tensor | None) -> None:
+        launch(
+            _forward_kernel,
+            (batch * H, n_parts, n_segments),
+            *(x, steps, sums, B, c, d, z, *rest, L, H, H // G, span),
+            *_strides(x, B, c, z),
+            **options,
+            P=P,
+            N=N,
+        )
+
+    if n_segments == 1:
+        walk(C, D, z, h, ids, y, state, None)
+        return y, state
+    added, entering = (torch.empty(n_segments, *state.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    kept = torch.empty(n_segments, batch * H, dtype=torch.float32, device=x.device)
+    walk(None, None, None, None, ids, None, added, kept)
+    block = min(1024, triton.next_power_of_2(P * N))
     launch(
-        _forward_kernel,
-        (batch * H, triton.cdiv(P, options["BLOCK_P"])),
-        *(x, steps, sums, B, C, D, z, h, ids, y, state, L, H, H // G),
-        *_strides(x, B, C, z),
-        **options,
-        P=P,
-        N=N,
+        _carry_kernel,
+        (batch * H, triton.cdiv(P * N, block)),
+        *(added, kept, h, entering, state, n_segments, P * N),
+        BLOCK=block,
+        num_warps=4,
+        num_stages=1,
     )
+    walk(C, D, z, entering, ids, y, None, None)
     return y, state
 
 
@@ -362,60 +398,94 @@ def _pair_decay(SUMS, IDS, q, left):
 
 @triton.jit
 def _forward_kernel(
-    X, STEPS, SUMS, B, C, D, Z, H0, IDS, Y, HT, L, H, heads_per_group,
+    X, STEPS, SUMS, B, C, D, Z, H0, IDS, Y, HT, KEPT, L, H, heads_per_group, span,
     stride_xb, stride_xt, stride_bb, stride_bt, stride_cb, stride_ct, stride_zb, stride_zt,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr,
-):  # grid (B * H, P / BLOCK_P)  # fmt: skip
+):  # grid (B * H, P / BLOCK_P, L / span)  # fmt: skip
+    """The outputs of a segment of `span` tokens, and what is in the state after it and has been KEPT of that before.
+
+    Both without Y: the state alone.
+    """
     batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     group = head // heads_per_group
     q, n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    begin = tl.program_id(2).to(tl.int64) * span
     # pointers move from chunk to chunk: 32-bit offsets within one never overflow
-    X += batch * stride_xb + head * P
-    Y += (batch * L * H + head) * P
-    B += batch * stride_bb + group * N
-    C += batch * stride_cb + group * N
-    STEPS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q)
-    SUMS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q)
+    X += batch * stride_xb + begin * stride_xt + head * P
+    B += batch * stride_bb + begin * stride_bt + group * N
+    STEPS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q) + begin
+    SUMS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q) + begin
+    if Y is not None:
+        Y += ((batch * L + begin) * H + head) * P
+        C += batch * stride_cb + begin * stride_ct + group * N
     if Z is not None:
-        Z += batch * stride_zb + head * P
+        Z += batch * stride_zb + begin * stride_zt + head * P
     if IDS is not None:
-        IDS += batch * (L + 1)
-    corner = tl.program_id(0).to(tl.int64) * (P * N) + p[None, :] * N + n[:, None]
+        IDS += batch * (L + 1) + begin
+    of_head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    corner = of_head * (P * N) + p[None, :] * N + n[:, None]
     of_state = (n < N)[:, None] & (p < P)[None, :]
     h = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if H0 is not None:
         h += tl.load(H0 + corner, mask=of_state, other=0.0)
-    for first in tl.range(0, L, Q, num_stages=STAGES):
-        left = L - first
+    kept = 1.0
+    remaining = L - tl.program_id(2) * span
+    for first in tl.range(0, tl.minimum(remaining, span), Q, num_stages=STAGES):
+        left = remaining - first
         of_x = (q < left)[:, None] & (p < P)[None, :]
         of_b = (q < left)[:, None] & (n < N)[None, :]
         x = tl.load(X + q[:, None] * stride_xt + p[None, :], mask=of_x, other=0.0)
         b = tl.load(B + q[:, None] * stride_bt + n[None, :], mask=of_b, other=0.0)
-        c = tl.load(C + q[:, None] * stride_ct + n[None, :], mask=of_b, other=0.0)
         dt = tl.load(STEPS + q)
         enter, leave, whole = _decays(SUMS, IDS, q, left, Q)
-        y = tl.dot(c, h.to(c.dtype), input_precision="ieee") * enter[:, None]
-        mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left) * dt[None, :]
-        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
-        if D is not None:
-            y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
-        if Z is not None:
-            y *= silu(tl.load(Z + q[:, None] * stride_zt + p[None, :], mask=of_x, other=0.0).to(tl.float32))
-            Z += Q * stride_zt
-        tl.store(Y + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), mask=of_x)
+        if Y is not None:
+            c = tl.load(C + q[:, None] * stride_ct + n[None, :], mask=of_b, other=0.0)
+            y = tl.dot(c, h.to(c.dtype), input_precision="ieee") * enter[:, None]
+            mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left) * dt[None, :]
+            y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
+            if D is not None:
+                y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
+            if Z is not None:
+                y *= silu(tl.load(Z + q[:, None] * stride_zt + p[None, :], mask=of_x, other=0.0).to(tl.float32))
+                Z += Q * stride_zt
+            tl.store(Y + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), mask=of_x)
+            Y += Q * (H * P)
+            C += Q * stride_ct
         u = (x.to(tl.float32) * (dt * leave)[:, None]).to(x.dtype)
         h = tl.dot(tl.trans(b), u, h * whole, input_precision="ieee")
         X += Q * stride_xt
-        Y += Q * (H * P)
         B += Q * stride_bt
-        C += Q * stride_ct
         STEPS += Q
         SUMS += Q
         if IDS is not None:
             IDS += Q
-    tl.store(HT + corner, h, mask=of_state)
+        if KEPT is not None:
+            kept *= whole
+    if HT is not None:
+        tl.store(HT + corner, h, mask=of_state)
+    if KEPT is not None:
+        tl.store(KEPT + of_head, kept, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _carry_kernel(
+    ADDED, KEPT, FIRST, ENTERING, LAST, n_segments, size, BLOCK: tl.constexpr
+):  # grid (B * H, P * N / BLOCK)
+    """The state that enters each segment and the one after the last, from what each keeps of it and adds to it."""
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, stride = tl.program_id(0).to(tl.int64) * size + i, tl.num_programs(0).to(tl.int64) * size
+    KEPT += tl.program_id(0)
+    h = tl.zeros([BLOCK], tl.float32)
+    if FIRST is not None:
+        h += tl.load(FIRST + at, mask=i < size, other=0.0)
+    for _ in range(n_segments):
+        tl.store(ENTERING + at, h, mask=i < size)
+        h = h * tl.load(KEPT) + tl.load(ADDED + at, mask=i < size, other=0.0)
+        at += stride
+        KEPT += tl.num_programs(0)
+    tl.store(LAST + tl.program_id(0).to(tl.int64) * size + i, h, mask=i < size)
 
 
 @triton.jit

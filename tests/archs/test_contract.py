@@ -1,6 +1,7 @@
 """The mixer contract over the registry, in float64, values and gradients. A new mixer is tested by being registered.
 
 full == any split into chunks == token by token == packed documents apart == left-padded, and y[:t] ignores x[t:].
+Mixers of encoders keep what does not need a state: packing and padding. Whole models hold what their mixers hold.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.archs import MIXERS, Mixer
+from crossover.archs import MIXERS, LanguageModel, Mixer, State, available, build, configure
 from crossover.archs.layers import RMSNorm
 from crossover.kernels.check import assert_same
 from hypothesis import given, settings
@@ -20,21 +21,39 @@ from torch import Tensor
 # Options that change how a mixer runs; every other mixer is tested with its defaults.
 VARIANTS = {
     "attention": [
-        {"n_heads": 4, "n_kv_heads": 2},
+        {"n_heads": 4, "n_kv_heads": 2, "bias": True},
         {"n_heads": 2, "rope": False},
         {"n_heads": 2, "window": 3},
         {"n_heads": 1, "window": 1},
     ],
     "mamba": [{"d_state": 5, "d_conv": 3}, {"d_state": 4, "inner_norm": True, "expand": 1.5}],
-    "s4d": [{"d_state": 6}],
+    "mamba2": [{"d_state": 5, "d_conv": 3, "n_groups": 2, "expand": 1.5}],
+    "mamba3": [{"d_state": 6, "expand": 1.5}],
+    "s4": [{"d_state": 6}],
+    "s4d": [{"d_state": 6}, {"d_state": 4, "init": "real"}],
+    "h3": [{"d_conv": 5, "d_state": 6}, {"head_dim": 4, "d_conv": 3, "d_state": 4}],
+    "gated_deltanet": [{"n_heads": 3, "d_state": 5, "expand": 0.6, "d_conv": 3, "negative_eigenvalues": True}],
     "lstm": [{"expand": 2}],
 }
-CASES = [(name, options) for name in MIXERS for options in VARIANTS.get(name, [{}])]
+CASES = [(name, options) for name in MIXERS if name != "bidirectional" for options in VARIANTS.get(name, [{}])]
+ENCODERS: list[tuple[str, dict[str, Any]]] = [
+    ("attention", {"causal": False, "n_heads": 4, "n_kv_heads": 2}),
+    ("attention", {"causal": False, "n_heads": 2, "rope": False, "bias": True}),
+    ("attention", {"causal": False, "n_heads": 2, "window": 3}),
+    ("bidirectional", {"of": "mamba", "options": {"d_state": 5, "d_conv": 3}}),
+    ("bidirectional", {"of": "s4d", "options": {"d_state": 6}}),
+]
 LENGTH = 24
 
-over_the_registry = pytest.mark.parametrize(
-    ("name", "options"), CASES, ids=["-".join([n, *(f"{k}={v}" for k, v in o.items())]) for n, o in CASES]
-)
+
+def over(cases: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
+    ids = ["-".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in cases]
+    return pytest.mark.parametrize(("name", "options"), cases, ids=ids)
+
+
+over_the_registry = over(CASES)
+over_encoders = over(ENCODERS)
+over_both = over(CASES + ENCODERS)
 drawn = settings(max_examples=25, deadline=None, derandomize=True)
 SEED, LENGTHS, WIDTHS = st.integers(0, 2**16), st.integers(1, LENGTH), st.sampled_from([8, 24])
 
@@ -48,6 +67,8 @@ def make(name: str, options: dict[str, Any], d_model: int, seed: int) -> Mixer:
         for module in mixer.modules():
             if isinstance(module, RMSNorm):
                 module.weight.uniform_(0.5, 1.5)
+            if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                module.bias.normal_()
     return mixer
 
 
@@ -110,7 +131,7 @@ def test_token_by_token_equals_the_full_pass(name: str, options: dict[str, Any],
         torch.testing.assert_close(steps(x), expected["y"])
 
 
-@over_the_registry
+@over_both
 @drawn
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4), D=WIDTHS, seed=SEED)
 def test_packed_documents_equal_documents_apart(
@@ -164,16 +185,59 @@ def test_output_ignores_the_future(
     assert gradient[:, t:].abs().max() <= 1e-12 * gradient[:, :t].abs().max()
 
 
-@over_the_registry
+@over_encoders
+@drawn
+@given(L=LENGTHS, D=WIDTHS, seed=SEED, padding=st.integers(1, 9))
+def test_left_padding_of_an_encoder_changes_nothing(
+    name: str, options: dict[str, Any], L: int, D: int, seed: int, padding: int
+) -> None:
+    mixer = make(name, options, D, seed)
+    x = torch.randn(2, L, D, dtype=torch.float64)
+    noise = torch.randn(2, padding, D, dtype=torch.float64)
+    starts = torch.zeros(2, padding + L, dtype=torch.bool)
+    starts[:, padding] = True
+    padded = values_and_gradients(
+        mixer, x, lambda x: mixer(torch.cat([noise, x], dim=1), starts=starts)[0][:, padding:]
+    )
+    assert_same(padded, values_and_gradients(mixer, x, full(mixer)), 1e-9)
+
+
+@over_encoders
+def test_an_encoder_sees_the_future_and_the_past(name: str, options: dict[str, Any]) -> None:
+    mixer = make(name, options, 8, 0)
+    x = torch.randn(1, 7, 8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixer(x)[0][:, 3].square().sum(), x)
+    reach = options.get("window", 4)
+    seen = [i for i in range(7) if gradient[:, i].abs().max() > 1e-9]
+    assert seen == [i for i in range(7) if abs(i - 3) < reach]
+
+
+@over_encoders
+def test_an_encoder_refuses_a_state(name: str, options: dict[str, Any]) -> None:
+    mixer = make(name, options, 8, 0)
+    with pytest.raises(ValueError, match="has no state"):
+        mixer.init_state(1, 9)
+    with pytest.raises(ValueError, match="has no state"):
+        mixer(torch.randn(1, 3, 8, dtype=torch.float64), State())
+
+
+@over_both
 def test_training_makes_no_state_and_reaches_every_parameter(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     y, state = mixer(torch.randn(2, 9, 8, dtype=torch.float64))
     assert y.shape == (2, 9, 8)
     assert state is None
     y.square().sum().backward()
-    untouched = [n for n, p in mixer.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12]
+    untouched = {n for n, p in mixer.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12}
+    # what is added to all keys alike adds the same to all scores of a query, and softmax ignores it
+    without_rope = (
+        {n for n, _ in mixer.named_parameters() if n.endswith("k_proj.bias")}
+        if not options.get("rope", True)
+        else set()
+    )
     # a token that sees only itself has softmax weights of one, whatever the queries and keys are
-    assert untouched == (["q_proj.weight", "k_proj.weight"] if options.get("window") == 1 else [])
+    alone = {"q_proj.weight", "k_proj.weight"} if options.get("window") == 1 else set()
+    assert untouched == without_rope | alone
 
 
 @over_the_registry
@@ -188,7 +252,7 @@ def test_gradients_flow_through_a_given_state(name: str, options: dict[str, Any]
     assert all(torch.equal(before[k], t.detach()) for k, t in state.tensors().items())  # while gradients are recorded
 
 
-@over_the_registry
+@over_both
 def test_declared_parameter_names_exist(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     own = {n for n, _ in mixer.named_parameters(recurse=False)}
@@ -227,3 +291,73 @@ def test_state_counts_the_same_in_bfloat16(name: str, options: dict[str, Any]) -
     assert y.dtype == torch.bfloat16
     assert torch.isfinite(y).all()
     assert state.nbytes == before
+
+
+def rows(lengths: list[int], padding: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Tokens and starts: a row of documents packed after noise, and a row of noise before one document."""
+    tokens = torch.randint(vocab_size, (2, padding + sum(lengths)))
+    starts = torch.zeros(tokens.shape, dtype=torch.bool)
+    for n in range(len(lengths)):
+        starts[0, padding + sum(lengths[:n])] = True
+    starts[1, padding] = True
+    return tokens, starts
+
+
+def apart(lm: LanguageModel, tokens: Tensor, lengths: list[int], padding: int) -> Tensor:
+    """Logits of the documents of `rows`, each run by itself, (2, sum(lengths), V)."""
+    packed, alone = tokens[:, padding:]
+    logits = torch.cat([lm(document[None]).logits[0] for document in packed.split(lengths)])
+    return torch.stack([logits, lm(alone[None]).logits[0]])
+
+
+def logits_and_gradients(lm: LanguageModel, logits: Tensor) -> dict[str, Tensor]:
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=logits.dtype)
+    names, parameters = zip(*lm.named_parameters(), strict=True)
+    grads = torch.autograd.grad((logits * weight).sum(), parameters, materialize_grads=True)
+    return {"logits": logits.detach()} | dict(zip(names, grads, strict=True))
+
+
+DOCUMENTS = {"lengths": st.lists(st.integers(1, 7), min_size=1, max_size=3), "padding": st.integers(0, 5), "seed": SEED}
+
+
+@pytest.mark.parametrize("name", available())
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(cuts=st.sets(st.integers(1, LENGTH), max_size=3), **DOCUMENTS)
+def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
+    name: str, cuts: set[int], lengths: list[int], padding: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    lm = build(name, d_model=24, n_layers=len(configure(name).pattern), vocab_size=11).double()
+    tokens, starts = rows(lengths, padding, 11)
+    total = tokens.shape[1]
+
+    def in_chunks() -> Tensor:
+        bounds = sorted(
+            {0, *(c for c in cuts if c < total), *range(max(0, total - 2), total)}
+        )  # the last ones by steps
+        state, logits = lm.init_state(2, total), []
+        for i, j in zip(bounds, [*bounds[1:], total], strict=True):
+            out = lm(tokens[:, i:j], state, starts=starts[:, i:j])
+            state = out.state
+            logits.append(out.logits)
+        return torch.cat(logits, dim=1)[:, padding:]
+
+    expected = logits_and_gradients(lm, apart(lm, tokens, lengths, padding))
+    assert_same(logits_and_gradients(lm, in_chunks()), expected, 1e-6)  # the router of experts is in float32
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(), expected["logits"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*available("encoder"), *available()])
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(**DOCUMENTS)
+def test_an_encoder_reads_packed_padded_documents_as_documents_apart(
+    name: str, lengths: list[int], padding: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    n_layers = len(configure(name).pattern)
+    lm = build(name, d_model=24, n_layers=n_layers, vocab_size=11, bidirectional=True).double()
+    tokens, starts = rows(lengths, padding, 11)
+    expected = logits_and_gradients(lm, apart(lm, tokens, lengths, padding))
+    together = logits_and_gradients(lm, lm(tokens, starts=starts).logits[:, padding:])
+    assert_same(together, expected, 1e-6)

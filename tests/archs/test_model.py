@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from crossover.archs import Backbone, LanguageModel, ModelConfig, available, build
+from crossover.archs.ffns.mlp import MLP, MLPConfig
 from crossover.archs.ffns.moe import MoE, MoEConfig
+from crossover.archs.layers import LearnedPositions
 from crossover.kernels.attention import torch_impl
 from crossover.kernels.dispatch import use_backend
 from torch.utils.flop_counter import FlopCounterMode
 
 every_architecture = pytest.mark.parametrize("name", available())
+every_model = pytest.mark.parametrize("name", [*available(), *available("encoder")])
 
 
 def tiny(name: str, **options: Any) -> LanguageModel:
@@ -40,7 +43,7 @@ def test_chunks_with_a_state_give_the_logits_of_a_full_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(ys, dim=1), full)
 
 
-@every_architecture
+@every_model
 def test_packed_documents_have_the_loss_of_documents_apart(name: str) -> None:
     lm = tiny(name).double()
     tokens = torch.randint(11, (1, 13))
@@ -62,16 +65,6 @@ def test_greedy_generation_equals_rerunning_the_whole_sequence(name: str) -> Non
     assert torch.equal(lm.generate(prompt, 4, temperature=0), expected)
 
 
-def test_sampling_stays_within_top_k_and_top_p() -> None:
-    from crossover.archs.model import _sample
-
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(200, -1)  # probabilities 0.64, 0.24, 0.09, 0.03
-    assert set(_sample(logits, 1.0, 2, None, None).flatten().tolist()) == {0, 1}
-    assert set(_sample(logits, 1.0, None, 0.7, None).flatten().tolist()) == {0, 1}
-    assert set(_sample(logits, 1.0, None, 0.6, None).flatten().tolist()) == {0}
-    assert set(_sample(logits, 10.0, None, None, None).flatten().tolist()) == {0, 1, 2, 3}
-
-
 def test_generation_repeats_under_the_same_generator() -> None:
     lm = tiny("mamba")
     prompt = torch.randint(11, (2, 3))
@@ -90,7 +83,7 @@ def test_a_cache_that_would_overflow_says_so() -> None:
         lm(torch.randint(11, (1, 5)), lm.init_state(1, 4))
 
 
-@every_architecture
+@every_model
 def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     lm = tiny(name, tie_embeddings=name != "lstm")
     lm.save_pretrained(tmp_path)
@@ -109,8 +102,75 @@ def test_attention_state_grows_with_context_and_the_others_do_not() -> None:
         return held("transformer", max_len) - held("transformer", 0)
 
     assert cache(2048) == 2 * cache(1024) > 0
-    for name in set(available()) - {"transformer", "jamba"}:
-        assert held(name, 2048) == held(name, 1024)
+    assert held("gpt2", 1024) > held("gpt2", 512)
+    for name in set(available()) - {"transformer", "gpt2", "jamba"}:
+        assert held(name, 8192) == held(name, 4096)
+
+
+def test_learned_positions_count_from_the_start_of_each_document() -> None:
+    positions = LearnedPositions(9, 3)
+    starts = torch.tensor([[False, False, True, False], [True, True, False, False]])
+    y, state = positions(torch.zeros(2, 4, 3), positions.init_state(2, 9), starts=starts)
+    assert torch.equal(y, positions.weight[torch.tensor([[0, 1, 0, 1], [0, 0, 1, 2]])])
+    y, state = positions(torch.zeros(2, 2, 3), state)
+    assert torch.equal(y, positions.weight[torch.tensor([[2, 3], [3, 4]])])
+    starts = torch.tensor([[True, False], [False, False]])
+    y, state = positions(torch.zeros(2, 2, 3), state, starts=starts)
+    assert torch.equal(y, positions.weight[torch.tensor([[0, 1], [5, 6]])])
+    y, _ = positions(torch.zeros(2, 1, 3), state.select(torch.tensor([1, 0])))
+    assert torch.equal(y, positions.weight[torch.tensor([[7], [2]])])
+
+
+def test_a_context_longer_than_max_positions_is_refused_with_the_remedy() -> None:
+    lm, message = tiny("gpt2", max_positions=6), "7 tokens are more than max_positions=6: build the model with more"
+    tokens = torch.randint(11, (1, 7))
+    with pytest.raises(ValueError, match=message):
+        lm(tokens)
+    with pytest.raises(ValueError, match=message):
+        lm.init_state(1, 7)
+    with pytest.raises(ValueError, match=message):
+        lm.generate(tokens[:, :3], 4)
+    state = lm(tokens[:, :6], lm.init_state(1, 6)).state
+    with pytest.raises(ValueError, match=message):
+        lm(tokens[:, 6:], state)
+    assert lm.generate(tokens[:, :3], 3).shape == (1, 6)
+
+
+def test_a_backbone_adds_its_positions_itself() -> None:
+    lm = tiny("gpt2")
+    tokens = torch.randint(11, (2, 5))
+    y, state, _ = lm.backbone(lm.embedding(tokens), lm.init_state(2, 5))
+    assert len(state) == 3
+    torch.testing.assert_close(lm.head(y), lm(tokens).logits)
+
+
+@pytest.mark.parametrize("name", [*available("encoder"), "mamba", "jamba"])
+def test_an_encoder_predicts_masked_tokens_and_generates_nothing(name: str) -> None:
+    lm = tiny(name, bidirectional=True)
+    if lm.head.bias is not None:
+        torch.nn.init.normal_(lm.head.bias)
+    tokens, targets = torch.randint(11, (2, 9)), torch.full((2, 9), -100)
+    targets[0, 3], targets[1, 7] = 4, 8
+    logits = lm(tokens).logits
+    expected = -(logits[0, 3].log_softmax(-1)[4] + logits[1, 7].log_softmax(-1)[8]) / 2
+    loss, _ = lm.loss(tokens, targets)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, lm.head.weight)
+    assert gradient.abs().max() > 0
+    with pytest.raises(ValueError, match="has no state"):
+        lm.generate(tokens)
+
+
+def test_post_norm_blocks_normalize_sums_and_prenorm_blocks_what_goes_in() -> None:
+    x = torch.randn(2, 7, 16)
+    for prenorm in (True, False):
+        backbone = Backbone(small(norm="layernorm", prenorm=prenorm))
+        y, _, _ = backbone(x)
+        torch.testing.assert_close(y.mean(-1), torch.zeros(2, 7), atol=1e-5, rtol=0)  # the last step is a norm
+        first = backbone.blocks[0]
+        after, _, _ = first(x)
+        same_mean = torch.allclose(after.mean(-1), torch.zeros(2, 7), atol=1e-5)
+        assert same_mean != prenorm
 
 
 def test_a_window_bounds_the_cache() -> None:
@@ -136,10 +196,17 @@ def test_one_kind_under_two_names() -> None:
 # by hand from the published formulas, per token of a layer with d_model = 64 in a sequence of L tokens.
 UNSEEN: dict[str, Callable[[int], float]] = {
     "attention": lambda L: 2 * (L + 1) * 64 - 4 * L * 64,
+    "s4": lambda L: 64 * (30 * math.log2(2 * L) + 10 * 64 + 2.5 * math.log2(L)),
     "s4d": lambda L: 64 * (30 * math.log2(2 * L) + 2 * 64),
+    "h3": lambda L: 64 * (2 * 64 + 3 + 30 * math.log2(2 * L) + 2 * 64),
     "mamba": lambda L: 9 * 128 * 16 + 2 * 128 + 2 * 128 * 4,
+    "mamba2": lambda L: 2 * 384 * 4 + 2 * 128 + 2 * min(L, 64) * 256 + (4 + 2 / min(L, 64)) * 128 * 128,
+    "mamba3": lambda L: 8 * 512 + 2 * 128 + 2 * min(L, 64) * (512 + 128) + (4 + 2 / min(L, 64)) * 128 * 128,
+    "gated_deltanet": lambda L: 2 * 192 * 4 + 3 * (min(L, 64) * (2 * 64 + 16 + 32) + (6 + 1 / min(L, 64)) * 16 * 32),
     "lstm": lambda L: 10 * 64,
 }
+# by FFT or in chunks, not as a sum over tokens
+SEQUENCE_AT_ONCE = {"s4", "s4d", "h3", "mamba2", "mamba3", "gated_deltanet"}
 
 
 @every_architecture
@@ -152,6 +219,27 @@ def test_flops_are_those_of_the_flop_counter_plus_the_scan(name: str) -> None:
     seen = counter.get_total_flops() / tokens.numel()
     unseen = sum(UNSEEN[mixer](L) for mixer, _ in lm.config.layers)
     assert lm.mean_flops_per_token(L) == pytest.approx(seen + unseen, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}])
+def test_flops_of_an_encoder_are_those_of_the_keys_that_are_seen(options: dict[str, Any]) -> None:
+    L = 21
+    lm = build("bert", d_model=64, n_layers=3, vocab_size=32, **options)
+    tokens = torch.randint(32, (2, L))
+    with FlopCounterMode(display=False) as counter, use_backend("reference"):
+        lm.loss(tokens, tokens)
+    seen = counter.get_total_flops() / tokens.numel() - 2 * 32  # the head's bias is no product
+    n_keys = sum(abs(i - j) < options.get("window", L) for i in range(L) for j in range(L))
+    assert lm.mean_flops_per_token(L) == pytest.approx(seen - 3 * 4 * 64 * (L - n_keys / L), rel=1e-6)
+
+
+def test_flops_of_both_directions_are_twice_those_of_one() -> None:
+    one, both = (
+        build("mamba", d_model=32, n_layers=1, bidirectional=both, device="meta").backbone.blocks[0].mixer
+        for both in (False, True)
+    )
+    assert both.flops_per_token(8) == 2 * one.flops_per_token(8)
+    assert both.sequence_flops(8) == 2 * one.sequence_flops(8)
 
 
 def test_plain_generation_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +255,25 @@ def test_flops_of_experts_count_the_chosen_ones() -> None:
     assert layer.n_inactive_params == 6 * 3 * 16 * 24
 
 
-@pytest.mark.parametrize("name", sorted(set(available()) - {"s4d"}))  # S4D computes a sequence by FFT
+@pytest.mark.parametrize("name", sorted(set(available()) - SEQUENCE_AT_ONCE))
 def test_sequence_flops_are_the_mean_over_its_tokens(name: str) -> None:
     lm = build(name, d_model=64, device="meta")
     by_token = sum(lm.flops_per_token(t) for t in range(33)) / 33
     assert lm.mean_flops_per_token(33) == pytest.approx(by_token)
+
+
+def test_an_mlp_without_a_gate_has_two_projections_four_times_as_wide() -> None:
+    layer, x = MLP(6, MLPConfig(activation="gelu", bias=True)), torch.randn(3, 6)
+    assert sum(p.numel() for p in layer.parameters()) == 2 * 6 * 24 + 24 + 6
+    assert layer.flops_per_token() == 2 * 2 * 6 * 24
+    torch.nn.init.normal_(layer.up_proj.bias)
+    inner = layer.up_proj(x)
+    torch.testing.assert_close(layer(x)[0], layer.down_proj(inner * (1 + torch.erf(inner / 2**0.5)) / 2))
+
+
+def test_an_unknown_activation_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="activation='gleu' is unknown: it is one of swiglu, gelu, gelu_tanh"):
+        build("transformer", activation="gleu")
 
 
 def test_experts_match_a_loop_over_tokens() -> None:

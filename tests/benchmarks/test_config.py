@@ -49,7 +49,7 @@ def test_impossible_comparisons_are_refused_with_the_option(options: dict, messa
 def test_help_lists_the_architectures_that_exist() -> None:
     from crossover.archs import available
 
-    assert available() == ARCHS
+    assert set(ARCHS) <= set(available())
 
 
 def test_a_limit_below_the_program_itself_is_refused() -> None:

@@ -21,9 +21,10 @@ OPS = ("linear_cross_entropy", "rms_norm")
 @pytest.fixture(autouse=True)
 def _nothing_is_off_and_no_interpreter_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_switched_off", {})
-    for name in OPS:  # without Triton, whose interpreter is slow
-        found = {k: f for k, f in ops.OPS[name]._implementations.items() if k != "triton"}
+    for name in OPS:  # plain PyTorch alone: Triton's interpreter is slow
+        found = {k: f for k, f in ops.OPS[name]._implementations.items() if k not in ("cpu", "triton")}
         monkeypatch.setattr(ops.OPS[name], "_implementations", found)
+        monkeypatch.setattr(ops.OPS[name], "_by_device", {"cpu": ("torch",)})
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., Any]) -> None:

@@ -62,13 +62,14 @@ def selective_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 16) ->
     ops.backward(meta(batch, L, E), state, *inputs, None, states)
 
 
-def ssd(batch: int = 8, L: int = 2048, H: int = 32, P: int = 64, G: int = 1, N: int = 128) -> None:
+def ssd(batch: int = 8, L: int = 2048, H: int = 32, P: int = 64, G: int = 1, N: int = 128, train: bool = True) -> None:
     ops = module("ssd")
     x, z, dt = meta(batch, L, H, P), meta(batch, L, H, P), meta(batch, L, H)
     B, C = meta(batch, L, G, N), meta(batch, L, G, N)
     inputs = (x, dt, single(H), B, C, single(H), z, single(H), None, None, True, 0)
     ops.forward(*inputs)
-    ops.backward(x, None, *inputs)
+    if train:
+        ops.backward(x, None, *inputs)
 
 
 def attention(head_dim: int, L: int = 4096, S: int = 4096, n_kv_heads: int = 16) -> None:
@@ -86,6 +87,13 @@ def causal_conv1d(batch: int = 8, L: int = 2048, E: int = 2048, K: int = 4) -> N
     ops.backward(ops.forward(*inputs), *inputs)
 
 
+def state_update(batch: int = 64, H: int = 32, P: int = 64, G: int = 1, N: int = 128, K: int = 4) -> None:
+    channels, state = H * P + 2 * G * N, single(batch, H, P, N)
+    token = meta(batch, channels), meta(batch, H), meta(batch, K - 1, channels), state
+    weights = single(channels, K), single(channels), single(H), single(H), single(H)
+    module("state_update").forward(*token, *weights, state)
+
+
 def rms_norm(T: int = 16384, D: int = 2048, gated: bool = False) -> None:
     ops = module("rms_norm")
     x, z, weight = meta(T, D), meta(T, D) if gated else None, single(D)
@@ -93,15 +101,72 @@ def rms_norm(T: int = 16384, D: int = 2048, gated: bool = False) -> None:
     ops.backward(y, x, z, weight, rstd)
 
 
+def linear_cross_entropy(T: int = 2048, V: int = 50257) -> None:
+    ops = module("linear_cross_entropy")
+    logits, targets = meta(T, -(-V // 16) * 16)[:, :V], meta(T, dtype=torch.int64)
+    ops.rows(logits, targets, -100, None)
+    ops.rows(logits, targets, -100, (single(), single()))
+
+
+def grouped_mm(T: int = 32768, D: int = 1024, F: int = 5632, G: int = 16, transposed: bool = False) -> None:
+    ops = module("grouped_mm")
+    x, y, weight, counts = meta(T, D), meta(T, F), meta(G, F, D), meta(G, dtype=torch.int64)
+    if transposed:
+        ops.product(y, weight, counts, transposed)
+    else:
+        ops.product(x, weight, counts)
+        ops.weight_gradient(y, x, counts)
+
+
+def ssm_kernel(E: int = 2048, N: int = 32, length: int = 2048) -> None:
+    ops = module("long_conv")
+    A = meta(E, N, dtype=torch.complex64)
+    ops.kernel_backward(ops.kernel_forward(A, A, length), A, A)
+
+
+def ssm_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 32) -> None:
+    ops = module("long_conv")
+    A, h = meta(E, N, dtype=torch.complex64), meta(batch, E, N, dtype=torch.complex64)
+    inputs = (meta(batch, L, E), A, A, single(E), h)
+    ops.scan_backward(*ops.scan_forward(*inputs, None), *inputs, meta(batch, L, dtype=torch.bool))
+
+
+def lstm_scan(batch: int = 64, L: int = 2048, E: int = 512) -> None:
+    ops = module("lstm_scan")
+    weight, h = meta(4 * E, E), single(batch, 2, E)
+    y, state, activated, cells = ops.forward(meta(batch, L, 4 * E), weight, h, None, True)
+    ops.backward(y, state, weight, h, None, activated, cells)
+
+
+def swiglu(T: int = 16384, F: int = 5632) -> None:
+    ops = module("swiglu")
+    gate, up = meta(T, F), meta(T, F)
+    ops.backward(ops.forward(gate, up), gate, up)
+
+
+def rotary(batch: int = 8, L: int = 2048, H: int = 16, P: int = 128) -> None:
+    module("rotary").forward(meta(batch, L, H, P), single(L, P // 2), single(L, P // 2))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "selective_scan": selective_scan,
     "ssd": ssd,
+    "ssd, one sequence": lambda: ssd(batch=1, L=8192, H=24, train=False),
     "attention, 64 wide": lambda: attention(64),
     "attention, 128 wide": lambda: attention(128),
     "attention, one query": lambda: attention(128, L=1, S=8192, n_kv_heads=4),
     "causal_conv1d": causal_conv1d,
+    "state_update": state_update,
+    "ssm_kernel": ssm_kernel,
+    "ssm_scan": ssm_scan,
+    "lstm_scan": lstm_scan,
     "rms_norm": rms_norm,
     "gated_rms_norm": lambda: rms_norm(gated=True),
+    "swiglu": swiglu,
+    "rotary": rotary,
+    "linear_cross_entropy": linear_cross_entropy,
+    "grouped_mm": grouped_mm,
+    "grouped_mm, gradient of x": lambda: grouped_mm(transposed=True),
 }
 """Operations at standard shapes, forward and backward, in bfloat16."""
 

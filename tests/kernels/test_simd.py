@@ -20,6 +20,7 @@ from crossover.kernels.simd import (
     softplus,
     store,
     store_first,
+    tanh,
 )
 
 
@@ -45,6 +46,12 @@ def apply_sigmoid(x: Floats1, y: Floats1) -> None:
 def apply_softplus(x: Floats1, y: Floats1) -> None:
     for i in range(0, len(x), LANES):
         store(y, i, softplus(load(x, i)))
+
+
+@kernel
+def apply_tanh(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, tanh(load(x, i)))
 
 
 @kernel
@@ -80,6 +87,16 @@ def test_functions_are_accurate_to_units_in_the_last_place(
     y = exact(x.astype(np.float64))
     worst = float(np.max(np.abs(apply(function, x) - y) / np.spacing(y.astype(np.float32))))
     assert worst <= units
+
+
+def test_tanh_of_a_vector_is_accurate_where_it_is_small_and_where_it_is_one() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 4000), np.geomspace(1e-30, 1, 96)]).astype(np.float32)
+    y = np.full_like(x, np.nan)
+    apply_tanh(x, y)
+    assert np.max(np.abs(y / np.tanh(x.astype(np.float64)) - 1)) < 4 * 2**-23
+    special = np.tile(np.array([0, np.nan, np.inf, -np.inf], np.float32), LANES)
+    apply_tanh(special, result := np.empty_like(special))
+    np.testing.assert_allclose(result, np.tanh(special), rtol=3e-7)
 
 
 def test_functions_reach_their_limits() -> None:

@@ -246,6 +246,33 @@ def test_heads_of_a_group_sum_alike_in_one_program_and_in_several(monkeypatch: p
 
 
 @needs_triton
+@pytest.mark.parametrize("most", [2, 3, 132])  # of 5 chunks: 3 and 2, 2 and 2 and 1, all by themselves
+def test_a_sequence_cut_into_segments_is_still_one(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossover.kernels.ssd import triton_kernels
+
+    for present in (frozenset(OPTIONAL), frozenset()):
+        tensors = inputs(1, 70, 1, 1, 5, 3, present)
+        if present:  # one document ends within a segment and one across segments; the last segment has no mark
+            tensors["starts"] = torch.zeros(1, 70, dtype=torch.bool)
+            tensors["starts"][:, [3, 20]] = True
+        expected = run("reference", tensors, dt_softplus=True)
+        monkeypatch.setattr(triton_kernels, "FILLED", most)
+        monkeypatch.setattr(triton_kernels, "SEGMENT", 1)
+        actual = run("triton", to(tensors, torch.float32), dt_softplus=True, chunk_len=16)
+        assert_same(actual, expected, 1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("programs", "n_chunks", "chunks"), [(256, 1000, 1000), (67, 1000, 1000), (66, 1000, 500), (24, 64, 13), (1, 7, 7)]
+)
+def test_segments_are_as_many_as_fill_the_gpu(programs: int, n_chunks: int, chunks: int) -> None:
+    from crossover.kernels.ssd import triton_kernels
+
+    assert triton_kernels.segment_chunks(programs, n_chunks) == chunks
+
+
+@needs_triton
 def test_heads_wider_than_a_block_are_done_in_parts() -> None:
     tensors = inputs(1, 18, 1, 1, 70, 3, frozenset(OPTIONAL))
     expected = run("reference", tensors, dt_softplus=True)

@@ -554,11 +554,12 @@ def test_what_the_doctor_switched_off_takes_no_part_and_run_json_says_so(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_switched_off", {})
-    store_verdict(["lstm_scan"], {("lstm_scan", "torch"): "wrong gradients"})
+    wrong = {("lstm_scan", backend): "wrong gradients" for backend in ("cpu", "torch")}
+    store_verdict(["lstm_scan"], wrong)
     run = config(tmp_path, steps=1)
     fit(run, corpus)
     record = read_json(run.directory / "run.json")
-    off = [{"op": "lstm_scan", "backend": "torch", "reason": "wrong gradients"}]
+    off = [{"op": "lstm_scan", "backend": backend, "reason": "wrong gradients"} for _, backend in wrong]
     assert record["doctor"]["switched_off"] == off
     assert record["doctor"]["ran"] <= record["provenance"]["started"]
     assert record["backends"]["lstm_scan"] == ["reference"]

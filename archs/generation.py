@@ -1,0 +1,289 @@
+"""Continues prompts with a decoder: the prompt in chunks, then token by token; and that step as a CUDA graph.
+
+The contract of mixers does the work: chunks equal the full pass, and a left-padded row equals the row alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .mixer import State
+
+if TYPE_CHECKING:
+    from .model import LanguageModel
+
+__all__ = [
+    "NO_TOKEN",
+    "PREFILL_CHUNK",
+    "DecodeGraph",
+    "OnToken",
+    "Prompts",
+    "Sampling",
+    "generate",
+    "read",
+    "step_in_place",
+]
+
+PREFILL_CHUNK = 2048
+"""Tokens of each prompt read at once unless told otherwise: enough to keep a device busy, at bounded memory."""
+
+NO_TOKEN = -1
+"""What a callback sees of a row that has ended."""
+
+Prompts: TypeAlias = Tensor | Sequence[Tensor | Sequence[int]]
+"""(B, L) int64, or a list of rows that may differ in length."""
+
+OnToken: TypeAlias = Callable[[int, Tensor], object]
+"""Called with the number of the step, from 0, and the token of each row, (B,) int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn from logits. What is set applies in the order of the fields, but the temperature.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens in the prompt or in the continuation so far are divided by this, negative ones
+    multiplied (CTRL, arXiv:1909.05858, section 4.1, which leaves the sign out); 1 does nothing."""
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int | None = None
+    """Draws among this many most likely tokens."""
+    top_p: float | None = None
+    """Draws among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature} must be 0, which takes the most likely token, or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1, which means all tokens")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 does nothing")
+
+    def draw(self, logits: Tensor, seen: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """One token for each row, (B,) int64. Nothing is read back from the device.
+
+        Args:
+            logits: (B, V).
+            seen: (B, V) bool, True for the tokens that are penalized.
+            generator: source of randomness; None means PyTorch's global one. Unused at temperature 0.
+        """
+        if self.temperature == 0:
+            return self._penalized(logits, seen).argmax(-1)
+        probs = self.probabilities(logits, seen)
+        # the draw of torch.multinomial, which would first check its input on the host
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What `draw` draws from at a temperature above 0, (B, V)."""
+        logits = self._penalized(logits, seen) / self.temperature
+        if self.top_k is not None:
+            kept, index = logits.topk(min(self.top_k, logits.shape[-1]))
+            logits = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
+        probs = logits.softmax(-1)
+        if self.top_p is None or self.top_p == 1:
+            return probs
+        ranked, order = probs.sort(-1, descending=True)
+        likelier = F.pad(ranked[:, :-1].cumsum(-1), (1, 0))  # the token that crosses top_p is still inside
+        inside = torch.zeros_like(probs).scatter(-1, order, ranked.where(likelier < self.top_p, 0.0))
+        return inside / inside.sum(-1, keepdim=True)
+
+    def _penalized(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits in float32 or wider, those of seen tokens made less likely."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if seen is None or self.repetition_penalty == 1:
+            return logits
+        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+        return torch.where(seen, penalized, logits)
+
+
+@torch.inference_mode()
+def generate(
+    lm: LanguageModel,
+    prompt: Prompts,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int | None = None,
+    on_token: OnToken | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | list[Tensor]:
+    """Continues each prompt: LanguageModel.generate says how.
+
+    Rows that have ended leave the batch, so that the others go on faster.
+    """
+    unread, starts = _batch(prompt, next(lm.parameters()).device)
+    state = lm.init_state(len(unread), unread.shape[1] + max_new_tokens)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = unread.new_zeros(len(unread), lm.config.vocab_size, dtype=torch.bool).scatter_(1, unread, True)
+    stops = unread.new_tensor(list(stop_tokens))
+    rows = torch.arange(len(unread), device=unread.device)  # of those in the batch
+    new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
+    for n in range(max_new_tokens):
+        logits, state = read(lm, unread, state, starts=starts, chunk=prefill_chunk)
+        step, starts = sampling.draw(logits, seen, generator), None
+        new[rows, n] = step
+        if on_token is not None:
+            on_token(n, new[:, n])
+        if seen is not None:
+            seen.scatter_(1, step[:, None], True)
+        if len(stops) and not (goes_on := torch.isin(step, stops, invert=True)).all():
+            left = goes_on.nonzero().flatten()
+            if not len(left):
+                new = new[:, : n + 1]
+                break
+            rows, step, seen = rows[left], step[left], None if seen is None else seen[left]
+            state = [layer.select(left) for layer in state]
+        unread = step[:, None]
+    if isinstance(prompt, Tensor):
+        return torch.cat(
+            [prompt.to(new.device), new if not len(stops) else new.where(new != NO_TOKEN, stops[0])], dim=1
+        )
+    pairs = zip(prompt, new, strict=True)
+    return [torch.cat([_row(row, new.device), added[added != NO_TOKEN]]) for row, added in pairs]
+
+
+def read(
+    lm: LanguageModel, tokens: Tensor, state: list[State], *, starts: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, list[State]]:
+    """Reads tokens into a state, some at a time, and makes logits of the last one only.
+
+    Args:
+        lm: a decoder.
+        tokens: (B, L) int64.
+        state: as `init_state` and this function return it.
+        starts: (B, L) bool, True at the first token of a document.
+        chunk: tokens of each row read at once, which bounds the memory of activations; None means PREFILL_CHUNK.
+
+    Returns:
+        Logits after the last token, (B, V), and the state after it.
+    """
+    chunk = PREFILL_CHUNK if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"a prompt cannot be read in chunks of {chunk} tokens: use at least 1")
+    x, after = None, state
+    for i in range(0, tokens.shape[1], chunk):
+        marks = None if starts is None else starts[:, i : i + chunk]
+        if marks is not None and not marks.any():  # without starts some mixers have a faster way
+            marks = None
+        x, after, _ = lm.backbone(lm.embedding(tokens[:, i : i + chunk]), after, starts=marks)
+    assert x is not None
+    assert after is not None
+    return lm.head(lm.transform(x[:, -1])), after
+
+
+def _batch(prompt: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The prompts as (B, L), left-padded, and where each begins, (B, L) bool, unless all are equally long."""
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 2:
+            raise ValueError(f"a prompt tensor must be (B, L), not {tuple(prompt.shape)}: use prompt[None] for one row")
+        if prompt.shape[1] == 0:
+            raise ValueError(_EMPTY)
+        return prompt.to(device), None
+    if not len(prompt):
+        raise ValueError("the list of prompts is empty: generation needs at least one")
+    rows = [_row(row, device) for row in prompt]
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.cat([row[:1].expand(longest - len(row)), row]) for row in rows])
+    if all(len(row) == longest for row in rows):
+        return tokens, None
+    starts = torch.tensor([[t == longest - len(row) for t in range(longest)] for row in rows], device=device)
+    return tokens, starts
+
+
+def _row(tokens: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """One prompt of a list, (L,) int64."""
+    row = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+    if row.dim() != 1:
+        raise ValueError(f"a prompt of a list must be (L,), not {tuple(row.shape)}")
+    if not len(row):
+        raise ValueError(_EMPTY)
+    return row
+
+
+_EMPTY = "the prompt is empty: generation needs at least one token to start from"
+
+
+class DecodeGraph:
+    """The one-token step of a decoder at fixed addresses: on a GPU captured once and replayed as a CUDA graph.
+
+    At small batches decoding is bound by launching kernels one by one, which a graph does at once. Nothing in the step
+    may depend on numbers that the host knows, so the state's plain numbers become tensors. Attention then computes over
+    the whole cache, whatever is in it: `max_len` should be no larger than needed.
+
+        logits, state = read(lm, prompt, lm.init_state(B, max_len))
+        decode = DecodeGraph(lm, state)
+        logits = decode(logits.argmax(-1))
+
+    Elsewhere the same step runs without a graph. The weights must stay where they are, and the caller must not decode
+    more than max_len tokens: no error can say so.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, lm: LanguageModel, state: Sequence[State]) -> None:
+        """Takes a state over, as `init_state` or reading a prompt gave it."""
+        self._lm = lm
+        self._state = [_without_numbers(layer) for layer in state]
+        some = next(iter(state[0].tensors().values()))
+        self._tokens = torch.zeros(len(some), dtype=torch.int64, device=some.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if some.is_cuda:
+            self._warm_up()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # nothing runs yet, so the state stays as it is
+                self._logits = step_in_place(lm, self._tokens, self._state)
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits after one token more of each row, (B,) -> (B, V); on a GPU the next call overwrites them."""
+        self._tokens.copy_(tokens)
+        if self._graph is None:
+            return step_in_place(self._lm, self._tokens, self._state)
+        self._graph.replay()
+        return self._logits
+
+    def _warm_up(self) -> None:
+        """Compiles kernels and makes workspaces, which a capture cannot, on a copy of the state."""
+        state = [layer.clone() for layer in self._state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step_in_place(self._lm, self._tokens, state)
+        torch.cuda.current_stream().wait_stream(side)
+
+
+def step_in_place(lm: LanguageModel, tokens: Tensor, state: Sequence[State]) -> Tensor:
+    """Logits after one token more of each row, (B,) -> (B, V); the tensors of `state` then hold the state after it.
+
+    With no plain numbers in the state, every call does the same work on the same memory.
+    """
+    logits, after, _ = lm(tokens[:, None], list(state))
+    assert after is not None
+    for old, new in zip(state, after, strict=True):
+        held = old.tensors()
+        for name, value in new.tensors().items():
+            if value is not held[name]:
+                held[name].copy_(value)
+    return logits[:, 0]
+
+
+def _without_numbers(state: State) -> State:
+    """The same state with each of its plain numbers as a tensor, ()."""
+    device = next(iter(state.tensors().values())).device
+    numbers = {name: value for name, value in vars(state).items() if isinstance(value, int)}
+    return dataclasses.replace(state, **{name: torch.tensor(value, device=device) for name, value in numbers.items()})

@@ -1,0 +1,144 @@
+"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), initialized as in the authors' code. Step sizes are not clamped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import ops
+from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
+from ..mixer import Mixer, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """Options of Mamba-2; the defaults are the authors'."""
+
+    d_state: int = 128
+    """N, states per channel."""
+    d_conv: int = 4
+    """K, taps of the short convolution."""
+    expand: float = 2
+    """E / D."""
+    head_dim: int | None = None
+    """P, channels that share a decay; None means the largest power of two up to 64 that leaves at least three heads."""
+    n_groups: int = 1
+    """G, groups of heads that share B and C, and of channels that the norm treats apart."""
+    chunk_len: int | None = None
+    """About how many tokens the scan computes at once; None leaves it to the operation. Changes speed and rounding."""
+    dt_min: float = 1e-3
+    """Smallest initial step size, itself at least 1e-4."""
+    dt_max: float = 1e-1
+    """Largest initial step size."""
+
+
+@dataclass
+class Mamba2State(State):
+    """Constant in the context length."""
+
+    conv: Tensor
+    """The last K - 1 inputs of the convolution, (B, K-1, E + 2 G N)."""
+    ssm: Tensor
+    """h, (B, H, P, N), float32."""
+
+
+class Mamba2(Mixer[Mamba2Config, Mamba2State]):
+    """z, xBC, dt = in_proj(u); x, B, C = silu(conv(xBC)); out_proj(norm(SSD(x, dt, A, B, C) silu(z))). Figure 6."""
+
+    Config = Mamba2Config
+    no_weight_decay = frozenset({"A_log", "D", "dt_bias"})
+
+    def __init__(self, d_model: int, config: Mamba2Config, *, residual_scale: float = 1.0) -> None:
+        super().__init__(d_model, config, residual_scale=residual_scale)
+        E, K = int(config.expand * d_model), config.d_conv
+        self.d_inner, self.head_dim = E, config.head_dim or default_head_dim(E, n_groups=config.n_groups)
+        self.n_heads, rest = divmod(E, self.head_dim)
+        if rest:
+            raise ValueError(f"d_inner={E} is not divisible by head_dim={self.head_dim}")
+        if self.n_heads % config.n_groups:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_groups={config.n_groups}")
+        H, self.d_xBC = self.n_heads, E + 2 * config.n_groups * config.d_state  # the convolution's x, B and C
+        self.in_proj = linear(d_model, E + self.d_xBC + H)
+        self.conv_weight = nn.Parameter(torch.empty(self.d_xBC, K).uniform_(-(K**-0.5), K**-0.5))
+        self.conv_bias = nn.Parameter(torch.empty(self.d_xBC).uniform_(-(K**-0.5), K**-0.5))
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(H))
+        self.norm = RMSNorm(E, 1e-5)
+        self.out_proj = linear(E, d_model, scale=residual_scale)
+        self.dt_bias = step_bias(H, config.dt_min, config.dt_max)
+
+    def forward(
+        self, x: Tensor, state: Mamba2State | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State | None]:
+        """See Mixer.forward."""
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_xBC, self.n_heads], dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        if state is not None and starts is None and x.shape[1] == 1:
+            y, state = self._one_token(xBC, dt, A, state)
+        else:
+            y, state = self._many_tokens(xBC, dt, A, state, starts)
+        y = ops.gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm.eps, self.config.n_groups)
+        return self.out_proj(y), state
+
+    def _many_tokens(
+        self, xBC: Tensor, dt: Tensor, A: Tensor, state: Mamba2State | None, starts: Tensor | None
+    ) -> tuple[Tensor, Mamba2State | None]:
+        """y, (B, L, H, P), of the convolution and the scan."""
+        conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        xBC, conv = ops.causal_conv1d(xBC, self.conv_weight, self.conv_bias, "silu", initial_state=conv, starts=starts)
+        G, N = self.config.n_groups, self.config.d_state
+        x, B, C = xBC.split([self.d_inner, G * N, G * N], dim=-1)
+        x, B, C = x.unflatten(-1, (self.n_heads, -1)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
+        # the bias goes to the scan, which adds it in float32: in bfloat16 it would lose the smallest step sizes
+        y, ssm = ops.ssd(
+            *(x, dt, A, B, C, self.D, None, self.dt_bias, True),
+            initial_state=ssm,
+            starts=starts,
+            chunk_len=self.config.chunk_len,
+        )
+        # the window is a view of the whole input, which the state must not keep alive
+        return y, None if state is None else Mamba2State(conv.clone(), ssm)
+
+    def _one_token(self, xBC: Tensor, dt: Tensor, A: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+        """The same at length 1, in one operation."""
+        inputs = (
+            *(xBC[:, 0], dt[:, 0], state.conv, state.ssm),
+            *(self.conv_weight, self.conv_bias, A, self.D, self.dt_bias),
+        )
+        y, conv, ssm = ops.state_update(*inputs, in_place=self.may_write_in_place(*inputs))
+        return y[:, None], Mamba2State(conv, ssm)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Mamba2State:
+        """See Mixer.init_state."""
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        heads = (self.n_heads, self.head_dim, self.config.d_state)
+        return Mamba2State(
+            conv=torch.zeros(batch_size, self.config.d_conv - 1, self.d_xBC, device=device, dtype=dtype),
+            ssm=torch.zeros(batch_size, *heads, device=device, dtype=wide),
+        )
+
+    def flops_per_token(self, context_len: float) -> float:
+        """The recurrence: 5 E N for decay, drive and output of the state."""
+        return self._flops_outside() + 5 * self.d_inner * self.config.d_state
+
+    def sequence_flops(self, seq_len: int) -> float:
+        """The matrix products of chunks of Q tokens, 2 Q (G N + E) a token within and 4 E N into and out of the state.
+
+        The state decays once a chunk, for 2 E N. Q is 64 unless given.
+        """
+        Q, E, N = min(seq_len, self.config.chunk_len or 64), self.d_inner, self.config.d_state
+        scan = 2 * Q * (self.config.n_groups * N + E) + 4 * E * N + 2 * E * N / Q
+        return seq_len * (self._flops_outside() + scan)
+
+    def _flops_outside(self) -> float:
+        """Per token: projections, the convolution, and 2 E for the skip."""
+        return linear_flops(self) + 2 * self.conv_weight.numel() + 2 * self.d_inner

@@ -1,0 +1,281 @@
+"""Models that read one sequence, the source, and write another, the target: `lm(source, target)`.
+
+An encoder turns the source into one vector per token. The decoder is a language model of the target some of whose
+layers read these vectors (archs/mixers/cross_attention.py): the source is part of their state, so that the backbone
+and decoding are those of every other model.
+
+The Transformer of Vaswani et al. 2017 (arXiv:1706.03762) is the pattern ["attention", "cross_attention+mlp"]: its
+decoder layer has three residual branches, and each of our layers one or two. A layer of the paper is two of n_layers.
+
+The model of Bahdanau et al. 2014 (arXiv:1409.0473) is ["lstm", "additive_attention"]. It differs from the paper in
+what the query is: there the state s[i-1], which has read the context c[i-1], and so the target is read one token after
+the other. Here it is the output of a recurrent layer that has read target tokens only, and c[i] goes to the layers
+above, as in Wu et al. 2016 (arXiv:1609.08144): all contexts are computed at once. The logits see what the paper's do:
+the last token, the state and the context, which the residual stream sums up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from ..kernels import ops
+from .config import ModelConfig
+from .generation import Sampling
+from .mixer import State
+from .mixers.cross_attention import READERS, Reader
+from .model import Backbone, LanguageModel, LMOutput
+from .registry import nearest
+
+__all__ = ["Seq2Seq", "Seq2SeqConfig"]
+
+_SHARED = ("d_model", "vocab_size", "norm", "norm_eps", "prenorm", "bias", "positions", "max_positions")
+_OF_SOURCE = ("pattern", "n_layers", "mixer", "ffn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(ModelConfig):
+    """A decoder, described as any model, whose pattern may name READERS too, and the encoder of its source.
+
+    Raises:
+        ValueError: as ModelConfig, and if no layer reads the source.
+    """
+
+    source: Mapping[str, Any]
+    """The encoder: its `pattern`, the options `mixer` and `ffn` of what the pattern names, and `n_layers`, without
+    which it has as many periods as the decoder. All else is as in the decoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in self.source:
+            if key not in _OF_SOURCE:
+                raise ValueError(f"unknown key model.source.{key}{nearest(key, _OF_SOURCE)}")
+        if "pattern" not in self.source:
+            raise ValueError("model.source lacks the pattern of the encoder, such as ['encoder+mlp']")
+        object.__setattr__(self, "source", dict(self.source) | {"pattern": tuple(self.source["pattern"])})
+        if not any(issubclass(self.mixer_of(name)[0], Reader) for name, _ in self.period):
+            known = " or ".join(READERS)
+            raise ValueError(f"no layer of model.pattern={list(self.pattern)} reads the source: add {known}")
+        if self.head != "linear":
+            raise ValueError(f"model.head={self.head!r} predicts masked tokens, not the next ones: use 'linear'")
+        _ = self.encoder  # which checks itself
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """The encoder as a model of its own."""
+        n_periods = -(-self.n_layers // len(self.pattern))
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return ModelConfig(**{"n_layers": n_periods * len(self.source["pattern"]), **shared, **self.source})
+
+    # `READERS` need a state, so they cannot be in the registry, whose entries hold the contract of mixers
+    def _layer(self, section: str, name: str) -> tuple[type[Any], Any]:
+        options = dict(self.mixer.get(name, {}))
+        kind = options.pop("kind", name)
+        if section != "mixer" or kind not in READERS:
+            return super()._layer(section, name)
+        cls = READERS[kind]
+        known = {f.name for f in dataclasses.fields(cls.Config)}
+        for key in options:
+            if key not in known:
+                raise ValueError(f"unknown option model.mixer.{name}.{key}{nearest(key, known)}")
+        return cls, cls.Config(**({"bias": True} if self.bias and "bias" in known else {}) | options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See ModelConfig.to_dict."""
+        return super().to_dict() | {"source": {**self.source, "pattern": list(self.source["pattern"])}}
+
+
+class Seq2Seq(nn.Module):
+    """Source and target tokens in, logits of the next target token out.
+
+    Both share the embedding. Sources of different lengths are padded at their end, with any token, and `source_len`,
+    (B,) int64, says how long each is; None means that nothing is padded. Targets are padded at their end too, and need
+    no lengths: no token sees what follows it, and -100 among `targets` is not counted.
+    """
+
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Backbone(config.encoder)
+        self.decoder = LanguageModel(config)
+
+    def forward(self, source: Tensor, target: Tensor, *, source_len: Tensor | None = None) -> LMOutput:
+        """Logits, (B, T, V), after each of the target tokens, (B, T), given the source, (B, S); no state."""
+        h, aux_loss = self._read(source, source_len)
+        out = self.decoder(target, self._state(h, source_len))
+        return LMOutput(out.logits, None, aux_loss + out.aux_loss)
+
+    def loss(
+        self, source: Tensor, target: Tensor, targets: Tensor, *, source_len: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats per target token, and the auxiliary loss to be added to it, both scalars.
+
+        Args:
+            source: (B, S) int64.
+            target: the target tokens read, (B, T) int64: a start token, then all but the last.
+            targets: the tokens to be predicted, (B, T) int64; -100 is not counted.
+            source_len: (B,) int64.
+        """
+        h, aux_loss = self._read(source, source_len)
+        decoder = self.decoder
+        x, _, decoder_aux_loss = decoder.backbone(decoder.embedding(target), self._state(h, source_len))
+        loss, _ = ops.linear_cross_entropy(x.flatten(0, 1), decoder.head.weight, targets.flatten())
+        return loss, aux_loss + decoder_aux_loss
+
+    def encode(self, source: Tensor, source_len: Tensor | None = None, *, max_len: int) -> list[State]:
+        """Reads the source, (B, S): the decoder's state before the first of at most `max_len` target tokens."""
+        h, _ = self._read(source, source_len)
+        return self._state(h, source_len, self.init_state(len(source), max_len, n_source=0))
+
+    def decode(self, target: Tensor, state: list[State]) -> LMOutput:
+        """Logits, (B, T, V), after each of the next target tokens, (B, T), and the state after them.
+
+        The state is that of `encode` or of an earlier call: any split of a target gives the logits of the whole.
+        """
+        return self.decoder(target, state)
+
+    def init_state(
+        self,
+        batch_size: int,
+        max_len: int,
+        *,
+        n_source: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[State]:
+        """A state as large as that of sources of `n_source` tokens (None means max_len) and targets of `max_len`."""
+        backbone, weight = self.decoder.backbone, self.decoder.embedding.weight
+        like = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        source_len = max_len if n_source is None else n_source
+        lengths = [source_len if isinstance(b.mixer, Reader) else max_len for b in backbone.blocks]
+        state = [b.mixer.init_state(batch_size, n, **like) for b, n in zip(backbone.blocks, lengths, strict=True)]
+        if backbone.positions is not None:
+            state.append(backbone.positions.init_state(batch_size, max_len, device=like["device"]))
+        return state
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        source: Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        *,
+        source_len: Tensor | None = None,
+        start_token: int = 0,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Writes a target for each source, (B, S), by sampling.
+
+        Args:
+            source: (B, S) int64.
+            max_new_tokens: longest target.
+            temperature: divides the logits; 0 always takes the most likely token.
+            top_k: samples among this many most likely tokens.
+            top_p: samples among the fewest tokens that hold this much probability.
+            source_len: (B,) int64.
+            start_token: what the decoder reads first, as in training.
+            stop_token: ends a target; None ends none before max_new_tokens.
+            generator: source of randomness; None means PyTorch's global one.
+
+        Returns:
+            (B, T) int64, without the start token; a target that ended is filled up with `stop_token`.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        state: list[State] | None = self.encode(source, source_len, max_len=max_new_tokens)
+        step = source.new_full((len(source),), start_token)
+        ended = torch.zeros_like(step, dtype=torch.bool)
+        tokens = [step[:, None][:, :0]]
+        for _ in range(max_new_tokens):
+            assert state is not None
+            logits, state, _ = self.decode(step[:, None], state)
+            step = sampling.draw(logits[:, -1], generator=generator)
+            if stop_token is not None:
+                step = step.masked_fill(ended, stop_token)
+                ended = step == stop_token
+            tokens.append(step[:, None])
+            if ended.all():
+                break
+        return torch.cat(tokens, dim=1)
+
+    @property
+    def n_params(self) -> int:
+        """All parameters, shared ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def n_active_params(self) -> int:
+        """Parameters that one source token and one target token use together."""
+        inactive = sum(block.ffn.n_inactive_params for block in self.encoder.blocks if block.ffn is not None)
+        return self.n_params - inactive - (self.decoder.n_params - self.decoder.n_active_params)
+
+    def flops_per_token(self, context_len: float, n_source: int) -> float:
+        """Forward FLOPs of one target token with `context_len` before it, for a source that has been read."""
+        return self.decoder.flops_per_token(context_len) + n_source * sum(r.flops_per_pair() for r in self._readers())
+
+    def source_flops(self, n_source: int) -> float:
+        """Forward FLOPs of reading a source: the encoder, and the keys and values of all readers."""
+        by_token = sum(block.ffn.flops_per_token() for block in self.encoder.blocks if block.ffn is not None)
+        by_token += sum(reader.flops_per_source_token() for reader in self._readers())
+        return n_source * by_token + sum(block.mixer.sequence_flops(n_source) for block in self.encoder.blocks)
+
+    def mean_flops_per_token(self, seq_len: int, n_source: int | None = None) -> float:
+        """Forward FLOPs of a target of `seq_len` tokens and its source, for each token of the target.
+
+        Counted as in LanguageModel. A source of `n_source` tokens (None means seq_len) is paid for by the target.
+        """
+        n_source = seq_len if n_source is None else n_source
+        reading = n_source * sum(reader.flops_per_pair() for reader in self._readers())
+        return self.decoder.mean_flops_per_token(seq_len) + reading + self.source_flops(n_source) / seq_len
+
+    def training_flops_per_token(self, seq_len: int, n_source: int | None = None) -> float:
+        """Forward and backward: the backward pass costs twice the forward."""
+        return 3 * self.mean_flops_per_token(seq_len, n_source)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self, str(folder / "model.safetensors"))
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Self:
+        """Reads what `save_pretrained` wrote. Nothing in it is executed."""
+        model = cls(Seq2SeqConfig.from_dict(json.loads((Path(folder) / "config.json").read_text())))
+        load_model(model, str(Path(folder) / "model.safetensors"))
+        return model if device is None else model.to(device)
+
+    def _readers(self) -> Iterator[Reader]:
+        return (block.mixer for block in self.decoder.backbone.blocks if isinstance(block.mixer, Reader))
+
+    def _read(self, source: Tensor, source_len: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The encoder's output, (B, S, D), and its auxiliary loss."""
+        starts = None
+        if source_len is not None:  # padding is a document of its own, which the source does not see
+            starts = torch.arange(source.shape[1], device=source.device) == source_len[:, None]
+        h, _, aux_loss = self.encoder(self.decoder.embedding(source), starts=starts)
+        return h, aux_loss
+
+    def _state(self, h: Tensor, source_len: Tensor | None, state: list[Any] | None = None) -> list[State]:
+        """The decoder's state, with the source in its readers.
+
+        Without a given `state` nothing else has one, as in training.
+        """
+        backbone = self.decoder.backbone
+        n_states = len(backbone.blocks) + (backbone.positions is not None)
+        before: list[Any] = [None] * n_states if state is None else [*state]
+        for i, block in enumerate(backbone.blocks):
+            if isinstance(block.mixer, Reader):
+                before[i] = block.mixer.read(h, source_len)
+        return before

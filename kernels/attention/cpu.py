@@ -1,0 +1,98 @@
+"""The CPU path: causal self-attention as numba kernels in blocks (cpu_kernels.py), float32 inside, memory linear in L.
+
+Training asks for nothing else. Decode steps, windows, documents, padding and attention that is not causal run plain
+PyTorch, and so do short sequences, where it is faster.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported, forced_backend
+from ..parallel import as_array, is_small, run
+from . import torch_impl
+
+SHORT = 128
+"""Tokens below which PyTorch's attention is faster: much of a block would be padding, or beyond the diagonal."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    starts: Tensor | None = None,
+    first_key: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Same contract as reference.attention, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or one of q, k and v is float64.
+    """
+    if any(t is not None and t.device.type != "cpu" for t in (q, k, v, starts, first_key, kv_len)):
+        raise Unsupported("an input is not on the CPU")
+    if any(t.dtype == torch.float64 for t in (q, k, v)):
+        raise Unsupported("an input is float64, and the kernels compute in float32")
+    (L, H, P), (S, H_kv) = q.shape[1:], k.shape[1:3]
+    masked = (window is not None and window < S) or any(t is not None for t in (starts, first_key, kv_len))
+    if masked or not causal or L != S or L == 1 or H % H_kv or _is_short(q):
+        return torch_impl.attention(q, k, v, causal, window, starts, first_key, kv_len, scale)
+    o, _ = _attention(q.float(), k.float(), v.float(), P**-0.5 if scale is None else scale)
+    return o.to(q.dtype)
+
+
+def _is_short(q: Tensor) -> bool:
+    """Whether PyTorch's kernel costs less than a call of ours; not if forced."""
+    return is_small(q) or (q.shape[1] < SHORT and forced_backend() is None)
+
+
+@torch.library.custom_op("crossover::attention_cpu", mutates_args=(), device_types="cpu")
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o, (B, L, H, P), and log2 of the sum of a query's exponentials, (B, H, L)."""
+    from . import cpu_kernels
+
+    B, L, H, _ = q.shape
+    o, lse = torch.empty(B, L, H, v.shape[3]), torch.empty(B, H, L)
+    run(cpu_kernels.forward, B * H, *map(as_array, (q, k, v)), scale, as_array(o), as_array(lse))
+    return o, lse
+
+
+@_attention.register_fake
+def _(q, k, v, scale):
+    B, L, H, _ = q.shape
+    return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L)
+
+
+@torch.library.custom_op("crossover::attention_cpu_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from . import cpu_kernels
+
+    grads = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+    inputs = *map(as_array, (q, k, v)), scale, *map(as_array, (o, lse, grad_o))
+    run(cpu_kernels.backward, k.shape[0] * k.shape[2], *inputs, *map(as_array, grads))
+    return grads
+
+
+@_attention_backward.register_fake
+def _(grad_o, q, k, v, scale, o, lse):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx, grad_o: Tensor, _: Tensor):
+    q, k, v, o, lse = ctx.saved_tensors
+    return *_attention_backward(grad_o, q, k, v, ctx.scale, o, lse), None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

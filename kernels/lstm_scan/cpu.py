@@ -1,0 +1,115 @@
+"""The CPU path: numba kernels that take the whole sequence at once, recurrent product included (cpu_kernels.py).
+
+Kept for backward, and only if one can follow: the gates as they act and the cells, 5 E numbers a token. The gradient of
+the recurrent weight is one matrix product over all tokens at the end. Results are the same bits on every run and for
+every number of threads. The kernels are imported when first needed: numba alone takes half a second.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import as_array, run
+from . import torch_impl
+from .gradients import register_gradients, weight_gradient
+
+
+def lstm_scan(
+    gates: Tensor, weight: Tensor, initial_state: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.lstm_scan, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or gates are float64.
+    """
+    if any(t is not None and t.device.type != "cpu" for t in (gates, weight, initial_state, starts)):
+        raise Unsupported("an input is not on the CPU")
+    if gates.dtype == torch.float64:
+        raise Unsupported("gates are float64, and the kernels compute in float32")
+    if gates.shape[1] == 1:  # a decode step: packing the weight would cost more than the product
+        return torch_impl.lstm_scan(gates, weight, initial_state, starts)
+    inputs = (gates, weight, initial_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    state = torch.zeros(gates.shape[0], 2, weight.shape[1]) if initial_state is None else initial_state.float()
+    y, state, _, _ = _scan(gates.float(), weight.float(), state, starts, keep)
+    return y.to(gates.dtype), state
+
+
+@torch.library.custom_op("crossover::lstm_scan_cpu", mutates_args=(), device_types="cpu")
+def _scan(
+    gates: Tensor, weight: Tensor, initial_state: Tensor, starts: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, (B, L, E); the final state, (B, 2, E); activated gates, (B, L, 4, E), and cells, (B, L, E), if `keep`."""
+    from . import cpu_kernels
+
+    (batch, L, _), E = gates.shape, weight.shape[1]
+    kept = batch if keep else 0
+    y, state = torch.empty(batch, L, E), torch.empty(batch, 2, E)
+    activated, cells = torch.empty(kept, L, 4, E), torch.empty(kept, L, E)
+    inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, _never_if_none(starts, gates))
+    n_tasks = -(-batch // cpu_kernels.ROWS)
+    run(cpu_kernels.forward, n_tasks, *map(as_array, (*inputs, y, state, activated, cells)))
+    return y, state, activated, cells
+
+
+@_scan.register_fake
+def _(gates, weight, initial_state, starts, keep):
+    (batch, L, _), E = gates.shape, weight.shape[1]
+    kept = batch if keep else 0
+    return tuple(gates.new_empty(shape) for shape in ((batch, L, E), (batch, 2, E), (kept, L, 4, E), (kept, L, E)))
+
+
+@torch.library.custom_op("crossover::lstm_scan_cpu_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    activated: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gates, (B, L, 4 E), of the recurrent weight and of the initial state."""
+    from . import cpu_kernels
+
+    batch, L, E = y.shape
+    grad_gates, grad_initial_state = torch.empty(batch, L, 4, E), torch.empty(batch, 2, E)
+    inputs = (grad_y, grad_state, _by_gates(weight), initial_state, _never_if_none(starts, y), activated, cells)
+    n_tasks = -(-batch // cpu_kernels.ROWS)
+    run(cpu_kernels.backward, n_tasks, *map(as_array, (*inputs, grad_gates, grad_initial_state)))
+    grad_gates = grad_gates.flatten(2)
+    return grad_gates, weight_gradient(grad_gates, y, initial_state, starts), grad_initial_state
+
+
+@_scan_backward.register_fake
+def _(grad_y, grad_state, weight, initial_state, starts, y, activated, cells):
+    return y.new_empty(activated.flatten(2).shape), torch.empty_like(weight), torch.empty_like(initial_state)
+
+
+register_gradients(_scan, _scan_backward)
+
+
+def _by_cells(weight: Tensor) -> Tensor:
+    """The weight as forward takes it: (blocks of LANES cells, E, 4 LANES), zero for cells that do not exist."""
+    from ..simd import LANES
+
+    gates = weight.unflatten(0, (4, -1))  # (4, E, E)
+    gates = F.pad(gates, (0, 0, 0, -gates.shape[1] % LANES)).unflatten(1, (-1, LANES))
+    return gates.permute(1, 3, 0, 2).flatten(2).contiguous()
+
+
+def _by_gates(weight: Tensor) -> Tensor:
+    """The weight as backward takes it: (blocks of TILE cells, 4 gates of LANES-fold width, TILE), zero elsewhere."""
+    from ..simd import LANES, TILE
+
+    E = weight.shape[1]
+    padded = F.pad(weight.unflatten(0, (4, E)), (0, -E % TILE, 0, -E % LANES))  # (4, E, E) and zeros
+    return padded.flatten(0, 1).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
+
+
+def _never_if_none(starts: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(like.shape[:2], dtype=torch.bool) if starts is None else starts

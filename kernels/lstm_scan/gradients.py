@@ -1,0 +1,47 @@
+"""What the compiled backends of the LSTM tell autograd; they differ in the two operators alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register_gradients(scan: Any, scan_backward: Any) -> None:
+    """Makes the custom operator `scan` differentiable once.
+
+    Args:
+        scan: (gates, weight, initial_state, starts, keep) to y, the final state, and the activated gates and cells that
+            backward needs.
+        scan_backward: (grad_y, grad_state, weight, initial_state, starts, y, activated, cells) to the gradients of
+            gates, weight and the initial state.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, weight, initial_state, starts, _ = inputs
+        y, _, activated, cells = output
+        ctx.save_for_backward(weight, initial_state, starts, y, activated, cells)
+        ctx.set_materialize_grads(True)
+
+    def backward(
+        ctx: Any, grad_y: Tensor, grad_state: Tensor, _activated: Tensor, _cells: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return *scan_backward(grad_y, grad_state, *ctx.saved_tensors), None, None
+
+    scan.register_autograd(backward, setup_context=setup_context)
+
+
+def weight_gradient(grad_gates: Tensor, y: Tensor, initial_state: Tensor, starts: Tensor | None) -> Tensor:
+    """Gradient of the recurrent weight, (4 E, E): that of the gates times the output one token before, over all tokens.
+
+    Args:
+        grad_gates: (B, L, 4 E).
+        y: (B, L, E).
+        initial_state: (B, 2, E).
+        starts: (B, L), or None.
+    """
+    before = torch.cat([initial_state[:, :1].to(y.dtype), y[:, :-1]], dim=1)
+    if starts is not None:
+        before.masked_fill_(starts[..., None], 0.0)
+    return grad_gates.flatten(0, 1).T @ before.flatten(0, 1)

@@ -1,0 +1,102 @@
+"""The CPU path: numba kernels that read each input once (cpu_kernels.py), float32 inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import as_array, is_small, rows, run
+from . import torch_impl
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Same contract as reference.rms_norm, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or x is float64.
+    """
+    return _normed(x, None, weight, eps, 1)
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
+    """Same contract as reference.gated_rms_norm, in float32. Differentiable once.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or x is float64.
+    """
+    return _normed(x, z, weight, eps, n_groups)
+
+
+def _normed(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> Tensor:
+    if weight.shape[0] % n_groups:
+        raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
+    if any(t is not None and t.device.type != "cpu" for t in (x, z, weight)):
+        raise Unsupported("an input is not on the CPU")
+    if x.dtype == torch.float64:
+        raise Unsupported("x is float64, and the kernels compute in float32")
+    if is_small(x):
+        return (
+            torch_impl.rms_norm(x, weight, eps) if z is None else torch_impl.gated_rms_norm(x, z, weight, eps, n_groups)
+        )
+    y, _ = _norm(rows(x).float(), None if z is None else rows(z).float(), weight.float(), eps, n_groups)
+    return y.view(x.shape).to(x.dtype)
+
+
+@torch.library.custom_op("crossover::rms_norm_cpu", mutates_args=(), device_types="cpu")
+def _norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
+    """y, (T, D), and 1 / rms, (T, G)."""
+    from . import cpu_kernels
+
+    y, rstd = torch.empty(x.shape), torch.empty(x.shape[0], n_groups)
+    run(cpu_kernels.forward, _n_tasks(x), *map(as_array, (x, _gate(z, x), weight)), eps, as_array(y), as_array(rstd))
+    return y, rstd
+
+
+@_norm.register_fake
+def _(x, z, weight, eps, n_groups):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], n_groups)
+
+
+@torch.library.custom_op("crossover::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
+def _norm_backward(
+    grad_y: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, z (empty without a gate) and weight."""
+    from . import cpu_kernels
+
+    grad_x, grad_z = torch.empty(x.shape), torch.empty(_gate(z, x).shape)
+    parts = torch.empty(_n_tasks(x), x.shape[1])
+    arrays = (grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
+    run(cpu_kernels.backward, len(parts), *map(as_array, arrays))
+    return grad_x, grad_z, parts.sum(0)
+
+
+@_norm_backward.register_fake
+def _(grad_y, x, z, weight, rstd):
+    return x.new_empty(x.shape), x.new_empty(_gate(z, x).shape), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, z, weight, _, _ = inputs
+    ctx.save_for_backward(x, z, weight, output[1])
+
+
+def _backward(ctx, grad_y: Tensor, _: Tensor):
+    x, z, weight, rstd = ctx.saved_tensors
+    grad_x, grad_z, grad_weight = _norm_backward(grad_y, x, z, weight, rstd)
+    return grad_x, None if z is None else grad_z, grad_weight, None, None
+
+
+_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _n_tasks(x: Tensor) -> int:
+    from . import cpu_kernels
+
+    return -(-x.shape[0] // cpu_kernels.ROWS)
+
+
+def _gate(z: Tensor | None, x: Tensor) -> Tensor:
+    """The gate as kernels take it: no rows where there is none."""
+    return x.new_empty(0, x.shape[1]) if z is None else z

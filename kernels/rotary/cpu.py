@@ -1,0 +1,53 @@
+"""The CPU path: a numba kernel that reads and writes each number once (cpu_kernels.py), float32 inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import as_array, is_small, run
+from . import torch_impl
+
+
+def rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.rotary, in float32.
+
+    Raises:
+        Unsupported: if an input is not on the CPU, or q is float64.
+    """
+    if any(t.device.type != "cpu" for t in (q, k, positions)):
+        raise Unsupported("an input is not on the CPU")
+    if q.dtype == torch.float64:
+        raise Unsupported("q is float64, and the kernel computes in float32")
+    if is_small(q):
+        return torch_impl.rotary(q, k, positions, theta)
+    cos, sin = torch_impl.table(q, positions, theta)
+    rotated = (_rotated(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+    return next(rotated), next(rotated)
+
+
+@torch.library.custom_op("crossover::rotary_cpu", mutates_args=(), device_types="cpu")
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from . import cpu_kernels
+
+    y = torch.empty(x.shape)
+    run(cpu_kernels.rotate, x.shape[0] * x.shape[1], *map(as_array, (x, cos, sin, y)))
+    return y
+
+
+@_rotated.register_fake
+def _(x, cos, sin):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, grad_y: Tensor):
+    cos, sin = ctx.saved_tensors
+    return _rotated(grad_y, cos, -sin), None, None  # the adjoint of a rotation turns back
+
+
+_rotated.register_autograd(_backward, setup_context=_setup_context)
