@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .layers import NORMS
 from .registry import nearest, resolve
@@ -61,6 +61,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Whether the output projection is the embedding itself."""
 
+    _other_mixers: ClassVar[Mapping[str, type[Any]]] = {}
+    """Kinds that only models described by this class may use, besides the registered ones."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))
         for name in ("d_model", "n_layers", "vocab_size", "max_positions"):
@@ -108,7 +111,8 @@ class ModelConfig:
     def _layer(self, section: str, name: str) -> tuple[type[Any], Any]:
         options, path = dict(getattr(self, section).get(name, {})), f"model.{section}.{name}"
         named_in = f"{path}.kind" if "kind" in options else "model.pattern"
-        cls, config = resolve(section, options.pop("kind", name), options, named_in=named_in, path=path)
+        others = self._other_mixers if section == "mixer" else None
+        cls, config = resolve(section, options.pop("kind", name), options, named_in=named_in, path=path, others=others)
         if self.bias and hasattr(config, "bias") and "bias" not in options:
             config = dataclasses.replace(config, bias=True)
         return cls, config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from .config import ModelConfig
 from .ffn import FFN
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Block(nn.Module):
@@ -287,21 +289,30 @@ class LanguageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors"))
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Self:
         """Reads what `save_pretrained` wrote. Nothing in it is executed."""
         config = ModelConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
-        model = cls(config)
-        weights = Path(folder) / "model.safetensors"
-        load_model(model, str(weights))
-        for name, value in load_file(weights).items():
-            model.get_parameter(name).data = value  # in the precision of the file
-        return model if device is None else model.to(device)
+        return read_weights(cls(config), folder).to(device)
+
+
+def write_pretrained(model: Any, folder: str | Path) -> None:
+    """Writes a model's model.safetensors, and its config as config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def read_weights(model: M, folder: str | Path) -> M:
+    """Gives a model the parameters of model.safetensors, in the precision of the file, and returns it."""
+    weights = Path(folder) / "model.safetensors"
+    load_model(model, str(weights))
+    for name, value in load_file(weights).items():
+        model.get_parameter(name).data = value
+    return model
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -54,7 +54,15 @@ def register_mixer(name: str, mixer: type[Mixer]) -> None:
     MIXERS[name] = mixer
 
 
-def resolve(section: str, kind: str, options: Mapping[str, Any], *, named_in: str, path: str) -> tuple[type[Any], Any]:
+def resolve(
+    section: str,
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    named_in: str,
+    path: str,
+    others: Mapping[str, type[Any]] | None = None,
+) -> tuple[type[Any], Any]:
     """The class of `kind`, and its options as an instance of its Config.
 
     Args:
@@ -63,11 +71,12 @@ def resolve(section: str, kind: str, options: Mapping[str, Any], *, named_in: st
         options: values of fields of the class's Config.
         named_in: where the kind was named, for the message.
         path: where the options were given, for the message.
+        others: kinds that may stand here besides the registered ones.
 
     Raises:
         ValueError: for an unknown kind or option, with the most similar name.
     """
-    kinds: Mapping[str, type[Any]] = MIXERS if section == "mixer" else FFNS
+    kinds = {**(MIXERS if section == "mixer" else FFNS), **(others or {})}
     if kind not in kinds:
         raise ValueError(f"unknown {section} {kind!r} in {named_in}{nearest(kind, kinds)}")
     known = {f.name for f in dataclasses.fields(kinds[kind].Config)}

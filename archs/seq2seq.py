@@ -16,7 +16,6 @@ the last token, the state and the context, which the residual stream sums up.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ..kernels import ops
@@ -32,7 +30,7 @@ from .config import ModelConfig
 from .generation import Sampling
 from .mixer import State
 from .mixers.cross_attention import READERS, Reader
-from .model import Backbone, LanguageModel, LMOutput
+from .model import Backbone, LanguageModel, LMOutput, read_weights, write_pretrained
 from .registry import nearest
 
 __all__ = ["Seq2Seq", "Seq2SeqConfig"]
@@ -52,6 +50,9 @@ class Seq2SeqConfig(ModelConfig):
     source: Mapping[str, Any]
     """The encoder: its `pattern`, the options `mixer` and `ffn` of what the pattern names, and `n_layers`, without
     which it has as many periods as the decoder. All else is as in the decoder."""
+
+    # they need a state, so they cannot be in the registry, whose entries hold the contract of mixers
+    _other_mixers = READERS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,19 +75,6 @@ class Seq2SeqConfig(ModelConfig):
         n_periods = -(-self.n_layers // len(self.pattern))
         shared = {name: getattr(self, name) for name in _SHARED}
         return ModelConfig(**{"n_layers": n_periods * len(self.source["pattern"]), **shared, **self.source})
-
-    # `READERS` need a state, so they cannot be in the registry, whose entries hold the contract of mixers
-    def _layer(self, section: str, name: str) -> tuple[type[Any], Any]:
-        options = dict(self.mixer.get(name, {}))
-        kind = options.pop("kind", name)
-        if section != "mixer" or kind not in READERS:
-            return super()._layer(section, name)
-        cls = READERS[kind]
-        known = {f.name for f in dataclasses.fields(cls.Config)}
-        for key in options:
-            if key not in known:
-                raise ValueError(f"unknown option model.mixer.{name}.{key}{nearest(key, known)}")
-        return cls, cls.Config(**({"bias": True} if self.bias and "bias" in known else {}) | options)
 
     def to_dict(self) -> dict[str, Any]:
         """See ModelConfig.to_dict."""
@@ -243,18 +231,14 @@ class Seq2Seq(nn.Module):
         return 3 * self.mean_flops_per_token(seq_len, n_source)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors"))
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        """See LanguageModel.save_pretrained."""
+        write_pretrained(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Self:
-        """Reads what `save_pretrained` wrote. Nothing in it is executed."""
+        """See LanguageModel.from_pretrained."""
         model = cls(Seq2SeqConfig.from_dict(json.loads((Path(folder) / "config.json").read_text())))
-        load_model(model, str(Path(folder) / "model.safetensors"))
-        return model if device is None else model.to(device)
+        return read_weights(model, folder).to(device)
 
     def _readers(self) -> Iterator[Reader]:
         return (block.mixer for block in self.decoder.backbone.blocks if isinstance(block.mixer, Reader))

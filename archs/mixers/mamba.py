@@ -26,7 +26,7 @@ class MambaConfig:
     dt_rank: int | None = None
     """Rank of the step-size projection; None means ceil(d_model / 16)."""
     dt_min: float = 1e-3
-    """Smallest initial step size."""
+    """Smallest initial step size, itself at least 1e-4."""
     dt_max: float = 1e-1
     """Largest initial step size."""
     inner_norm: bool = False
