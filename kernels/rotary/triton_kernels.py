@@ -45,9 +45,10 @@ _rotated.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(H: int, half: int) -> dict[str, int]:
-    """Powers of two that hold the heads of a program, some 1024 pairs, and half a head."""
+    """Sizes of a program's block, powers of two with some 1024 pairs: tokens, heads and half a head."""
     width = triton.next_power_of_2(half)
-    return {"HEADS": max(1, min(triton.next_power_of_2(H), 1024 // width)), "HALF": width, "num_warps": 4}
+    heads = max(1, min(triton.next_power_of_2(H), 1024 // width))
+    return {"TOKENS": max(1, 1024 // (heads * width)), "HEADS": heads, "HALF": width, "num_warps": 4}
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,23 +56,24 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, L, H, P = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     options = configuration(H, P // 2)
-    grid = (batch * L, triton.cdiv(H, options["HEADS"]))
+    grid = (triton.cdiv(L, options["TOKENS"]), triton.cdiv(H, options["HEADS"]), batch)
     launch(_kernel, grid, x, cos, sin, y, L, H, P // 2, x.stride(0), x.stride(1), **options)
     return y
 
 
 @triton.jit
-def _kernel(X, COS, SIN, Y, L, H, half, stride_b, stride_t, HEADS: tl.constexpr, HALF: tl.constexpr):
-    # grid (B L, H / HEADS)
-    token = tl.program_id(0).to(tl.int64)
-    b, t = token // L, token % L
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    i = tl.arange(0, HALF)
-    mask = (h < H)[:, None] & (i < half)[None, :]
-    cos = tl.load(COS + t * half + i, mask=i < half, other=0.0)[None, :]
-    sin = tl.load(SIN + t * half + i, mask=i < half, other=0.0)[None, :]
-    pair = h[:, None] * (2 * half) + i[None, :]
-    source, target = X + b * stride_b + t * stride_t + pair, Y + token * H * (2 * half) + pair
+def _kernel(
+    X, COS, SIN, Y, L, H, half, stride_b, stride_t, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):  # grid (L / TOKENS, H / HEADS, B)
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
+    h = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
+    b = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, HALF)[None, None, :]
+    mask = (t < L) & (h < H) & (i < half)
+    cos = tl.load(COS + t * half + i, mask=(t < L) & (i < half), other=0.0)
+    sin = tl.load(SIN + t * half + i, mask=(t < L) & (i < half), other=0.0)
+    pair = h * (2 * half) + i
+    source, target = X + b * stride_b + t * stride_t + pair, Y + (b * L + t) * H * (2 * half) + pair
     u = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, (u * cos - v * sin).to(Y.dtype.element_ty), mask=mask)

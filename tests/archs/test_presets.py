@@ -129,7 +129,9 @@ def held(name: str, context_len: int, **options: Any) -> int:
         (56, 8, 56 * GIB),  # Mixtral 8x22B
         (88, 8, 88 * GIB),  # Mistral Large 2
         (80, 8, 80 * GIB),  # Llama 3.1 70B
-        (126, 8, 126 * GIB),  # Llama 3.1 405B, published as 252 GB: of 16 key heads
+        (126, 8, 126 * GIB),  # Llama 3.1 405B
+        (126, 16, 252 * GIB),  # as it was published, with twice the heads
+        (4, 8, 4 * GIB),  # attention of Nemotron-H 8B and of the Mamba-2-Hybrid 8B
     ],
 )
 def test_caches_of_256k_tokens_have_the_published_size(n_layers: int, n_kv_heads: int, size: int) -> None:
@@ -147,6 +149,8 @@ def test_states_of_published_models_have_the_published_size() -> None:
     large = {"n_layers": 72, "d_model": 8192, "n_heads": 64, "n_kv_heads": 8}  # Jamba 1.5 Large
     assert held("jamba", 256 * 1024, **large) == 9 * GIB + held("jamba", 0, **large)
     assert held("mamba-2.8b", 256 * 1024) / MIB == pytest.approx(21.9, abs=0.05)
+    # 64 layers: 128 states in 32 bits for each of 5120 channels, and a window of 3 inputs of these and of B and C
+    assert held("mamba2-2.7b", 256 * 1024) == 160 * MIB + 64 * (5120 + 2 * 128) * 3 * 2
 
 
 def test_bidirectional_makes_an_encoder_of_every_layer() -> None:
