@@ -1,9 +1,14 @@
 """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): a memory of keys and values that can be revised.
 
-Queries are scaled by 1 / sqrt(N) as in the authors' code, which the norm of the output takes out again but for its eps.
-Keys are 3/4 and values 3/2 as wide as the model, so that a layer has about 6 D^2 parameters; every head of queries has
-keys and values of its own. Step sizes start as in the paper's model, which has them from Mamba-2; initial weights of
-projections are this project's.
+Equations, widths and initial values are those of the authors' code (NVlabs/GatedDeltaNet, 5ddd1e4) and of its
+successor by the first author (flash-linear-attention, bc3b101): keys are 3/4 and values 3/2 as wide as the model, so
+that a layer has about 6 D^2 parameters; queries are scaled by 1 / sqrt(N), which the norm of the output takes out again
+but for its eps; convolutions have no bias; projections and convolutions start with PyTorch's weights, where
+flash-linear-attention has normal ones.
+
+What differs: a head's keys have at most 128 channels by default, theirs 128 to 256; b has no bias, as in
+flash-linear-attention; and the output projection starts smaller in deep models, as in all of this project. What is
+missing: more heads of values than of keys.
 """
 
 from __future__ import annotations
@@ -72,7 +77,7 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         self.d_qkv = H * (2 * N + P)
         self.in_proj = linear(d_model, self.d_qkv + H * P + 2 * H)  # q, k and v; z; dt and b
         self.conv_weight = nn.Parameter(torch.empty(self.d_qkv, K).uniform_(-(K**-0.5), K**-0.5))
-        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.A_log = nn.Parameter((16 * (1 - torch.rand(H))).log())  # uniform in (0, 16]: zero would have no logarithm
         self.dt_bias = step_bias(H, config.dt_min, config.dt_max)
         self.norm = RMSNorm(P, 1e-5)
         self.out_proj = linear(H * P, d_model, scale=residual_scale)
@@ -101,7 +106,9 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         return -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
 
     def _writing_strength(self, b: Tensor) -> Tensor:
-        return torch.sigmoid(b) * (2 if self.config.negative_eigenvalues else 1)
+        """b, (B, L, H), in float32, as log a."""
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        return torch.sigmoid(b.to(dtype)) * (2 if self.config.negative_eigenvalues else 1)
 
     def init_state(
         self,

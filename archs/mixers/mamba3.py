@@ -1,10 +1,13 @@
 """Mamba-3 (ICLR 2026, arXiv:2603.15569), SISO: a trapezoidal rule and states that rotate, without a convolution.
 
-The equation implemented is that of `Mamba3`. Its ingredients are the paper's: the two-term drive, rotations that depend
-on the data, RMSNorm on B and C and then a bias of each head, the gate without a norm after it. What follows was settled
-without the authors' code at hand, and may differ from it: A is one learned number per head, as in Mamba-2; all pairs of
-states rotate; their rates are one projection that the heads share, without bounds; all weights start as in Mamba-2, and
-the biases of B and C at one. The many inputs and outputs of the paper's other variant (MIMO) are not here.
+Equations, defaults and initial values are those of the authors' code (state-spaces/mamba, e9594ce), and so are the
+order of the projections, what is exempt from weight decay and the names of the weights: theirs fit once the axis of
+length one is taken out of B_bias and C_bias. Since c69aaab their -A falls off more slowly than the softplus of the
+first release, for the sake of stable training; so does this one.
+
+What differs: heads of narrow models are smaller than theirs; a decay stops short of one by what float32 cannot see; and
+angles are brought back into one turn where the state is handed over, not every 64 tokens. What is missing: many inputs
+and outputs (MIMO), groups of heads with a B and C of their own, and the norm of the output, which is off by default.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from ...kernels import ops
 from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
 from ..mixer import Mixer, State
 
-SMALLEST_STEP = 1e-9
-"""Step sizes stop here: the scan divides by them."""
+SMALLEST_FADE = 1e-9
+"""-A dt stops here, where exp(A dt) has long been one in float32: the scan's input is divided by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class Mamba3Config:
     """Options of Mamba-3."""
 
     d_state: int = 128
-    """N, states per channel, in pairs that rotate."""
+    """N, states per channel."""
+    rope_fraction: float = 0.5
+    """Share of the states that rotate, in pairs of neighbours: the first ones."""
     expand: float = 2
     """E / D."""
     head_dim: int | None = None
@@ -40,6 +45,8 @@ class Mamba3Config:
     """Smallest initial step size, itself at least 1e-4."""
     dt_max: float = 1e-1
     """Largest initial step size."""
+    A_min: float = 1e-4
+    """Smallest -A."""
 
 
 @dataclass
@@ -47,42 +54,43 @@ class Mamba3State(State):
     """Constant in the context length."""
 
     ssm: Tensor
-    """h, (B, H, P, N), float32, in a frame that does not rotate, as are all B and C."""
+    """h, (B, H, P, N), float32."""
     x: Tensor
     """The last input of the scan, (B, H, P), which drives the next token too."""
     B: Tensor
-    """B of the last token, in that frame, (B, H, N), float32."""
+    """B of the last token, turned, (B, H, N), float32."""
     angle: Tensor
-    """How far the states have rotated in all, (B, H, N / 2), radians in [0, 2 pi), float32."""
+    """How far B and C of the last token were turned, (B, H, n_angles), radians in [0, 2 pi), float32."""
 
 
 class Mamba3(Mixer[Mamba3Config, Mamba3State]):
-    """out_proj(silu(z) (C[t] h[t] + D x[t])) with states that decay and rotate, driven by this token and the last:
+    """out_proj(silu(z) (h[t] C[t] + D x[t])) with states that decay and rotate, driven by this token and the last:
 
-        h[t] = R[t] (a h[t-1] + (1 - l) dt a x[t-1] B[t-1]^T) + l dt x[t] B[t]^T,
+        h[t] = a (h[t-1] + (1 - l) dt x[t-1] B[t-1]^T) + l dt x[t] B[t]^T.
 
-    a = exp(dt A), dt = softplus(. + dt_bias) and l = sigmoid(.) per head, and R[t] rotates state i against state
-    i + N / 2 by the angle dt theta[i]. B = norm(.) + B_bias, C = norm(.) + C_bias; z, x and all dots are projections.
+    Per head, a = exp(dt A), dt = softplus(. + dt_bias), -A = rate(.) and l = sigmoid(.); B[t] = R[t] (norm(.) + B_bias)
+    and C[t] = R[t] (norm(.) + C_bias), where R[t] turns states 2 i and 2 i + 1 by the sum of dt pi tanh(theta[i]) up to
+    token t: for C, earlier states have rotated. z, x, theta and all dots are projections; heads share those of B, C and
+    theta.
     """
 
     Config = Mamba3Config
-    no_weight_decay = frozenset({"A_log", "D", "dt_bias", "B_bias", "C_bias"})
+    no_weight_decay = frozenset({"D", "dt_bias"})
 
     def __init__(self, d_model: int, config: Mamba3Config, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
         E, N = int(config.expand * d_model), config.d_state
-        if N % 2:
-            raise ValueError(f"d_state={N} is odd: states rotate in pairs")
+        if not 0 <= config.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction={config.rope_fraction} is no share of the states: use one from 0 to 1")
         self.d_inner, self.head_dim = E, config.head_dim or default_head_dim(E)
         self.n_heads, rest = divmod(E, self.head_dim)
         if rest:
             raise ValueError(f"d_inner={E} is not divisible by head_dim={self.head_dim}")
-        H = self.n_heads
-        self.widths = [E, E, N, N, H, H, N // 2]  # z, x, B, C, dt, l, theta
+        H, self.n_angles = self.n_heads, int(config.rope_fraction * N) // 2
+        self.widths = [E, E, N, N, H, H, H, self.n_angles]  # z, x, B, C, dt, A, l, theta
         self.in_proj = linear(d_model, sum(self.widths))
         self.B_norm, self.C_norm = RMSNorm(N, 1e-5), RMSNorm(N, 1e-5)
         self.B_bias, self.C_bias = nn.Parameter(torch.ones(H, N)), nn.Parameter(torch.ones(H, N))
-        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(H))
         self.dt_bias = step_bias(H, config.dt_min, config.dt_max)
         self.out_proj = linear(E, d_model, scale=residual_scale)
@@ -91,19 +99,21 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         self, x: Tensor, state: Mamba3State | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, Mamba3State | None]:
         """See Mixer.forward."""
-        z, x, B, C, dt, mix, theta = self.in_proj(x).split(self.widths, dim=-1)
+        z, x, B, C, dt, A, mix, theta = self.in_proj(x).split(self.widths, dim=-1)
         wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(min=SMALLEST_STEP)  # (B, L, H)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))  # (B, L, H)
+        fade = (dt * _rate(A.to(wide)).clamp(min=self.config.A_min)).clamp(min=SMALLEST_FADE)
         # scores see differences of angles only, so they may run on across documents
-        angle = (dt[..., None] * theta.to(wide)[:, :, None]).cumsum(1)  # (B, L, H, N / 2)
+        angle = (dt[..., None] * (math.pi * theta.to(wide).tanh())[:, :, None]).cumsum(1)  # (B, L, H, n_angles)
         angle = angle if state is None else state.angle[:, None] + angle
         cos, sin = angle.cos(), angle.sin()
         B, C = (
-            _rotate_back(norm(t).to(wide)[:, :, None] + bias.to(wide), cos, sin)
+            _turned(norm(t).to(wide)[:, :, None] + bias.to(wide), cos, sin)
             for norm, t, bias in ((self.B_norm, B, self.B_bias), (self.C_norm, C, self.C_bias))
         )  # (B, L, H, N)
         x = x.unflatten(-1, (self.n_heads, -1))
-        y, ssm = self._scan(x.to(wide), B, C, dt, mix.to(wide).sigmoid(), state, starts)
+        own, rest = (share.to(wide).sigmoid() * dt for share in (mix, -mix))
+        y, ssm = self._scan(x.to(wide), B, C, fade, own, rest, state, starts)
         out = self.out_proj(ops.swiglu(z, y.to(z.dtype).flatten(2)))
         if state is None:
             return out, None
@@ -111,27 +121,34 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         return out, Mamba3State(ssm, x[:, -1].clone(), B[:, -1].clone(), angle[:, -1].remainder(2 * math.pi))
 
     def _scan(
-        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, mix: Tensor, state: Mamba3State | None, starts: Tensor | None
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        fade: Tensor,
+        own: Tensor,
+        rest: Tensor,
+        state: Mamba3State | None,
+        starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """y, (B, L, H, P), with the skip, and h after the last token.
+        """y, (B, L, H, P), with the skip, and h after the last token, for fade = -A dt, own = l dt, rest = (1 - l) dt.
 
-        In the frame that does not rotate, what a token itself adds to the state, own[t] = l dt x[t] B[t]^T, is left for
-        the token after it, which has another share of the same x B^T to add: h - own is one scan with one drive,
+        What a token itself adds to the state, own[t] x[t] B[t]^T, is left for the token after it, which has another
+        share of the same x B^T to add: h' = h - own x B^T is one scan with one drive,
 
-            h[t] - own[t] = a (h[t-1] - own[t-1]) + a (own[t-1] + (1 - l) dt x[t-1] B[t-1]^T),
+            h'[t] = a (h'[t-1] + (own[t-1] + rest[t]) x[t-1] B[t-1]^T),
 
-        and own[t] reaches y[t] by the product of C[t] and B[t]. A given state has its own[t-1] in it already.
+        and what was left reaches y[t] by the product of C[t] and B[t]. A given state has its own[t-1] in it already.
         """
         h, x_before, B_before = (None, None, None) if state is None else (state.ssm, state.x, state.B)
         x_last, B_last = _shifted(x, x_before), _shifted(B, B_before)
-        A, own = -torch.exp(self.A_log.to(dt.dtype)), mix * dt
         if starts is not None:
             x_last = x_last.masked_fill(starts[..., None, None], 0)
-        # ops.ssd multiplies by dt
-        drive = torch.exp(dt * A) * (_shifted(own, None) / dt + 1 - mix)
-        inputs = (drive[..., None] * x_last, dt, A, B_last, C)
+        # ops.ssd has one A of each head: with fade for its dt, A is -1, and the fade that multiplies x is divided out
+        drive = torch.exp(-fade) * (_shifted(own, None) + rest) / fade
+        inputs = (drive[..., None] * x_last, fade, fade.new_full((self.n_heads,), -1), B_last, C)
         y, before = ops.ssd(*inputs, initial_state=h, starts=starts, chunk_len=self.config.chunk_len)
-        y = y + (own * (B * C).sum(-1) + self.D.to(dt.dtype))[..., None] * x
+        y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
         return y, before + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None]
 
     def init_state(
@@ -149,7 +166,7 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
             ssm=torch.zeros(batch_size, H, P, N, device=device, dtype=wide),
             x=torch.zeros(batch_size, H, P, device=device, dtype=dtype),
             B=torch.zeros(batch_size, H, N, device=device, dtype=wide),
-            angle=torch.zeros(batch_size, H, N // 2, device=device, dtype=wide),
+            angle=torch.zeros(batch_size, H, self.n_angles, device=device, dtype=wide),
         )
 
     def flops_per_token(self, context_len: float) -> float:
@@ -166,8 +183,17 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         return seq_len * (self._flops_outside() + scan)
 
     def _flops_outside(self) -> float:
-        """Per token: projections; 3 H N each to rotate B and C, and 2 H N for their product; 2 E for the skip."""
-        return linear_flops(self) + 8 * self.n_heads * self.config.d_state + 2 * self.d_inner
+        """Per token: projections, 2 E for the skip, and for every head the biases of B and C and their product, 4 N.
+
+        An angle takes 16 a head: 4 to find it, its sine and its cosine, and 12 to turn B and C.
+        """
+        H, N = self.n_heads, self.config.d_state
+        return linear_flops(self) + 2 * self.d_inner + 4 * H * N + 16 * H * self.n_angles
+
+
+def _rate(a: Tensor) -> Tensor:
+    """1 + a from zero upwards and 1 / (1 - a) below it: positive, smooth, and slow to vanish."""
+    return F.relu(a) + 1 / (1 - a.clamp(max=0))
 
 
 def _shifted(t: Tensor, before: Tensor | None) -> Tensor:
@@ -176,7 +202,9 @@ def _shifted(t: Tensor, before: Tensor | None) -> Tensor:
     return torch.cat([first, t[:, :-1]], dim=1)
 
 
-def _rotate_back(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (t[i], t[i + N / 2]) of the last axis by -angle[i]."""
-    a, b = t.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (t[2 i], t[2 i + 1]) of the last axis by angle[i]; what lies beyond the last angle stays."""
+    n = 2 * cos.shape[-1]
+    a, b = t[..., :n:2], t[..., 1:n:2]
+    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.cat([pairs.flatten(-2), t[..., n:]], dim=-1)

@@ -28,7 +28,7 @@ VARIANTS = {
     ],
     "mamba": [{"d_state": 5, "d_conv": 3}, {"d_state": 4, "inner_norm": True, "expand": 1.5}],
     "mamba2": [{"d_state": 5, "d_conv": 3, "n_groups": 2, "expand": 1.5}],
-    "mamba3": [{"d_state": 6, "expand": 1.5}],
+    "mamba3": [{"d_state": 6, "expand": 1.5}, {"d_state": 7, "rope_fraction": 1.0}],
     "s4": [{"d_state": 6}],
     "s4d": [{"d_state": 6}, {"d_state": 4, "init": "real"}],
     "h3": [{"d_conv": 5, "d_state": 6}, {"head_dim": 4, "d_conv": 3, "d_state": 4}],

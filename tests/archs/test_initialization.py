@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossover.archs import available, build
+from crossover.archs.mixers.gated_deltanet import GatedDeltaNet
 from crossover.archs.mixers.mamba import Mamba
+from crossover.archs.mixers.mamba3 import Mamba3
 from crossover.archs.mixers.s4d import S4D
 
 
@@ -16,15 +18,21 @@ def mixers(name: str, kind: type) -> list:
     return found
 
 
-@pytest.mark.parametrize("name", ["mamba", "jamba"])
-def test_mamba_step_sizes_are_log_uniform(name: str) -> None:
-    dt = torch.cat([F.softplus(m.dt_bias) for m in mixers(name, Mamba)]).log()
-    low, high = math.log(1e-3), math.log(1e-1)
-    assert dt.min() >= low - 1e-3
-    assert dt.max() <= high + 1e-3
-    uniform = (dt.sort().values - low) / (high - low)
+def assert_uniform(values: torch.Tensor, low: float, high: float) -> None:
+    assert values.min() >= low - 1e-3
+    assert values.max() <= high + 1e-3
+    uniform = (values.sort().values - low) / (high - low)
     # Kolmogorov-Smirnov at one in a thousand
-    assert (uniform - torch.linspace(0, 1, len(dt))).abs().max() < 1.95 / len(dt) ** 0.5
+    assert (uniform - torch.linspace(0, 1, len(values))).abs().max() < 1.95 / len(values) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mamba", Mamba), ("jamba", Mamba), ("mamba3", Mamba3), ("gated_deltanet", GatedDeltaNet)],
+)
+def test_step_sizes_are_log_uniform(name: str, kind: type) -> None:
+    dt = torch.cat([F.softplus(m.dt_bias) for m in mixers(name, kind)])
+    assert_uniform(dt.log(), math.log(1e-3), math.log(1e-1))
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba"])
@@ -32,6 +40,19 @@ def test_mamba_poles_are_the_integers(name: str) -> None:
     for mixer in mixers(name, Mamba):
         torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(256, -1))
         assert torch.equal(mixer.D, torch.ones(256))
+
+
+def test_mamba3_starts_with_ones_beside_its_projections() -> None:
+    projections = {"in_proj.weight", "out_proj.weight", "dt_bias"}
+    for mixer in mixers("mamba3", Mamba3):
+        ones = {name: p for name, p in mixer.named_parameters() if name not in projections}
+        assert set(ones) == {"B_norm.weight", "C_norm.weight", "B_bias", "C_bias", "D"}
+        assert all(torch.equal(p, torch.ones_like(p)) for p in ones.values())
+        assert_uniform(mixer.in_proj.weight.flatten()[:10_000], -(128**-0.5), 128**-0.5)
+
+
+def test_gated_deltanet_decay_rates_are_uniform() -> None:
+    assert_uniform(torch.cat([m.A_log.exp() for m in mixers("gated_deltanet", GatedDeltaNet)]), 0, 16)
 
 
 def test_s4d_poles_are_s4d_lin() -> None:
