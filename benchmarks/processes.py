@@ -80,6 +80,8 @@ class Fork:
     ) -> None:
         """Calls work(order) in the child, whose standard output is `output` and whose messages go to the file `log`.
 
+        Its standard input is what `tell` writes, and ends when this process does.
+
         `preload` names the modules that the server imports, once and for all; with None the child is no fork but a new
         process, as CUDA needs it: asking for a GPU in the server would be enough to lose it in every fork.
         """
@@ -87,21 +89,29 @@ class Fork:
         if preload is not None and sys.platform == "linux":
             context = _FORKSERVER
             _FORKSERVER.set_forkserver_preload(list(preload))
-        reading, writing = context.Pipe(duplex=False)
-        self._reading = reading
-        self._process = context.Process(target=_in_child, args=(work, order, str(log), writing))
+        self._output, output = context.Pipe(duplex=False)
+        stdin, self._stdin = context.Pipe(duplex=False)
+        self._process = context.Process(target=_in_child, args=(work, order, str(log), stdin, output))
         self._process.start()
-        writing.close()
+        stdin.close()
+        output.close()
 
     @property
     def output(self) -> int:
         """Descriptor from which the child's standard output is read; it ends when the child does."""
-        return self._reading.fileno()
+        return self._output.fileno()
+
+    def tell(self, line: str) -> None:
+        """Writes a line to the child's standard input; nothing happens where the child has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._stdin.fileno(), f"{line}\n".encode())
 
     def join(self) -> int:
-        """Waits for the end of the child and returns its exit code, negative where a signal ended it."""
+        """Ends the child's standard input, waits for its end and returns its exit code, negative where a signal ended
+        it."""
+        self._stdin.close()
         self._process.join()
-        self._reading.close()
+        self._output.close()
         assert self._process.exitcode is not None
         return self._process.exitcode
 
@@ -111,10 +121,12 @@ class Fork:
         self.join()
 
 
-def _in_child(work: Callable[[Any], object], order: Any, log: str, writing: Any) -> None:
+def _in_child(work: Callable[[Any], object], order: Any, log: str, stdin: Any, output: Any) -> None:
     os.setsid()  # a Ctrl-C at the terminal reaches the parent alone
-    os.dup2(writing.fileno(), 1)
-    writing.close()
+    for descriptor, pipe in enumerate((stdin, output)):
+        os.dup2(pipe.fileno(), descriptor)
+        pipe.close()
+    sys.stdin = os.fdopen(0, closefd=False)  # multiprocessing has made it read from nowhere
     messages = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(messages, 2)
     os.close(messages)

@@ -1,6 +1,5 @@
 """The race of operations: who takes part, that they take turns, and what is written."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,18 +119,6 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     (row,) = peers.model_rows(threads=1, time_box=0.1, logs=tmp_path)
     assert row["text"] == "whole models: transformers is not installed (pip install 'crossover[hf]')"
-
-
-@pytest.mark.parametrize("arch", ["mamba", "transformer"])
-def test_the_peer_has_as_many_parameters_and_both_train(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("transformers", reason="needs the extra [hf]")
-    order = {"arch": arch, "n_params": 60_000, "batch_size": 1, "seq_len": 8, "threads": 1, "time_box": 0.0}
-    found = []
-    for who in ("ours", "theirs"):
-        peers._work({**order, "who": who, "keeps_freed_memory": False})
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0]["n_params"] == found[1]["n_params"]
-    assert all(one["tokens_per_second"] > 0 and one["repeats"] == 1 for one in found)
 
 
 def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,40 @@ def test_a_fork_tells_how_it_ended(tmp_path: Path) -> None:
     child.kill()
 
 
+@pytest.mark.parametrize("preload", [(), None])
+def test_a_fork_reads_what_it_is_told_until_it_is_joined(tmp_path: Path, preload: tuple[str, ...] | None) -> None:
+    echo = "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)\nprint('end', flush=True)"
+    child = Fork(exec, echo, log=tmp_path / "log", preload=preload)
+    with os.fdopen(os.dup(child.output)) as output:
+        for word in ("one", "two"):
+            child.tell(word)
+            assert output.readline() == f"{word.upper()}\n"
+        assert child.join() == 0
+        assert output.read() == "end\n"
+
+
+def test_telling_a_fork_that_has_ended_does_nothing(tmp_path: Path) -> None:
+    child = Fork(exec, "", log=tmp_path / "log")
+    with os.fdopen(os.dup(child.output)) as output:
+        assert output.read() == ""
+    child.tell("too late")
+    assert child.join() == 0
+
+
+def test_a_fork_that_waits_to_be_told_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    waiting = "import sys; sys.stderr.write('up '); sys.stderr.flush(); sys.stdin.read(); sys.stderr.write('ended')"
+    code = "import pathlib, sys, time; from crossover.benchmarks.processes import Fork; "
+    code += f"children = [Fork(exec, {waiting!r}, log=pathlib.Path(name)) for name in sys.argv[1:]]; time.sleep(60)"
+    logs = [tmp_path / "first", tmp_path / "second"]
+    parent = start([sys.executable, "-c", code, *map(str, logs)], threads=1, log=tmp_path / "log")
+    for log in logs:
+        wait_for(log, "up")
+    parent.kill()
+    parent.wait(20)
+    for log in logs:
+        wait_for(log, "ended")
+
+
 def test_without_preloading_a_child_is_a_new_process(tmp_path: Path) -> None:
     code = "import os, sys; print(os.getppid(), flush=True)"
     for preload, is_own in (((), False), (None, True)):
