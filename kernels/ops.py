@@ -77,7 +77,7 @@ causal_conv1d = Op(
 gated_delta_rule = Op(_gated_delta_rule.gated_delta_rule, torch=_gated_delta_rule_torch.gated_delta_rule)
 state_update = Op(_state_update.state_update, torch=_state_update_torch.state_update, triton=_triton("state_update"))
 ssm_kernel = Op(_long_conv.ssm_kernel, torch=_long_conv_torch.ssm_kernel, triton=_triton("ssm_kernel", "long_conv"))
-long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv)
+long_conv = Op(_long_conv.long_conv, torch=_long_conv_torch.long_conv, triton=_triton("long_conv"))
 ssm_scan = Op(_long_conv.ssm_scan, torch=_long_conv_torch.ssm_scan, triton=_triton("ssm_scan", "long_conv"))
 dplr_kernel = Op(_dplr.dplr_kernel, torch=_dplr_torch.dplr_kernel)
 dplr_scan = Op(_dplr.dplr_scan, torch=_dplr_torch.dplr_scan)

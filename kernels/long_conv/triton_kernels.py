@@ -1,4 +1,4 @@
-"""S4's kernel from its poles and the recurrence for the GPU; long_conv stays with PyTorch's FFT, which is cuFFT there.
+"""S4's kernel from its poles, the convolution with it and the recurrence for the GPU.
 
 Backward keeps nothing but the inputs. Poles do not depend on time, so no token costs an exponential, and what poles and
 residues get is a sum that runs forward beside the state, with s = dh/dA:
@@ -10,11 +10,21 @@ first. All sums are taken in a fixed order, so results repeat bit for bit.
 
 Triton has no complex numbers: real and imaginary parts are read from and written to PyTorch's own pairs. PyTorch's
 gradient of a complex number is the conjugate of the derivative above; that is taken outside of the kernels.
+
+The convolution is a matrix product. Of sequences that are cut into blocks of T tokens, a block of outputs is
+
+    y_i = sum_j K_(i-j) u_j,   K_d[r, c] = kernel[d T + r - c], zero where that is before the first tap,
+
+and every channel multiplies the same Toeplitz matrices with the blocks of all its rows, side by side as columns. The
+input's gradient takes them transposed. The gradient of the kernel is sum_i g_i u_(i-d)^T, a T x T matrix for each lag d
+of blocks, of which a tap is the sum of a diagonal. The work grows with the square of the length: a long sequence is
+left to PyTorch's FFT.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +45,12 @@ SPAN = 64 * POWERS
 
 ENOUGH_THREADS = 528 * 32
 """Threads to aim at: a warp for each scheduler of a large GPU."""
+
+BLOCK = 64
+"""Tokens of a block of long_conv, T above: rows of a matrix, which the matrix units of all GPUs take whole."""
+
+STEP = 32
+"""Columns of a Toeplitz matrix that are multiplied at a time: more would not fit the registers."""
 
 
 # The kernel from the poles
@@ -198,6 +214,222 @@ def _response_gradient_kernel(
     out = (tl.program_id(1) * tl.num_programs(0) + e) * N + n
     _store_complex(SUMS, out, tl.sum(sum_re, 1), tl.sum(sum_im, 1), n < N)
     _store_complex(TIMED, out, tl.sum(timed_re, 1), tl.sum(timed_im, 1), n < N)
+
+
+# The convolution
+
+
+def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
+    """Same contract as reference.long_conv. Differentiable once. Where products_win says no, the FFT is cuFFT's.
+
+    A channel's tokens are neighbours inside, which makes columns of a matrix of them, so u and y are transposed here,
+    as for the FFT: one more read and write of each, which torch.compile can do together with what is around.
+
+    Raises:
+        Unsupported: if u is float64.
+    """
+    if u.dtype == torch.float64:
+        raise Unsupported("u is float64, and the kernels compute in float32")
+    if not products_win(u.shape[0], u.shape[1], u.dtype):
+        return torch_impl.long_conv(u, kernel, D)
+    return _conv(u.mT.contiguous(), kernel.float(), None if D is None else D.float()).mT.contiguous()
+
+
+def products_win(batch: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether matrix products take less time than the FFT: a prediction, which no GPU has confirmed.
+
+    Counted for each token and channel. The FFT moves 104 bytes: padding to 2 L 12, two transforms 32, the product of
+    the spectra 16, the copy and the scaling of the inverse 32, the skip connection 12. Products move six numbers, two
+    for the transposition of u, two for that of y, two in the kernel, and multiply half of the length with it, plus
+    half of the blocks that are side by side, whose own past differs; 2 FLOPs each, twice for bfloat16 and three times
+    for float32 at half the rate. Half of the peak of an H100 or an A100 is about 100 FLOPs in bfloat16 for each byte.
+    """
+    _, blocks = columns(batch, length, most_columns(dtype))
+    taps = (length + min(length, blocks * BLOCK)) / 2
+    flops = 2 * taps * (2 if dtype == torch.bfloat16 else 2 * 3)
+    return 6 * dtype.itemsize + flops / 100 <= 104
+
+
+@torch.library.custom_op("crossover::long_conv_triton", mutates_args=())
+def _conv(x: Tensor, kernel: Tensor, D: Tensor | None) -> Tensor:
+    return conv_forward(x, kernel, D)
+
+
+@_conv.register_fake
+def _(x, kernel, D):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("crossover::long_conv_triton_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, D: Tensor | None, with_x: bool, with_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the kernel; empty where not asked for."""
+    grad = grad.contiguous()
+    return (
+        input_gradient(grad, kernel, D) if with_x else x.new_empty(0),
+        kernel_gradient(grad, x) if with_kernel else kernel.new_empty(0),
+    )
+
+
+@_conv_backward.register_fake
+def _(grad, x, kernel, D, with_x, with_kernel):
+    return x.new_empty(x.shape if with_x else 0), kernel.new_empty(kernel.shape if with_kernel else 0)
+
+
+def _conv_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx, grad: Tensor):
+    with_x, with_kernel, with_D = ctx.needs_input_grad
+    grad_x, grad_kernel = _conv_backward(grad, *ctx.saved_tensors, with_x, with_kernel or with_D)
+    return (
+        grad_x if with_x else None,
+        grad_kernel if with_kernel else None,
+        grad_kernel[:, 0].clone() if with_D else None,  # the skip connection is a part of the first tap
+    )
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+
+
+def most_columns(dtype: torch.dtype) -> int:
+    """Columns for which the registers suffice. Float32, and float16 as float32, is multiplied in more parts."""
+    return 128 if dtype == torch.bfloat16 else 64
+
+
+def columns(batch: int, length: int, most: int) -> tuple[int, int]:
+    """Rows and consecutive blocks of each that are columns side by side, 16 to `most`; as many rows as there are."""
+    rows = min(most, triton.next_power_of_2(batch))
+    blocks = min(most // rows, triton.next_power_of_2(triton.cdiv(length, BLOCK)))
+    return rows, max(blocks, 16 // rows)
+
+
+def conv_forward(x: Tensor, kernel: Tensor, D: Tensor | None) -> Tensor:
+    """y, (B, E, L), of x, (B, E, L), the kernel, (E, L), and D, (E,), in float32."""
+    return _multiply_blocks(x, kernel, D, transposed=False)
+
+
+def input_gradient(grad: Tensor, kernel: Tensor, D: Tensor | None) -> Tensor:
+    """The gradient of x, (B, E, L), from that of y."""
+    return _multiply_blocks(grad, kernel, D, transposed=True)
+
+
+def _multiply_blocks(x: Tensor, kernel: Tensor, D: Tensor | None, *, transposed: bool) -> Tensor:
+    """Products with the Toeplitz matrices of the kernel, or with these transposed, (B, E, L)."""
+    batch, E, L = x.shape
+    n_blocks = triton.cdiv(L, BLOCK)
+    # zeros around the taps: masks would double what the kernel executes
+    taps = F.pad(kernel, (BLOCK, n_blocks * BLOCK - L))
+    if D is not None:
+        taps[:, BLOCK] += D
+    y = torch.empty_like(x)
+    rows, blocks = columns(batch, L, most_columns(x.dtype))
+    launch(
+        _toeplitz_kernel,
+        (triton.cdiv(n_blocks, blocks) * E, triton.cdiv(batch, rows)),
+        *(x, taps, y, batch, L, E),
+        TRANSPOSED=transposed,
+        T=BLOCK,
+        STEP=STEP,
+        ROWS=rows,
+        BLOCKS=blocks,
+        num_warps=4,
+        num_stages=3,
+    )
+    return y
+
+
+def kernel_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the kernel, (E, L), in float32, from that of y and from x, (B, E, L)."""
+    batch, E, L = x.shape
+    n_blocks = triton.cdiv(L, BLOCK)
+    # by lag of blocks: sums of the diagonals above the main one, of taps of the lag before, and of the others
+    sums = torch.empty(E, n_blocks, 2, BLOCK, dtype=torch.float32, device=x.device)
+    rows, blocks = columns(batch, L, most_columns(x.dtype) // 2)  # both factors are loaded anew
+    launch(
+        _correlation_kernel,
+        (n_blocks * E,),
+        *(grad, x, sums, batch, L, E),
+        T=BLOCK,
+        ROWS=rows,
+        BLOCKS=blocks,
+        num_warps=4,
+        num_stages=3,
+    )
+    taps = sums[:, :, 1]
+    taps[:, :-1] += sums[:, 1:, 0]
+    return taps.flatten(1)[:, :L].contiguous()
+
+
+@triton.jit
+def _times(k, x, acc):
+    """acc + k x for k in float32, which two numbers of bfloat16 hold to 16 bits."""
+    if x.dtype == tl.bfloat16:
+        high = k.to(tl.bfloat16)
+        low = (k - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, x, tl.dot(high, x, acc))
+    # float16 has no room for the small taps of a long kernel
+    return tl.dot(k, x.to(tl.float32), acc, input_precision="tf32x3")
+
+
+@triton.jit
+def _toeplitz_kernel(
+    X, TAPS, Y, B, L, E, TRANSPOSED: tl.constexpr,
+    T: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # grid (groups of BLOCKS blocks and E, B / ROWS): the groups of a channel share its inputs  # fmt: skip
+    n_groups = tl.cdiv(L, BLOCKS * T)
+    group = tl.program_id(0) % n_groups
+    if not TRANSPOSED:
+        group = n_groups - 1 - group  # those with the longest past first
+    e = (tl.program_id(0) // n_groups).to(tl.int64)
+    column = tl.arange(0, ROWS * BLOCKS)
+    b, block = tl.program_id(1) * ROWS + column // BLOCKS, group * BLOCKS + column % BLOCKS
+    row, is_row, first = (b * E + e) * L, (b < B)[None, :], block * T
+    r, c = tl.arange(0, T), tl.arange(0, STEP)
+    TAPS += e * ((tl.cdiv(L, T) + 1) * T) + T
+    # c begins `distance` tokens before the blocks of outputs, or transposed after them
+    if TRANSPOSED:
+        begin, end = 0, L - group * (BLOCKS * T)
+    else:
+        begin, end = STEP - T, (tl.minimum((group + 1) * (BLOCKS * T), L) - 1) // T * T + 1
+    acc = tl.zeros([T, ROWS * BLOCKS], tl.float32)
+    for distance in range(begin, end, STEP):
+        if TRANSPOSED:
+            lag, t = c[None, :] - r[:, None], first[None, :] + c[:, None] + distance
+        else:
+            lag, t = r[:, None] - c[None, :], first[None, :] + c[:, None] - distance
+        k = tl.load(TAPS + distance + lag)
+        x = tl.load(X + row[None, :] + t, mask=is_row & (t >= 0) & (t < L), other=0.0)
+        acc = _times(k, x, acc)
+    t = first[None, :] + r[:, None]
+    tl.store(Y + row[None, :] + t, acc.to(Y.dtype.element_ty), mask=is_row & (t < L))
+
+
+@triton.jit
+def _correlation_kernel(
+    DY, X, SUMS, B, L, E, T: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
+):  # grid (L / T lags of blocks and E)
+    n_blocks = tl.cdiv(L, T)
+    d = tl.program_id(0) % n_blocks
+    e = (tl.program_id(0) // n_blocks).to(tl.int64)
+    column, r = tl.arange(0, ROWS * BLOCKS), tl.arange(0, T)
+    n_groups = tl.cdiv(n_blocks - d, BLOCKS)
+    acc = tl.zeros([T, T], tl.float32)
+    for i in range(0, n_groups * tl.cdiv(B, ROWS)):
+        b, block = i // n_groups * ROWS + column // BLOCKS, i % n_groups * BLOCKS + column % BLOCKS
+        row, is_row, first = (b * E + e) * L, b < B, block * T
+        t, s = first[None, :] + r[:, None] + d * T, first[:, None] + r[None, :]
+        dy = tl.load(DY + row[None, :] + t, mask=is_row[None, :] & (t < L), other=0.0)
+        x = tl.load(X + row[:, None] + s, mask=is_row[:, None] & (s < L), other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision="tf32x3")
+    # entry (r, c) belongs to the tap r - c after d T: each diagonal and the one T above it become a column
+    wrapped = tl.gather(acc, (r[:, None] - r[None, :]) & (T - 1), 1)
+    is_after = r[:, None] >= r[None, :]
+    SUMS += tl.program_id(0).to(tl.int64) * (2 * T) + r
+    tl.store(SUMS, tl.sum(tl.where(is_after, 0.0, wrapped), 0))
+    tl.store(SUMS + T, tl.sum(tl.where(is_after, wrapped, 0.0), 0))
 
 
 # The recurrence

@@ -124,6 +124,14 @@ def ssm_kernel(E: int = 2048, N: int = 32, length: int = 2048) -> None:
     ops.kernel_backward(ops.kernel_forward(A, A, length), A, A)
 
 
+def long_conv(batch: int = 8, L: int = 2048, E: int = 2048, dtype: torch.dtype = torch.bfloat16) -> None:
+    ops = module("long_conv")
+    x, kernel, D = meta(batch, E, L, dtype=dtype), single(E, L), single(E)
+    y = ops.conv_forward(x, kernel, D)
+    ops.input_gradient(y, kernel, D)
+    ops.kernel_gradient(y, x)
+
+
 def ssm_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 32) -> None:
     ops = module("long_conv")
     A, h = meta(E, N, dtype=torch.complex64), meta(batch, E, N, dtype=torch.complex64)
@@ -158,6 +166,8 @@ CASES: dict[str, Callable[[], None]] = {
     "causal_conv1d": causal_conv1d,
     "state_update": state_update,
     "ssm_kernel": ssm_kernel,
+    "long_conv": long_conv,
+    "long_conv, float32": lambda: long_conv(L=512, dtype=torch.float32),
     "ssm_scan": ssm_scan,
     "lstm_scan": lstm_scan,
     "rms_norm": rms_norm,
@@ -168,7 +178,7 @@ CASES: dict[str, Callable[[], None]] = {
     "grouped_mm": grouped_mm,
     "grouped_mm, gradient of x": lambda: grouped_mm(transposed=True),
 }
-"""Operations at standard shapes, forward and backward, in bfloat16."""
+"""Operations at standard shapes, forward and backward, in bfloat16 where the case does not say otherwise."""
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
@@ -179,9 +189,10 @@ def launches() -> Iterator[tuple[str, Launch]]:
             run()
         for launch in recorded:
             name = f"{case}: {launch.kernel.fn.__name__.strip('_')}"
-            if (name, str(source(launch).signature)) not in seen:
-                seen.add((name, str(source(launch).signature)))
-                count = sum(name == other for other, _ in seen)
+            made = source(launch)
+            if (key := (name, str(made.signature), str(made.constants))) not in seen:
+                seen.add(key)
+                count = sum(name == other for other, *_ in seen)
                 yield name if count == 1 else f"{name} {count}", launch
 
 

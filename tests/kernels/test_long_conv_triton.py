@@ -10,23 +10,31 @@ import torch
 from crossover.kernels import ops
 from crossover.kernels.check import assert_same, example, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, triton_can_run, use_backend
-from crossover.kernels.long_conv import reference
+from crossover.kernels.long_conv import reference, torch_impl
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 if not triton_can_run():
     pytest.skip("Triton cannot run here", allow_module_level=True)
 
 from crossover.kernels.long_conv import triton_kernels
+from crossover.kernels.triton_kernels import record_launches
 
 ALONG = ("u", "starts")
 """What has an axis of tokens."""
 
+SHIPPED = {name: getattr(triton_kernels, name) for name in ("BLOCK", "STEP", "most_columns")}
+"""Tiles of long_conv on a GPU, in whose place tests have smaller ones."""
+
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few programs, and several spans in few steps."""
+    """Few programs, and several spans or blocks in few steps."""
     monkeypatch.setattr(triton_kernels, "ENOUGH_THREADS", 0)
     monkeypatch.setattr(triton_kernels, "SPAN", 64)
+    for name, small in (("BLOCK", 32), ("STEP", 16), ("most_columns", lambda dtype: 16)):
+        monkeypatch.setattr(triton_kernels, name, small)
 
 
 def single(B: int = 2, L: int = 19, E: int = 5, N: int = 3) -> dict[str, Tensor]:
@@ -200,6 +208,9 @@ def test_custom_operators_are_registered_soundly() -> None:
     scan = (t["u"], t["A"], t["C"], t["D"], t["initial_state"], t["starts"])
     torch.library.opcheck(triton_kernels._scan, scan, test_utils=checks)
     torch.library.opcheck(triton_kernels._kernel, (t["A"], t["C"], 9), test_utils=checks)
+    for D in (None, torch.randn(2, requires_grad=True)):
+        conv = (torch.randn(2, 2, 33, requires_grad=True), torch.randn(2, 33, requires_grad=True), D)
+        torch.library.opcheck(triton_kernels._conv, conv, test_utils=checks)
 
 
 def test_what_it_cannot_take_is_said() -> None:
@@ -210,7 +221,183 @@ def test_what_it_cannot_take_is_said() -> None:
         ("300 poles", lambda: triton_kernels.ssm_scan(t["u"], many, many)),
         ("300 poles", lambda: triton_kernels.ssm_kernel(many, many, 4)),
         ("float64", lambda: triton_kernels.ssm_scan(t["u"].double(), t["A"], t["C"])),
+        ("float64", lambda: triton_kernels.long_conv(t["u"].double(), t["u"][0].mT.double())),
     ]
     for reason, call in calls:
         with pytest.raises(Unsupported, match=reason):
             call()
+
+
+def convolution(B: int = 3, L: int = 77, E: int = 2, *, optional: bool = True) -> dict[str, Tensor]:
+    """All inputs of long_conv in float32."""
+    return to(example("long_conv", B=B, L=L, E=E, optional=optional), torch.float32)
+
+
+def convolved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return values_and_gradients(triton_kernels.long_conv, tensors)
+
+
+def check_convolution(tensors: dict[str, Tensor]) -> None:
+    # 2e-6: float32 has 6e-8, of which sums over rows and tokens lose some
+    expected = values_and_gradients(reference.long_conv, to(tensors, torch.float64))
+    assert_same(convolved(tensors), expected, 2e-6)
+
+
+# the interpreter is too slow to shrink with
+@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(st.integers(1, 5), st.integers(1, 110), st.integers(1, 3), st.booleans(), st.integers(0, 2**16))
+def test_a_convolution_of_any_sizes_matches_the_definition(B: int, L: int, E: int, optional: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_convolution(convolution(B, L, E, optional=optional))
+
+
+@pytest.mark.parametrize("L", [1, 31, 32, 33, 64, 65])
+def test_blocks_of_a_convolution_need_not_fit(L: int) -> None:
+    check_convolution(convolution(1, L, 1))
+
+
+@pytest.mark.parametrize(("B", "L"), [(37, 40), (1, 600)])
+def test_rows_and_blocks_beyond_those_of_one_program_are_convolved_too(B: int, L: int) -> None:
+    rows, blocks = triton_kernels.columns(B, L, 16)
+    assert rows < B or blocks * triton_kernels.BLOCK < L
+    check_convolution(convolution(B, L, 1))
+
+
+def test_the_blocks_that_a_gpu_takes_match_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SHIPPED.items():
+        monkeypatch.setattr(triton_kernels, name, size)
+    check_convolution(convolution(3, 333, 2))
+
+
+def test_columns_fill_the_matrix_units_with_rows_first() -> None:
+    for batch, length in ((1, 1), (1, 2048), (3, 100), (8, 2048), (500, 2048)):
+        for most in (16, 32, 64, 128):
+            rows, blocks = triton_kernels.columns(batch, length, most)
+            assert 16 <= rows * blocks <= most
+            assert rows >= min(batch, most)
+
+
+def test_transposed_and_repeated_inputs_are_convolved_as_they_are() -> None:
+    tensors = convolution()
+    strided = {
+        "u": tensors["u"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "kernel": tensors["kernel"].mT.contiguous().mT,
+        "D": tensors["D"].repeat_interleave(3)[::3],
+    }
+    assert all(not t.is_contiguous() for t in strided.values())
+    actual, expected = convolved(strided), convolved(tensors)
+    assert {k for k in expected if not torch.equal(actual[k], expected[k])} == set()
+    # autograd hands a sum's gradient down as one number that is repeated by zero strides
+    summed = values_and_gradients(lambda **t: triton_kernels.long_conv(**t).sum(), tensors)
+    wide = values_and_gradients(lambda **t: reference.long_conv(**t).sum(), to(tensors, torch.float64))
+    assert_same(summed, wide, 1e-5)
+
+
+def test_a_convolution_is_contiguous_and_repeats_bit_for_bit() -> None:
+    tensors = convolution()
+    first, second = convolved(tensors), convolved(tensors)
+    assert {k for k in first if not torch.equal(first[k], second[k])} == set()
+    assert triton_kernels.long_conv(**tensors).is_contiguous()
+
+
+def test_a_convolution_ignores_the_future_exactly() -> None:
+    tensors = convolution()
+    before = triton_kernels.long_conv(**tensors)
+    for cut in (10, 32, 41):
+        changed = tensors["u"].clone()
+        changed[:, cut:] += 1.0
+        after = triton_kernels.long_conv(**tensors | {"u": changed})
+        assert torch.equal(before[:, :cut], after[:, :cut])
+        assert not torch.equal(before[:, cut:], after[:, cut:])
+
+
+def test_rows_and_channels_are_convolved_apart() -> None:
+    tensors = convolution()
+    expected = triton_kernels.long_conv(**tensors)
+    tensors["u"][1, :, 1] = float("nan")
+    actual = triton_kernels.long_conv(**tensors)
+    assert actual[1, :, 1].isnan().all()
+    actual[1, :, 1] = expected[1, :, 1]
+    assert torch.equal(actual, expected)
+
+
+def test_nothing_outside_the_inputs_of_a_convolution_is_read() -> None:
+    tensors = convolution()
+    x, kernel, D = tensors["u"].mT.contiguous(), tensors["kernel"], tensors["D"]
+
+    def run(x: Tensor, kernel: Tensor, D: Tensor) -> tuple[Tensor, ...]:
+        y = triton_kernels.conv_forward(x, kernel, D)
+        return y, triton_kernels.input_gradient(x, kernel, D), triton_kernels.kernel_gradient(x, x)
+
+    def surrounded(t: Tensor) -> Tensor:
+        wide = torch.full((t.numel() + 8192,), float("nan"))
+        return wide[4096:-4096].view(t.shape).copy_(t)
+
+    actual, expected = run(*(surrounded(t) for t in (x, kernel, D))), run(x, kernel, D)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1e-7)], ids=str)
+def test_a_half_precision_convolution_loses_no_more_than_the_rounding_of_its_output(
+    dtype: torch.dtype, scale: float
+) -> None:
+    # an even input almost cancels under a kernel of alternating sign; in half precision the kernel would not cancel
+    u = (1 + 0.01 * torch.randn(2, 70, 2)).to(dtype) / scale**0.5
+    kernel = (scale * (1 + 0.1 * torch.rand(2, 70)) * (-1) ** torch.arange(70)).requires_grad_()
+    y = triton_kernels.long_conv(u, kernel)
+    grad = torch.randn_like(y)
+    (grad_kernel,) = torch.autograd.grad(y, kernel, grad)
+    wide = kernel.detach().double().requires_grad_()
+    expected = reference.long_conv(u.double(), wide)
+    (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    off = (y.double() - expected).abs()
+    # eps: the interpreter cuts off where a GPU rounds; 16 bits of the kernel are left
+    floor = 2**-16 * (u.double().abs().max() * wide.abs().sum())
+    assert (off <= torch.finfo(dtype).eps * expected.abs() + floor).all()
+    assert y.dtype == dtype
+    assert relative_error(grad_kernel, expected_grad) < 1e-6  # of products that are exact
+
+
+def test_gradients_that_nobody_asks_for_are_not_computed() -> None:
+    def launched(*wanted: str) -> list[bool | None]:
+        tensors = {k: t.requires_grad_(k in wanted) for k, t in convolution(1, 9, 1).items()}
+        y = triton_kernels.long_conv(**tensors)
+        with record_launches() as launches:
+            y.backward(torch.ones_like(y))
+        return [launch.options.get("TRANSPOSED") for launch in launches]
+
+    assert launched("u") == [True]
+    assert launched("kernel") == launched("D") == [None]
+    assert launched("u", "D") == [True, None]
+
+
+def test_a_long_convolution_is_left_to_the_fft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernels, "products_win", lambda batch, length, dtype: length <= 50)
+    with record_launches() as launches:
+        triton_kernels.long_conv(**convolution(1, 50, 1))
+        assert len(launches) == 1
+        tensors = convolution(1, 51, 1)
+        assert torch.equal(triton_kernels.long_conv(**tensors), torch_impl.long_conv(**tensors))
+        assert len(launches) == 1
+
+
+def test_products_win_up_to_a_length_that_half_precision_extends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SHIPPED.items():
+        monkeypatch.setattr(triton_kernels, name, size)
+
+    def longest(batch: int, dtype: torch.dtype) -> int:
+        wins = [triton_kernels.products_win(batch, length, dtype) for length in range(64, 16384, 64)]
+        assert wins == sorted(wins, reverse=True)
+        return 64 * sum(wins)
+
+    for batch in (1, 8, 200):
+        assert 256 <= longest(batch, torch.float32) < longest(batch, torch.bfloat16) < 8192
+    assert longest(1, torch.bfloat16) < longest(8, torch.bfloat16)  # more rows waste less on a block's own past
+
+
+def test_a_convolution_of_unknown_sizes_compiles_into_one_graph() -> None:
+    tensors = convolution(2, 40, 3)
+    with use_backend("triton"):
+        compiled = torch.compile(ops.long_conv, fullgraph=True, backend="aot_eager", dynamic=True)
+        actual = values_and_gradients(lambda **t: compiled(**t), tensors)
+    assert_same(actual, convolved(tensors), 1e-7)
