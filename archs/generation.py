@@ -1,6 +1,7 @@
 """Continues prompts with a decoder: the prompt in chunks, then token by token; and that step as a CUDA graph.
 
-The contract of mixers does the work: chunks equal the full pass, and a left-padded row equals the row alone.
+The contract of mixers does the work: chunks equal the full pass, and a left-padded row equals the row alone. Targets of
+a source (seq2seq.py) are written by the same loop, from a state that has read it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ __all__ = [
     "OnToken",
     "Prompts",
     "Sampling",
+    "extend",
+    "filled",
     "generate",
     "read",
+    "rows_of",
     "step_in_place",
+    "without_padding",
 ]
 
 PREFILL_CHUNK = 2048
@@ -122,15 +127,66 @@ def generate(
     on_token: OnToken | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | list[Tensor]:
-    """Continues each prompt: LanguageModel.generate says how.
+    """Continues each prompt: LanguageModel.generate says how."""
+    tokens, starts = _batch(prompt, next(lm.parameters()).device)
+    new = extend(
+        lm,
+        tokens,
+        lm.init_state(len(tokens), tokens.shape[1] + max_new_tokens),
+        max_new_tokens,
+        sampling,
+        starts=starts,
+        penalized=tokens,
+        stop_tokens=stop_tokens,
+        prefill_chunk=prefill_chunk,
+        on_token=on_token,
+        generator=generator,
+    )
+    if isinstance(prompt, Tensor):
+        return torch.cat([tokens, filled(new, stop_tokens)], dim=1)
+    rows = zip(rows_of(prompt, new.device), without_padding(new), strict=True)
+    return [torch.cat([row, added]) for row, added in rows]
+
+
+def extend(
+    lm: LanguageModel,
+    unread: Tensor,
+    state: list[State],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    starts: Tensor | None = None,
+    penalized: Tensor | None = None,
+    stop_tokens: Sequence[int] = (),
+    prefill_chunk: int | None = None,
+    on_token: OnToken | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Reads tokens into a state, and draws those that follow one at a time.
 
     Rows that have ended leave the batch, so that the others go on faster.
+
+    Args:
+        lm: a decoder.
+        unread: the tokens to begin with, (B, L) int64, L at least 1.
+        state: what came before them; there must be room in it for them and max_new_tokens - 1 more.
+        max_new_tokens: most tokens to draw for each row.
+        sampling: how they are drawn.
+        starts: (B, L) bool, True at the first token of a document.
+        penalized: tokens that the repetition penalty is on from the first draw on, (B, n) int64; None means none.
+        stop_tokens: tokens that end the row in which they are drawn.
+        prefill_chunk: as `chunk` of `read`.
+        on_token: called after every draw.
+        generator: source of randomness; None means PyTorch's global one.
+
+    Returns:
+        The tokens drawn, (B, n) int64, NO_TOKEN in rows that had ended before.
     """
-    unread, starts = _batch(prompt, next(lm.parameters()).device)
-    state = lm.init_state(len(unread), unread.shape[1] + max_new_tokens)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = unread.new_zeros(len(unread), lm.config.vocab_size, dtype=torch.bool).scatter_(1, unread, True)
+        seen = unread.new_zeros(len(unread), lm.config.vocab_size, dtype=torch.bool)
+        if penalized is not None:
+            seen.scatter_(1, penalized, True)
     stops = unread.new_tensor(list(stop_tokens))
     rows = torch.arange(len(unread), device=unread.device)  # of those in the batch
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
@@ -145,17 +201,21 @@ def generate(
         if len(stops) and not (goes_on := torch.isin(step, stops, invert=True)).all():
             left = goes_on.nonzero().flatten()
             if not len(left):
-                new = new[:, : n + 1]
-                break
+                return new[:, : n + 1]
             rows, step, seen = rows[left], step[left], None if seen is None else seen[left]
             state = [layer.select(left) for layer in state]
         unread = step[:, None]
-    if isinstance(prompt, Tensor):
-        return torch.cat(
-            [prompt.to(new.device), new if not len(stops) else new.where(new != NO_TOKEN, stops[0])], dim=1
-        )
-    pairs = zip(prompt, new, strict=True)
-    return [torch.cat([_row(row, new.device), added[added != NO_TOKEN]]) for row, added in pairs]
+    return new
+
+
+def filled(new: Tensor, stop_tokens: Sequence[int]) -> Tensor:
+    """What `extend` returns, with the first of stop_tokens where a row had ended before."""
+    return new.masked_fill(new == NO_TOKEN, stop_tokens[0]) if stop_tokens else new
+
+
+def without_padding(new: Tensor) -> list[Tensor]:
+    """The rows of what `extend` returns, each as far as it goes."""
+    return [row[row != NO_TOKEN] for row in new]
 
 
 def read(
@@ -195,15 +255,24 @@ def _batch(prompt: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None
         if prompt.shape[1] == 0:
             raise ValueError(_EMPTY)
         return prompt.to(device), None
-    if not len(prompt):
-        raise ValueError("the list of prompts is empty: generation needs at least one")
-    rows = [_row(row, device) for row in prompt]
+    rows = rows_of(prompt, device)
     longest = max(map(len, rows))
     tokens = torch.stack([torch.cat([row[:1].expand(longest - len(row)), row]) for row in rows])
     if all(len(row) == longest for row in rows):
         return tokens, None
     starts = torch.tensor([[t == longest - len(row) for t in range(longest)] for row in rows], device=device)
     return tokens, starts
+
+
+def rows_of(prompt: Prompts, device: torch.device) -> list[Tensor]:
+    """The prompts of a list or a tensor, (L,) int64 each.
+
+    Raises:
+        ValueError: if there is none, or one that is empty or not one row.
+    """
+    if not len(prompt):
+        raise ValueError("the list of prompts is empty: generation needs at least one")
+    return [_row(row, device) for row in prompt]
 
 
 def _row(tokens: Tensor | Sequence[int], device: torch.device) -> Tensor:

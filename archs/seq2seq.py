@@ -17,23 +17,24 @@ the last token, the state and the context, which the residual stream sums up.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..kernels import ops
+from . import generation
 from .config import ModelConfig
-from .generation import Sampling
 from .mixer import State
 from .mixers.cross_attention import READERS, Reader
 from .model import Backbone, LanguageModel, LMOutput, read_weights, write_pretrained
 from .registry import nearest
 
-__all__ = ["Seq2Seq", "Seq2SeqConfig"]
+__all__ = ["Seq2Seq", "Seq2SeqConfig", "open_pretrained"]
 
 _SHARED = ("d_model", "vocab_size", "norm", "norm_eps", "prenorm", "bias", "positions", "max_positions")
 _OF_SOURCE = ("pattern", "n_layers", "mixer", "ffn")
@@ -149,52 +150,70 @@ class Seq2Seq(nn.Module):
             state.append(backbone.positions.init_state(batch_size, max_len, device=like["device"]))
         return state
 
+    @overload
+    def generate(self, source: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    @overload
+    def generate(self, source: Sequence[Tensor | Sequence[int]], *args: Any, **kwargs: Any) -> list[Tensor]: ...
     @torch.inference_mode()
     def generate(
         self,
-        source: Tensor,
+        source: generation.Prompts,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        generator: torch.Generator | None = None,
         *,
         source_len: Tensor | None = None,
         start_token: int = 0,
-        stop_token: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Writes a target for each source, (B, S), by sampling.
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        on_token: generation.OnToken | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Writes a target for each source by sampling. What is not said here is as in LanguageModel.generate.
 
         Args:
-            source: (B, S) int64.
+            source: (B, S) int64, or a list of rows, (S,) each, of any lengths: in one batch they give what they would
+                alone. S is at least 1.
             max_new_tokens: longest target.
             temperature: divides the logits; 0 always takes the most likely token.
             top_k: samples among this many most likely tokens.
             top_p: samples among the fewest tokens that hold this much probability.
-            source_len: (B,) int64.
-            start_token: what the decoder reads first, as in training.
-            stop_token: ends a target; None ends none before max_new_tokens.
             generator: source of randomness; None means PyTorch's global one.
+            source_len: (B,) int64, for a padded tensor only.
+            start_token: what the decoder reads first, as in training.
+            repetition_penalty: makes tokens that the target already holds less likely; those of the source are not.
+            stop_tokens: tokens that end a target.
+            on_token: called after every step with its number and the token of each target.
 
         Returns:
-            (B, T) int64, without the start token; a target that ended is filled up with `stop_token`.
+            The targets without the start token: for a tensor (B, T) int64, where targets that ended before others are
+            filled up with the first of stop_tokens; for a list a list, in which each target ends with its stop token
+            where one was drawn.
+
+        Raises:
+            ValueError: for an empty source, or an option out of its range.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        state: list[State] | None = self.encode(source, source_len, max_len=max_new_tokens)
-        step = source.new_full((len(source),), start_token)
-        ended = torch.zeros_like(step, dtype=torch.bool)
-        tokens = [step[:, None][:, :0]]
-        for _ in range(max_new_tokens):
-            assert state is not None
-            logits, state, _ = self.decode(step[:, None], state)
-            step = sampling.draw(logits[:, -1], generator=generator)
-            if stop_token is not None:
-                step = step.masked_fill(ended, stop_token)
-                ended = step == stop_token
-            tokens.append(step[:, None])
-            if ended.all():
-                break
-        return torch.cat(tokens, dim=1)
+        sampling = generation.Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        rows = generation.rows_of(source, self.decoder.embedding.weight.device)
+        padded = pad_sequence(rows, batch_first=True)
+        if not isinstance(source, Tensor):
+            source_len = _lengths(rows)
+        new = generation.extend(
+            self.decoder,
+            padded.new_full((len(padded), 1), start_token),
+            self.encode(padded, source_len, max_len=max_new_tokens),
+            max_new_tokens,
+            sampling,
+            stop_tokens=stop_tokens,
+            on_token=on_token,
+            generator=generator,
+        )
+        if isinstance(source, Tensor):
+            return generation.filled(new, stop_tokens)
+        return generation.without_padding(new)
 
     @property
     def n_params(self) -> int:
@@ -263,3 +282,15 @@ class Seq2Seq(nn.Module):
             if isinstance(block.mixer, Reader):
                 before[i] = block.mixer.read(h, source_len)
         return before
+
+
+def open_pretrained(folder: str | Path, *, device: torch.device | str | None = None) -> LanguageModel | Seq2Seq:
+    """Reads what `save_pretrained` of either class wrote: the config tells which."""
+    fields = json.loads((Path(folder) / "config.json").read_text())
+    return (Seq2Seq if "source" in fields else LanguageModel).from_pretrained(folder, device=device)
+
+
+def _lengths(rows: Sequence[Tensor]) -> Tensor | None:
+    """Tokens of each row, (n,) int64; None where all have as many, and nothing is padded."""
+    lengths = [len(row) for row in rows]
+    return torch.tensor(lengths, device=rows[0].device) if len({*lengths}) > 1 else None

@@ -404,20 +404,23 @@ class ConvertConfig:
 class GenerateConfig:
     """Continue prompts with a trained model; text appears as it comes, and Ctrl-C keeps what there is.
 
-    Several prompts go in one batch and are printed one after the other. The printed text begins with the prompt.
+    Several prompts go in one batch and are printed one after the other. The printed text begins with the prompt. Where
+    the model reads a source and writes a target (encdec, seq2seq), each prompt is a source, and the targets alone are
+    printed, one after the other.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Run folder, checkpoint folder or saved model."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
-    """Texts to continue; - reads one from standard input. Without any, the model begins a document."""
+    """Texts to continue, or sources; - reads one from standard input. Without any, a model begins a document, unless it
+    reads sources."""
 
     prompt_file: tuple[Path, ...] = ()
-    """Files in UTF-8, each a prompt from its first to its last byte."""
+    """Files in UTF-8, each a prompt from its first to its last byte, the newline at its end included."""
 
     max_new_tokens: int = 200
-    """Most tokens to add to each prompt."""
+    """Most tokens to add to each prompt, or in a target."""
 
     temperature: float = 0.8
     """Sampling temperature; 0 takes the most likely token."""
@@ -429,16 +432,17 @@ class GenerateConfig:
     """Sample among the most likely tokens that together have this probability."""
 
     repetition_penalty: float = 1.0
-    """Makes tokens that the text already holds less likely: 1 does nothing, 1.2 is usual."""
+    """Makes tokens that the text (of a target: without its source) already holds less likely: 1 does nothing, 1.2 is
+    usual."""
 
     stop: tuple[str, ...] = ()
-    """Texts, each of them one token, that end a continuation when the model writes them."""
+    """Texts, each of them one token, that end a continuation or a target when the model writes them."""
 
     stop_at_end: bool = True
-    """Whether a continuation ends where the model ends the document."""
+    """Whether a continuation ends where the model ends the document, and a target where the model ends it."""
 
     prefill_chunk: int = 2048
-    """Tokens of each prompt that are read at once; fewer need less memory."""
+    """Tokens of each prompt that are read at once; fewer need less memory. A source is always read whole."""
 
     seed: int = 0
     """Seed of the sampling."""

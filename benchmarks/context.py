@@ -19,6 +19,7 @@ from .progress import Progress, Task
 __all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "events", "measure_cells", "reusable_cells"]
 
 PHASES = ("decode", "prefill", "train")
+_RESULTS = ("done", "out_of_memory", "timeout", "beyond_positions")  # whatever else a cell holds is tried again
 _SAME_MACHINE = ("cpu", "device", "torch")
 _START_SECONDS = 3.0  # the first call of every kernel
 # torch._dynamo is imported by every optimizer, numba by the CPU kernels
@@ -27,7 +28,11 @@ _PRELOAD = ("crossover.benchmarks.worker", "torch._dynamo", "numba")
 
 @dataclass(frozen=True, kw_only=True)
 class ContextJob:
-    """One architecture at one context length."""
+    """One architecture at one context length.
+
+    Raises:
+        ValueError: if the model reads a source and writes a target.
+    """
 
     arch: str
     label: str
@@ -42,10 +47,25 @@ class ContextJob:
     provenance: Mapping[str, Any]
     """What measures: cpu, device, torch, git_commit."""
 
+    def __post_init__(self) -> None:
+        if "source" in self.model:
+            raise ValueError(
+                f"{self.label} has two lengths, of a source and of a target, where the others have one context: leave "
+                f"{self.arch} out of --archs (crossover train --data.rows pairs trains it)"
+            )
+
     @property
     def name(self) -> str:
         """What progress and messages call it."""
         return f"{self.label} at {self.context_len:,} tokens"
+
+    def beyond_positions(self, phase: str) -> str | None:
+        """Why the model has too few learned positions for a phase; None where it has enough."""
+        n_positions = self.model["max_positions"]
+        needed = self.context_len + (self.settings["decode_tokens"] if phase == "decode" else 0)
+        if n_positions is None or needed <= n_positions:
+            return None
+        return f"{needed:,} tokens are beyond its {n_positions:,} positions"
 
     def cell(self, phase: str, **content: Any) -> dict[str, Any]:
         """A cell with all its keys; `content` is what was measured."""
@@ -126,7 +146,7 @@ def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, in
                 f"{path} holds measurements with another {', '.join(dict.fromkeys(differing))}; "
                 "give the same options, another --out, or --fresh to start over"
             )
-        if (cell["arch"], cell["context_len"]) in wanted and cell["status"] in ("done", "out_of_memory", "timeout"):
+        if (cell["arch"], cell["context_len"]) in wanted and cell["status"] in _RESULTS:
             cells[cell["arch"], cell["context_len"], cell["phase"]] = cell
     return cells
 
@@ -139,7 +159,7 @@ def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *,
     """Measures every job that is not in the file yet, and appends each cell as its phase ends.
 
     Returns:
-        The cells that failed; running out of memory or of time is a result.
+        The cells that failed; running out of memory, of time or of positions is a result.
     """
     existing = reusable_cells(path, jobs)
     _warn_of_other_commits(existing.values(), jobs, progress)
@@ -158,9 +178,12 @@ def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *,
             append_jsonl(path, cell)
             cells.append(cell)
 
-        while phases:  # a phase that kills its process leaves the others to a new one
+        for phase in phases:
+            if (reason := job.beyond_positions(phase)) is not None:
+                keep(job.cell(phase, status="beyond_positions", error=reason))
+        # a phase that kills its process leaves the others to a new one
+        while phases := [phase for phase in phases if phase not in {cell["phase"] for cell in cells}]:
             _run_worker(job, phases, progress, keep, log=log)
-            phases = [phase for phase in phases if phase not in {cell["phase"] for cell in cells}]
         progress.finish(job.name, ", ".join(map(_brief, cells)))
         failed += [
             Failure(name=f"{job.name}, {cell['phase']}", reason=cell["error"], log=log)

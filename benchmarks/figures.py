@@ -367,7 +367,12 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     )
 
 
-_STATUS = {"out_of_memory": "out of memory", "timeout": "out of time", "failed": "failed"}
+_STATUS = {
+    "out_of_memory": "out of memory",
+    "timeout": "out of time",
+    "beyond_positions": "beyond its positions",
+    "failed": "failed",
+}
 
 _LABELS = {
     "training tokens/s": "tokens trained per second",

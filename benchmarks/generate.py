@@ -1,15 +1,21 @@
-"""Continues prompts with the model of a run folder, a checkpoint or a saved model, and prints text as it comes."""
+"""Continues prompts with the model of a run folder, a checkpoint or a saved model, and prints text as it comes.
+
+An encoder-decoder takes a prompt as a source and writes its target.
+"""
 
 import codecs
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..archs import LanguageModel
+from ..archs import LanguageModel, Seq2Seq
 from ..archs.generation import NO_TOKEN
+from ..archs.seq2seq import open_pretrained
 from ..train.checkpoint import newest
 from ..train.health import apply_verdict
 from ..train.runtime import choose_device
@@ -20,40 +26,54 @@ __all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]
 
 
 def generate(config: GenerateConfig) -> int:
-    """Prints each prompt and its continuation; returns 0.
+    """Prints each prompt and its continuation, or the target of each source; returns 0.
 
     Raises:
-        ValueError: if the folder holds no model, or no tokenizer for it; if a prompt is no text; if a text of --stop is
-            not one token.
+        ValueError: if the folder holds no model, or no tokenizer for it; if a prompt is no text, or there is none for a
+            model that needs a source; if a text of --stop is not one token.
     """
     apply_verdict()
     weights = weights_of(config.folder)
     device = choose_device(config.device)
-    lm = LanguageModel.from_pretrained(weights, device=device).eval()
+    lm = open_pretrained(weights, device=device).eval()
     tokenizer = tokenizer_of(config.folder, weights, lm.config.vocab_size)
     texts = _prompts(config)
     stops = [_token(tokenizer, text) for text in config.stop]
-    printer = Printer(texts, tokenizer, silent={tokenizer.separator} - set(stops) if config.stop_at_end else set())
+    openings, write = _opened(lm, texts, tokenizer, prefill_chunk=config.prefill_chunk)
+    printer = Printer(openings, tokenizer, silent={tokenizer.separator} - set(stops) if config.stop_at_end else set())
     try:
-        lm.generate(
-            # without a prompt as at the start of a document
-            [
-                torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([tokenizer.separator])
-                for text in texts
-            ],
+        write(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             repetition_penalty=config.repetition_penalty,
             stop_tokens=[*stops, tokenizer.separator] if config.stop_at_end else stops,
-            prefill_chunk=config.prefill_chunk,
             on_token=printer,
             generator=torch.Generator(device=device).manual_seed(config.seed),
         )
     finally:  # Ctrl-C too keeps what there is
         printer.finish()
     return 0
+
+
+def _opened(
+    lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, *, prefill_chunk: int
+) -> tuple[list[str], Callable[..., object]]:
+    """What is printed before each text grows, and the model's `generate`, which still takes what all models share."""
+    end = tokenizer.separator
+    if isinstance(lm, Seq2Seq):
+        if not texts:
+            raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
+        # each ends as in training, and the target begins as there (train/pairs.py)
+        sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
+        return [""] * len(texts), functools.partial(lm.generate, sources, start_token=end)
+    texts = texts or [""]
+    # without a prompt as at the start of a document
+    prompts = [torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([end]) for text in texts]
+    titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
+    openings = [title + text for title, text in zip(titles, texts, strict=True)]
+    return openings, functools.partial(lm.generate, prompts, prefill_chunk=prefill_chunk)
 
 
 class Printer:
@@ -63,12 +83,11 @@ class Printer:
     untrained models write, become U+FFFD.
     """
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, *, silent: set[int]) -> None:
-        """Takes the prompts, and the tokens that end a text without being part of it."""
+    def __init__(self, openings: Sequence[str], tokenizer: Tokenizer, *, silent: set[int]) -> None:
+        """Takes what each text begins with, and the tokens that end a text without being part of it."""
         self._tokenizer, self._silent = tokenizer, silent
-        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in texts]
-        titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
-        self._waiting = [title + text for title, text in zip(titles, texts, strict=True)]
+        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in openings]
+        self._waiting = list(openings)
         self._current = 0
         self._print()
 
@@ -103,14 +122,14 @@ class Printer:
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
-    """The texts to continue, in the order of the command line, files last."""
+    """The texts given, in the order of the command line, files last."""
     texts = [_read_stdin() if text == "-" else text for text in config.prompt]
     for path in config.prompt_file:
         try:
             texts.append(path.read_bytes().decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not a prompt: byte {error.start} is not UTF-8") from error
-    return texts or [""]
+    return texts
 
 
 def _read_stdin() -> str:

@@ -61,6 +61,7 @@ _CELL_COLUMNS = (
 _STATUS = {
     "out_of_memory": "out of memory",
     "timeout": "out of time",
+    "beyond_positions": "beyond its positions",
     "failed": "failed",
     "interrupted": "interrupted",
     "unfinished": "not finished",
@@ -281,9 +282,21 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
     if lengths and sentences:
         paragraphs.append(
             f"Lengths are in tokens of context, measured on this machine from {lengths[0]:,} to {lengths[-1]:,} and "
-            "interpolated in between; ranges come from the spread of the repeats."
+            "interpolated in between; ranges come from the spread of the repeats." + _positions_sentence(comparison)
         )
     return paragraphs
+
+
+def _positions_sentence(comparison: Comparison) -> str:
+    """Which models have too few learned positions for the longest lengths; empty where all have enough."""
+    limits = {
+        comparison.label(cell["arch"]): cell["model"]["max_positions"]
+        for cell in _sorted_cells(comparison)
+        if cell["status"] == "beyond_positions"
+    }
+    return "".join(
+        f" {label} was built with {n:,} positions, and is not compared beyond." for label, n in limits.items()
+    )
 
 
 def _read(comparison: Comparison) -> str:
@@ -613,7 +626,7 @@ def _cells_table(comparison: Comparison) -> Table:
                 comparison.label(cell["arch"]),
                 cell["phase"],
                 f"{cell['context_len']:,}",
-                str(cell["batch_size"]),
+                "-" if cell["batch_size"] is None else str(cell["batch_size"]),
                 f"{cell['tokens_per_second']:,.0f}" if done else "-",
                 spread,
                 str(cell["repeats"]) if done else "-",

@@ -260,8 +260,8 @@ def crossovers_of(comparison: Comparison) -> list[Crossover]:
 
 
 def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
-    """Points of one model. What ran out of memory, or of time where speed is asked, is worse than any value; a failed
-    cell says nothing."""
+    """Points of one model. What ran out of memory, or of time where speed is asked, is worse than any value; cells that
+    failed, or are beyond the positions that the model was built with, say nothing."""
     points = []
     for cell in cells:
         if cell["status"] == "done":

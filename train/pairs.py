@@ -159,7 +159,7 @@ class PairEvaluator(Evaluator):
         source = torch.from_numpy(self.example.astype(np.int64))[None].to(self.device)
         model: Any = self.model
         with self._evaluating(), self.autocast():
-            written = model.generate(source, n_tokens, temperature=0, start_token=stop, stop_token=stop)[0]
+            written = model.generate(source, n_tokens, temperature=0, start_token=stop, stop_tokens=[stop])[0]
         texts = (self.tokenizer.decode(ids[ids != stop]) for ids in (self.example, written.cpu().numpy()))
         return " -> ".join(texts)
 

@@ -687,100 +687,17 @@ def _scan_kernel(
         skip = tl.load(D + channel, mask=channel < E, other=0.0)
     row = b * L
     n_whole = L // T * T  # beyond it, tokens one by one
-    if REVERSE:
-        h_re, h_im = _scan_tokens(
-            X,
-            Y,
-            STARTS,
-            a_re,
-            a_im,
-            c_re,
-            c_im,
-            skip,
-            h_re,
-            h_im,
-            channel,
-            E,
-            row,
-            n_whole,
-            L,
-            REVERSE,
-            1,
-            M,
-            W,
-            NL,
-            DL,
-        )
-        h_re, h_im = _scan_tokens(
-            X,
-            Y,
-            STARTS,
-            a_re,
-            a_im,
-            c_re,
-            c_im,
-            skip,
-            h_re,
-            h_im,
-            channel,
-            E,
-            row,
-            0,
-            n_whole,
-            REVERSE,
-            T,
-            M,
-            W,
-            NL,
-            DL,
-        )
-    else:
-        h_re, h_im = _scan_tokens(
-            X,
-            Y,
-            STARTS,
-            a_re,
-            a_im,
-            c_re,
-            c_im,
-            skip,
-            h_re,
-            h_im,
-            channel,
-            E,
-            row,
-            0,
-            n_whole,
-            REVERSE,
-            T,
-            M,
-            W,
-            NL,
-            DL,
-        )
-        h_re, h_im = _scan_tokens(
-            X,
-            Y,
-            STARTS,
-            a_re,
-            a_im,
-            c_re,
-            c_im,
-            skip,
-            h_re,
-            h_im,
-            channel,
-            E,
-            row,
-            n_whole,
-            L,
-            REVERSE,
-            1,
-            M,
-            W,
-            NL,
-            DL,
-        )
+    for part in tl.static_range(2):
+        if part == REVERSE:
+            h_re, h_im = _scan_tokens(
+                X, Y, STARTS, a_re, a_im, c_re, c_im, skip, h_re, h_im, channel, E, row, 0, n_whole, REVERSE,
+                T, M, W, NL, DL,
+            )  # fmt: skip
+        else:
+            h_re, h_im = _scan_tokens(
+                X, Y, STARTS, a_re, a_im, c_re, c_im, skip, h_re, h_im, channel, E, row, n_whole, L, REVERSE,
+                1, M, W, NL, DL,
+            )  # fmt: skip
     _store_complex(LAST, b * E * N + of_state, h_re, h_im, exists)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from crossover.archs import ModelConfig, State, available, build, configure
+from crossover.archs import LanguageModel, ModelConfig, State, available, build, configure
+from crossover.archs.generation import NO_TOKEN, Sampling
 from crossover.archs.mixers import cross_attention
 from crossover.archs.mixers.cross_attention import (
     AdditiveAttention,
@@ -17,7 +18,7 @@ from crossover.archs.mixers.cross_attention import (
     CrossAttentionConfig,
 )
 from crossover.archs.presets import TOLERANCE, count_params, is_causal
-from crossover.archs.seq2seq import Seq2Seq, Seq2SeqConfig
+from crossover.archs.seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
 from crossover.kernels.check import assert_same
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor, nn
@@ -139,17 +140,84 @@ def test_greedy_generation_equals_rerunning_the_whole_target(name: str, source_l
     assert torch.equal(written, target[:, 1:])
 
 
+def sources_and_targets(lm: Seq2Seq) -> tuple[list[list[int]], list[list[int]]]:
+    """Sources of different lengths, and the target of nine tokens that each has alone."""
+    sources = [torch.randint(11, (n,)).tolist() for n in (5, 1, 3, 5, 8)]
+    return sources, [lm.generate(torch.tensor([row]), 9, temperature=0).flatten().tolist() for row in sources]
+
+
+def until(tokens: list[int], stops: list[int]) -> list[int]:
+    """The tokens up to the first of `stops`, which is included."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))]
+
+
 @every_model
-def test_a_target_ends_at_the_stop_token_and_the_batch_with_its_longest_one(name: str) -> None:
-    lm, source = tiny(name), torch.randint(11, (6, 5))
-    free = lm.generate(source, 12, generator=torch.Generator().manual_seed(1))
-    stop = int(free[0, 3])
-    written = lm.generate(source, 12, stop_token=stop, generator=torch.Generator().manual_seed(1))
-    lengths = [*map(len, (row[: (row == stop).nonzero()[0, 0]] if stop in row else row for row in free))]
-    assert written.shape[1] == min(12, max(lengths) + 1)
-    for row, with_stop, n in zip(free, written, lengths, strict=True):
-        assert torch.equal(with_stop[:n], row[:n])
-        assert (with_stop[n:] == stop).all()
+def test_sources_of_any_lengths_give_in_one_batch_what_they_give_alone(name: str) -> None:
+    lm = tiny(name, tie_embeddings=False)  # tied ones repeat what was read last
+    sources, targets = sources_and_targets(lm)
+    assert len({*map(tuple, targets)}) > 1
+    assert [row.tolist() for row in lm.generate(sources, 9, temperature=0)] == targets
+    alike = [torch.tensor(sources[i]) for i in (0, 3)]  # of one length, which need no padding
+    assert [row.tolist() for row in lm.generate(alike, 9, temperature=0)] == [targets[0], targets[3]]
+
+
+@every_model
+def test_a_target_ends_at_a_stop_token_and_the_others_go_on_as_if_alone(name: str) -> None:
+    lm = tiny(name, tie_embeddings=False)  # tied ones repeat what was read last
+    sources, targets = sources_and_targets(lm)
+    stops = [targets[0][3], targets[4][6]]
+    expected = [until(row, stops) for row in targets]
+    assert len({*map(len, expected)}) > 1  # they end at different times
+    calls: list[list[int]] = []
+    written = lm.generate(sources, 9, temperature=0, stop_tokens=stops, on_token=lambda n, t: calls.append(t.tolist()))
+    assert [row.tolist() for row in written] == expected
+    assert calls == [[row[n] if n < len(row) else NO_TOKEN for row in expected] for n in range(len(calls))]
+
+
+@every_model
+def test_targets_of_a_tensor_are_filled_up_with_the_first_stop_token(name: str) -> None:
+    lm, source = tiny(name, tie_embeddings=False), torch.randint(11, (6, 5))
+    free = lm.generate(source, 12, temperature=0).tolist()
+    stops = [free[0][3], free[1][5]]
+    ended = [until(row, stops) for row in free]
+    assert len({*map(len, ended)}) > 1
+    longest = max(map(len, ended))
+    written = lm.generate(source, 12, temperature=0, stop_tokens=stops)
+    assert written.tolist() == [row + stops[:1] * (longest - len(row)) for row in ended]
+
+
+def test_the_penalty_is_on_what_the_target_holds_and_not_on_the_source_or_the_start_token() -> None:
+    lm = tiny("encdec")
+    source, target, rules = [3, 3, 9, 4], [7], Sampling(repetition_penalty=5.0)
+    for _ in range(8):
+        logits = lm(torch.tensor([source]), torch.tensor([target])).logits[0, -1:]
+        seen = torch.zeros(1, 11, dtype=torch.bool)
+        seen[0, target[1:]] = True
+        target.append(int(rules.probabilities(logits, seen).argmax()))
+    (written,) = lm.generate([source], 8, temperature=0, start_token=7, repetition_penalty=5.0)
+    assert written.tolist() == target[1:]
+    assert target[1:] != lm.generate([source], 8, temperature=0, start_token=7)[0].tolist()
+
+
+def test_the_seed_decides_what_is_sampled() -> None:
+    lm, source = tiny("seq2seq"), torch.randint(11, (2, 5))
+    one, again, other = (lm.generate(source, 12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "the list of prompts is empty"),
+        (torch.zeros(2, 0), "the prompt is empty"),
+        ([[1], []], "the prompt is empty"),
+        ([[[1]]], r"must be \(L,\), not \(1, 1\)"),
+    ],
+)
+def test_sources_that_are_none_are_refused(sources: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny("encdec").generate(sources, 1)
 
 
 def test_cross_attention_is_its_definition() -> None:
@@ -263,6 +331,16 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     assert again.config.to_dict() == json.loads(json.dumps(lm.config.to_dict()))
     assert again.decoder.head.weight is again.decoder.embedding.weight
     assert torch.equal(again(source, target).logits, lm(source, target).logits)
+
+
+@pytest.mark.parametrize(("name", "cls"), [("encdec", Seq2Seq), ("seq2seq", Seq2Seq), ("lstm", LanguageModel)])
+def test_a_saved_model_is_opened_as_what_it_is(name: str, cls: type[nn.Module], tmp_path: Path) -> None:
+    lm = build(name, d_model=24, n_layers=2, vocab_size=11)
+    lm.save_pretrained(tmp_path)
+    again = open_pretrained(tmp_path, device="cpu")
+    assert type(again) is cls
+    assert again.config == lm.config
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), lm.parameters(), strict=True))
 
 
 @every_variant

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crossover.archs import ModelConfig, build, configure
+from crossover.archs import ModelConfig, available, build, configure
 from crossover.benchmarks import context
+from crossover.benchmarks.cli import main
 from crossover.benchmarks.compare import bench_context
 from crossover.benchmarks.config import ContextConfig, MeasureConfig
 from crossover.benchmarks.context import (
@@ -29,9 +30,11 @@ REQUIRED = {
 }  # fmt: skip
 
 
-def job(arch: str = "transformer", context_len: int = 32, **measure: Any) -> ContextJob:
+def job(
+    arch: str = "transformer", context_len: int = 32, model: dict[str, Any] | None = None, **measure: Any
+) -> ContextJob:
     options = {"time_box": 0.02, "min_repeats": 2, "decode_tokens": 2, "tokens_per_batch": 64, **measure}
-    model = configure(arch, d_model=32, n_layers=8 if arch == "jamba" else 1).to_dict()
+    model = configure(arch, d_model=32, n_layers=8 if arch == "jamba" else 1, **model or {}).to_dict()
     settings = {**dataclasses.asdict(MeasureConfig(**options)), "precision": "fp32", "device": "cpu", "threads": 1}
     return ContextJob(
         arch=arch,
@@ -88,6 +91,45 @@ def test_memory_that_runs_out_is_a_recorded_point_and_the_other_phases_are_measu
     assert "allocate" in cells[-1]["error"]
     assert cells[-1]["batch_size"] == 2**25 // 64
     assert cells[-1]["state_bytes"] == cells[0]["state_bytes"]  # does not need the memory to be known
+
+
+def test_what_lies_beyond_learned_positions_is_recorded_without_being_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2 = {"max_positions": 33}
+    done = {"event": "cell", "status": "done", "tokens_per_second": 1.0}
+    # decoding 2 tokens after 32 is the only phase at 32 tokens that needs 34, and at 64 tokens nothing fits
+    play(monkeypatch, tell({**done, "phase": "prefill"}, {**done, "phase": "train"}))
+    jobs = [job("gpt2", 32, gpt2), job("gpt2", 64, gpt2)]
+    progress = Progress(Schedule(cell_tasks(jobs)), stream=io.StringIO())
+    assert measure_cells(jobs, tmp_path / "context.jsonl", progress, logs=tmp_path) == []
+    cells = read_json_lines(tmp_path / "context.jsonl")
+    assert [(cell["context_len"], cell["phase"], cell["status"]) for cell in cells] == [
+        (32, "decode", "beyond_positions"), (32, "prefill", "done"), (32, "train", "done"),
+        *[(64, phase, "beyond_positions") for phase in PHASES],
+    ]  # fmt: skip
+    assert cells[0]["error"] == "34 tokens are beyond its 33 positions"
+    assert cells[0].keys() == cells[1].keys() >= REQUIRED
+    assert measure(jobs, tmp_path) == cells  # and not tried again
+
+
+@pytest.mark.parametrize("n_positions", [98, 97])
+def test_the_positions_that_a_length_is_said_to_need_are_those_it_needs(n_positions: int, tmp_path: Path) -> None:
+    gpt2 = job("gpt2", 96, {"max_positions": n_positions}, tokens_per_batch=96, decode_tokens=2)
+    statuses = [cell["status"] for cell in measure([gpt2], tmp_path)]
+    assert statuses == ["done" if n_positions == 98 else "beyond_positions", "done", "done"]
+
+
+@pytest.mark.parametrize("arch", available("seq2seq"))
+def test_a_model_of_two_texts_is_refused_before_anything_is_measured(
+    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "context", "--archs", "lstm", arch, "--params", "300k", "--context", "16", "--out", str(tmp_path)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"leave {arch} out of --archs" in error
+    assert not (tmp_path / "context.jsonl").exists()
 
 
 def test_cells_are_not_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

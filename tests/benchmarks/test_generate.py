@@ -3,10 +3,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from crossover.archs import LanguageModel, build
+from crossover.archs import LanguageModel, Seq2Seq, available, build
 from crossover.archs.generation import NO_TOKEN
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.generate import Printer
@@ -113,6 +114,64 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path, capsys: Capture, monkeypatch
     assert capsys.readouterr().out == "==> prompt 1 <==\nabc\n==> prompt 2 <==\nyyx\n"
 
 
+every_reader = pytest.mark.parametrize("name", available("seq2seq"))
+
+
+def save_reader(folder: Path, name: Any) -> tuple[str, Seq2Seq]:
+    """The folder of a model of pairs, untrained, with weights large enough for its targets to differ."""
+    lm: Seq2Seq = build(name, d_model=16, n_layers=2)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    lm.save_pretrained(folder)
+    return str(folder), lm
+
+
+@every_reader
+def test_of_a_source_only_the_target_is_printed(name: str, tmp_path: Path, capsys: Capture) -> None:
+    folder, lm = save_reader(tmp_path, name)
+    words = ["--max-new-tokens", "9", "--temperature", "0", "--device", "cpu"]
+    expected = []
+    for text in ("abc", "", "naïve"):  # a source ends with the separator, and a target begins with it, as in training
+        target = lm.generate(torch.tensor([[*text.encode(), 0]]), 9, temperature=0, start_token=0, stop_tokens=[0])
+        expected.append(bytes(token for token in target[0].tolist() if token).decode(errors="replace") + "\n")
+    assert len({*expected}) > 1
+    assert printed(capsys, folder, "abc", *words) == expected[0]
+    assert printed(capsys, folder, "abc", "", "naïve", *words) == "".join(expected)
+
+
+def test_a_target_ends_where_the_model_ends_it_unless_told_otherwise(tmp_path: Path, capsys: Capture) -> None:
+    folder, lm = save_reader(tmp_path, "encdec")
+    decoder = lm.decoder
+    with torch.no_grad():  # the separator is the likeliest token by far, whatever was read
+        decoder.embedding.weight[0] *= 10
+        decoder.backbone.blocks[-1].get_parameter("ffn_norm.bias").add_(100 * decoder.embedding.weight[0])
+    lm.save_pretrained(folder)
+    words = ["--max-new-tokens", "5", "--temperature", "0"]
+    assert printed(capsys, folder, "ab", *words) == "\n"
+    assert printed(capsys, folder, "ab", *words, "--no-stop-at-end") == "\0" * 5 + "\n"
+
+
+def test_every_option_of_sampling_reaches_an_encoder_decoder(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = save_reader(tmp_path, "seq2seq")
+    calls = []
+    monkeypatch.setattr(Seq2Seq, "generate", lambda self, source, **options: calls.append((source, options)))
+    words = ["--max-new-tokens", "7", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.7", "--stop", ";"]
+    printed(capsys, folder, "ab", *words, "--repetition-penalty", "1.3")
+    ((source, options),) = calls
+    assert [row.tolist() for row in source] == [[97, 98, 0]]
+    given = {name: options[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty", "start_token")}
+    assert given == {"temperature": 0.5, "top_k": 4, "top_p": 0.7, "repetition_penalty": 1.3, "start_token": 0}
+    assert (options["max_new_tokens"], options["stop_tokens"]) == (7, [59, 0])
+
+
+def test_an_encoder_decoder_without_a_source_says_what_to_give(tmp_path: Path, capsys: Capture) -> None:
+    folder, _ = save_reader(tmp_path, "encdec")
+    assert "writes a target for a source: give a source as PROMPT or with --prompt-file" in refused(capsys, folder)
+
+
 def steps(*texts: bytes) -> Iterator[torch.Tensor]:
     """What `on_token` gets for continuations of bytes."""
     for n in range(max(map(len, texts))):
@@ -131,14 +190,14 @@ def test_a_character_is_printed_when_its_last_byte_is_there(capsys: Capture) -> 
 
 
 def test_texts_are_printed_in_turn_and_the_current_one_at_once(capsys: Capture) -> None:
-    printer = Printer(["a", "b", "c"], BytesTokenizer(), silent={0})
+    printer = Printer(["a", "- b", "- c"], BytesTokenizer(), silent={0})
     shown = [capsys.readouterr().out]
     for n, tokens in enumerate(steps(b"1\0", b"234567", b"89")):
         printer(n, tokens)
         shown.append(capsys.readouterr().out)
     printer.finish()
-    assert shown == ["==> prompt 1 <==\na", "1", "", "\n==> prompt 2 <==\nb234", "5", "6", "7"]
-    assert capsys.readouterr().out == "\n==> prompt 3 <==\nc89\n"
+    assert shown == ["a", "1", "", "\n- b234", "5", "6", "7"]
+    assert capsys.readouterr().out == "\n- c89\n"
 
 
 @pytest.mark.parametrize(
@@ -193,3 +252,4 @@ def test_help_says_what_every_option_means(capsys: Capture) -> None:
     )
     assert [option for option in options.split() if option not in text] == []
     assert "- reads one from standard input" in text
+    assert "each prompt is a source, and the targets alone are printed" in text

@@ -82,6 +82,20 @@ def test_out_of_memory_is_shown_and_not_left_out(page: str) -> None:
     assert re.search(r"<td>Transformer</td><td>train</td>.*?8,192.*?out of memory", page)
 
 
+def test_lengths_beyond_the_positions_of_a_model_are_shown_and_are_no_failure(tmp_path: Path) -> None:
+    for arch in ("transformer", "mamba"):
+        for context_len in (512, 2048):
+            beyond = arch == "transformer" and context_len == 2048
+            one = cell(arch, "train", context_len, status="beyond_positions" if beyond else "done")
+            limits = {"model": {"max_positions": 1024}, "batch_size": None} if beyond else {}
+            append_line(tmp_path / "context.jsonl", json.dumps({**one, **limits}) + "\n")
+    text = words(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "Transformer was built with 1,024 positions, and is not compared beyond." in text
+    assert "Crosses: Transformer beyond its positions at 2,048." in text
+    assert re.search(r"Transformer\s+train\s+2,048(\s+-)+\s+beyond its positions", text)
+    assert "What is missing" not in text
+
+
 def test_text_of_samples_is_escaped(page: str) -> None:
     assert "&lt;b&gt;if&lt;/b&gt; name is None" in page
     assert "<b>if</b>" not in page

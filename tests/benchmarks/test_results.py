@@ -118,6 +118,16 @@ def test_a_failed_cell_says_nothing_about_speed(tmp_path: Path) -> None:
     assert speeds == []
 
 
+def test_a_length_beyond_the_positions_of_a_model_says_nothing_about_it(tmp_path: Path) -> None:
+    for context_len, status in ((128, "done"), (512, "beyond_positions")):
+        for arch in ("transformer", "mamba"):
+            one = cell(arch, "train", context_len, status=status if arch == "transformer" else "done")
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
+    one = found["training tokens/s", "mamba", "transformer"]
+    assert (one.verdict, one.context_len, one.out_of_memory) == ("always", None, None)  # by the one length of both
+
+
 def test_a_model_stopped_for_time_is_not_said_to_have_run_out_of_memory(tmp_path: Path) -> None:
     for arch, status in (("lstm", "timeout"), ("mamba", "done")):
         for context_len in (128, 512):
