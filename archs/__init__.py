@@ -7,7 +7,7 @@ from .mixer import Mixer, State
 from .model import Backbone, Block, LanguageModel, LMOutput
 from .presets import PUBLISHED, available, build, configure
 from .registry import FFNS, MIXERS, register_mixer
-from .seq2seq import Seq2Seq, Seq2SeqConfig
+from .seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
 
 __all__ = [
     "FFN",
@@ -26,6 +26,7 @@ __all__ = [
     "available",
     "build",
     "configure",
+    "open_pretrained",
     "presets",
     "register_mixer",
 ]

@@ -293,9 +293,15 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Self:
-        """Reads what `save_pretrained` wrote. Nothing in it is executed."""
-        config = ModelConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
-        return read_weights(cls(config), folder).to(device)
+        """Reads what `save_pretrained` wrote. Nothing in it is executed.
+
+        Raises:
+            ValueError: if it is an encoder-decoder, or its configuration is not valid.
+        """
+        fields = json.loads((Path(folder) / "config.json").read_text())
+        if "source" in fields:
+            raise ValueError(f"{folder} holds an encoder-decoder where a model of one sequence is needed")
+        return read_weights(cls(ModelConfig.from_dict(fields)), folder).to(device)
 
 
 def write_pretrained(model: Any, folder: str | Path) -> None:

@@ -193,9 +193,9 @@ def bert() -> Mapping[str, Any]:
     }
 
 
-@_preset(label="Encoder-decoder", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32, kind="seq2seq")
+@_preset(label="Encoder-decoder", learning_rate=1e-3, n_layers_at_1m=4, d_model_multiple=32, kind="seq2seq")
 def encdec() -> Mapping[str, Any]:
-    """Encoder-decoder: the Transformer of 2017, with post-norm. Its learning rate is not tuned.
+    """Encoder-decoder: the Transformer of 2017, with post-norm. Its learning rate is not tuned by the common rule.
 
     arXiv:1706.03762, but with rotary positions for sinusoidal ones and GELU for ReLU. Two layers here are one of the
     paper's decoder: n_layers=12 gives its six, and six of the encoder.

@@ -100,7 +100,10 @@ class Trainer:
             ValueError: if model, data, device and lengths do not fit together.
         """
         has_pairs = isinstance(corpus, PairCorpus)
-        position_len = 0 if has_pairs else run.train.position_len
+        self.model_config = run.model.configure(corpus.tokenizer.vocab_size)
+        _check_kind(self.model_config, has_pairs)
+        # a model is read as far as its positions go
+        position_len = 0 if has_pairs else min(run.train.position_len, self.model_config.max_positions or sys.maxsize)
         if has_pairs:
             corpus.check_lengths(run.train.seq_len)
         else:
@@ -116,8 +119,6 @@ class Trainer:
         self.corpus = corpus
         self.device = choose_device(run.train.device)
         self.precision = choose_precision(run.train.precision, self.device)
-        self.model_config = run.model.configure(corpus.tokenizer.vocab_size)
-        _check_kind(self.model_config, has_pairs)
         self.peak_lr = _peak_learning_rate(run)
         self._command = command
         self._clock = clock

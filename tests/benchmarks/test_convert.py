@@ -101,3 +101,10 @@ def test_a_model_that_hugging_face_lacks_leaves_nothing_behind(
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "out")]) == 2
     assert "no model of Hugging Face's has layers ['s4d+mlp']" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_decoder_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("encdec", d_model=16, n_layers=2, vocab_size=9).save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("holds an encoder-decoder where a model of one sequence is needed\n") == 1
+    assert not (tmp_path / "out").exists()

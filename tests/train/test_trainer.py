@@ -2,6 +2,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -572,6 +573,15 @@ def test_windows_longer_than_the_held_out_text_are_refused_before_anything_is_bu
     with pytest.raises(ValueError, match=r"train\.position_len=1000000 is too long for a validation split"):
         Trainer(run, corpus)
     assert not run.directory.exists()
+
+
+def test_a_model_is_read_as_far_as_its_positions_go(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, "gpt2", steps=1, position_len=32, sample_tokens=0)
+    run = replace(run, model=replace(run.model, set=("max_positions=24",)))
+    fit(run, corpus)
+    assert read_json(run.directory / "result.json")["position_bits_per_byte"][-1]["stop"] == 24
+    with pytest.raises(ValueError, match="16 tokens are more than max_positions=12"):
+        Trainer(replace(run, model=replace(run.model, set=("max_positions=12",))), corpus)
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path, corpus: Corpus) -> None:
