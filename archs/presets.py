@@ -117,9 +117,9 @@ def mamba() -> Mapping[str, Any]:
     return {"pattern": ("mamba",)}
 
 
-@_preset(label="Mamba-2", learning_rate=UNTUNED, n_layers_at_1m=8, d_model_multiple=8)
+@_preset(label="Mamba-2", learning_rate=4e-3, n_layers_at_1m=8, d_model_multiple=8)
 def mamba2() -> Mapping[str, Any]:
-    """Mamba-2: one decay per head, so that the scan is made of matrix products. Its learning rate is not tuned."""
+    """Mamba-2: one decay per head, so that the scan is made of matrix products."""
     return {"pattern": ("mamba2",)}
 
 

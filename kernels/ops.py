@@ -39,6 +39,7 @@ from .rotary import torch_impl as _rotary_torch
 from .selective_scan import cpu as _selective_scan_cpu
 from .selective_scan import reference as _selective_scan
 from .selective_scan import torch_impl as _selective_scan_torch
+from .ssd import cpu as _ssd_cpu
 from .ssd import reference as _ssd
 from .ssd import torch_impl as _ssd_torch
 from .state_update import reference as _state_update
@@ -67,7 +68,7 @@ selective_scan = Op(
     cpu=_selective_scan_cpu.selective_scan,
     triton=_triton("selective_scan"),
 )
-ssd = Op(_ssd.ssd, torch=_ssd_torch.ssd, triton=_triton("ssd"))
+ssd = Op(_ssd.ssd, torch=_ssd_torch.ssd, cpu=_ssd_cpu.ssd, triton=_triton("ssd"))
 causal_conv1d = Op(
     _causal_conv1d.causal_conv1d,
     torch=_causal_conv1d_torch.causal_conv1d,

@@ -63,8 +63,9 @@ _vector, _pair, _tile = Vector(LANES), Vector(PAIR), Vector(TILE)
 
 # Compilation
 
-# numba's cache notices a change of the kernel's own file only. What this file adds to a kernel goes into the key too.
-_VERSION = f"{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()} {LANES}"
+# numba's cache notices a change of the kernel's own file only. What shared files add to a kernel goes into the key too.
+_SHARED = [Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "blocks.py")]
+_VERSION = f"{hashlib.sha256(b''.join(_SHARED)).hexdigest()} {LANES}"
 
 
 Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray

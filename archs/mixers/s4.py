@@ -65,8 +65,8 @@ class S4(S4D):
         return linear_flops(self) + 22 * self.A_log.numel()
 
     def kernel_flops(self, length: int) -> float:
-        """The kernel of one channel: four Cauchy sums of N / 2 pairs at L / 2 frequencies (40 each) and an inverse FFT.
+        """The kernel of one channel: as in S4D, of 2 sqrt(L) vectors, each a product with a power of the state matrix.
 
-        The power of the state matrix that truncates it is not counted: a whole batch shares it.
+        Those powers are not counted: a whole batch shares them.
         """
-        return 10 * self.config.d_state * length + 2.5 * length * math.log2(length)
+        return super().kernel_flops(length) + 4 * self.config.d_state**2 * math.sqrt(length)

@@ -65,17 +65,18 @@ def _scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, (B, L, E); final state, (B, E, N); the state before every CHUNK tokens in the kernels' layout, if `keep`."""
+    from .. import blocks
     from . import cpu_kernels
 
     (batch, L, E), N = u.shape, A.shape[1]
     y, state = torch.empty(batch, L, E), torch.empty(batch, E, N)
     checkpoints = torch.empty(cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N))
-    tasks_per_row = cpu_kernels.tasks_per_row(batch, E)
+    tasks_per_row = blocks.tasks_per_row(batch, E)
     run(
         cpu_kernels.forward,
         batch * tasks_per_row,
         tasks_per_row,
-        cpu_kernels.blocks_per_task(batch, E),
+        blocks.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
         *map(as_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
@@ -109,10 +110,11 @@ def _scan_backward(
     checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z (empty without a gate), delta_bias and the initial state."""
+    from .. import blocks
     from . import cpu_kernels
 
     (batch, L, E), N = u.shape, A.shape[1]
-    tasks_per_row = cpu_kernels.tasks_per_row(batch, E)
+    tasks_per_row = blocks.tasks_per_row(batch, E)
     grad_u, grad_delta = torch.empty(batch, L, E), torch.empty(batch, L, E)
     grad_z = torch.empty(batch if z is not None else 0, L, E)
     grad_initial_state = torch.empty(batch, E, N)
@@ -124,12 +126,12 @@ def _scan_backward(
         cpu_kernels.backward,
         batch * tasks_per_row,
         tasks_per_row,
-        cpu_kernels.blocks_per_task(batch, E),
+        blocks.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
         *map(as_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
     )
-    grad_A, grad_B, grad_C, grad_D, grad_bias = map(_sum, (parts_A, parts_B, parts_C, parts_D, parts_bias))
+    grad_A, grad_B, grad_C, grad_D, grad_bias = map(blocks.sum_of, (parts_A, parts_B, parts_C, parts_D, parts_bias))
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial_state
 
 
@@ -167,12 +169,3 @@ def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:
 
 def _never_if_none(starts: Tensor | None, u: Tensor) -> Tensor:
     return torch.zeros(u.shape[:2], dtype=torch.bool) if starts is None else starts
-
-
-def _sum(parts: Tensor) -> Tensor:
-    """The sum over the first axis, always in the same order."""
-    from . import cpu_kernels
-
-    result = torch.empty(parts[0].numel())
-    run(cpu_kernels.sum_parts, -(-len(result) // cpu_kernels.SUM_WIDTH), as_array(parts.flatten(1)), as_array(result))
-    return result.view(parts.shape[1:])

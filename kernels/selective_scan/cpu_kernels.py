@@ -6,14 +6,14 @@ not depend on the state (softplus, dt u), STATES tokens to a tile. Then it takes
 another through the chunk's tokens with the state in registers. Tasks share no output, so any number of threads gives
 the same bits.
 
-Scratch arrays are indexed [block, state * LANES + channel] or [block, token, channel], where states are padded to a
-multiple of STATES.
+Scratch arrays are indexed as kernels/blocks.py says.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ..blocks import pack, padded, read, read_tokens, scratch, unpack, write, write_tokens
 from ..simd import (
     LANES,
     LOG2_E,
@@ -24,7 +24,6 @@ from ..simd import (
     Floats2,
     Floats3,
     Floats4,
-    called,
     exp2,
     fold,
     full,
@@ -46,86 +45,10 @@ CHUNK = 16
 
 LOG_2 = 1 / LOG2_E
 
-SUM_WIDTH = 4096
-"""Columns a task of `sum_parts` adds up."""
-
-TASKS = 16
-"""Tasks to aim at: enough for many threads, few enough to read long pieces of rows and to share the work on B and C."""
-
-MAX_BLOCKS = 16
-"""Most blocks of a task: its scratch stays in the second-level cache."""
-
-
-def blocks_per_task(batch: int, E: int) -> int:
-    """Channel blocks that a task takes together; independent of the number of threads, as the bits depend on it."""
-    n_blocks = -(-E // LANES)
-    return min(n_blocks, MAX_BLOCKS, max(2, batch * n_blocks // TASKS))
-
-
-def tasks_per_row(batch: int, E: int) -> int:
-    """Tasks that share a row of the batch."""
-    return -(-E // (LANES * blocks_per_task(batch, E)))
-
 
 def checkpoint_shape(batch: int, L: int, E: int, N: int) -> tuple[int, int, int, int]:
     """Shape of the states before every chunk: (B, chunks, blocks, padded states * LANES)."""
-    return batch, -(-L // CHUNK), -(-E // LANES), TILE * -(-N // STATES)
-
-
-@called
-def _scratch(n_blocks):
-    return np.zeros((n_blocks, CHUNK, LANES), np.float32)
-
-
-@called
-def _pack(matrix, e0, scratch, scale):
-    """scratch[n * LANES + lane] = scale * matrix[e0 + lane, n], zero where there is no such channel or state."""
-    E, N = matrix.shape
-    for n in range(len(scratch) // LANES):
-        for lane in range(LANES):
-            value = matrix[e0 + lane, n] if n < N and e0 + lane < E else np.float32(0.0)
-            # NaN as IEEE arithmetic makes it: exp2 would misread the low bits of another
-            scratch[n * LANES + lane] = scale * value if value == value else np.float32(np.nan)
-
-
-@called
-def _unpack(scratch, e0, matrix):
-    """matrix[e0 + lane, n] = scratch[n * LANES + lane]."""
-    E, N = matrix.shape
-    for lane in range(min(LANES, E - e0)):
-        for n in range(N):
-            matrix[e0 + lane, n] = scratch[n * LANES + lane]
-
-
-@called
-def _copy_tokens(source, b, t0, n_tokens, scratch):
-    for t in range(n_tokens):
-        for n in range(source.shape[2]):
-            scratch[t, n] = source[b, t0 + t, n]
-
-
-@called
-def _read(source, b, t0, n_tokens, e, n_blocks, scratch):
-    """scratch[block, t, lane] = source[b, t0 + t, e + block * LANES + lane], token by token, as memory has it."""
-    n_whole = min(n_blocks, (source.shape[2] - e) // LANES)
-    for t in range(n_tokens):
-        for block in range(n_whole):
-            store(scratch, (block, t, 0), load(source, (b, t0 + t, e + block * LANES)))
-        if n_whole < n_blocks:
-            rest = e + n_whole * LANES
-            store(scratch, (n_whole, t, 0), load_first(source, (b, t0 + t, rest), source.shape[2] - rest))
-
-
-@called
-def _write(scratch, target, b, t0, n_tokens, e, n_blocks):
-    """The reverse of `_read`."""
-    n_whole = min(n_blocks, (target.shape[2] - e) // LANES)
-    for t in range(n_tokens):
-        for block in range(n_whole):
-            store(target, (b, t0 + t, e + block * LANES), load(scratch, (block, t, 0)))
-        if n_whole < n_blocks:
-            rest = e + n_whole * LANES
-            store_first(target, (b, t0 + t, rest), load(scratch, (n_whole, t, 0)), target.shape[2] - rest)
+    return batch, -(-L // CHUNK), -(-E // LANES), padded(N)
 
 
 @kernel
@@ -160,21 +83,21 @@ def forward(
     rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
     states = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)
     Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
-    xs, sums = _scratch(blocks_per_task), _scratch(blocks_per_task)
-    dts, drives = _scratch(blocks_per_task), _scratch(blocks_per_task)
+    xs, sums = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
+    dts, drives = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
     zero = repeat(full(0.0))
     for task in range(first, last):
         b, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
         n_blocks, e0 = min(blocks_per_task, -(-E // LANES) - first_block), first_block * LANES
         for block in range(n_blocks):
-            _pack(A, e0 + block * LANES, rates[block], np.float32(LOG2_E))
-            _pack(initial_state[b], e0 + block * LANES, states[block], np.float32(1.0))
+            pack(A, e0 + block * LANES, rates[block], np.float32(LOG2_E))
+            pack(initial_state[b], e0 + block * LANES, states[block], np.float32(1.0))
         for t0 in range(0, L, CHUNK):
             n_tokens = min(CHUNK, L - t0)
-            _copy_tokens(B, b, t0, n_tokens, Bs)
-            _copy_tokens(C, b, t0, n_tokens, Cs)
-            _read(u, b, t0, n_tokens, e0, n_blocks, xs)
-            _read(delta, b, t0, n_tokens, e0, n_blocks, dts)
+            read_tokens(B, b, t0, n_tokens, Bs)
+            read_tokens(C, b, t0, n_tokens, Cs)
+            read(u, b, t0, n_tokens, e0, n_blocks, xs)
+            read(delta, b, t0, n_tokens, e0, n_blocks, dts)
             for block in range(n_blocks):
                 e = e0 + block * LANES
                 bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
@@ -198,14 +121,14 @@ def forward(
                         store(sums, (block, t, 0), load(sums, (block, t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
                     store(states, (block, i * TILE), h)
             if gated:
-                _read(z, b, t0, n_tokens, e0, n_blocks, xs)
+                read(z, b, t0, n_tokens, e0, n_blocks, xs)
                 for block in range(n_blocks):
                     for t in range(0, n_tokens, STATES):
                         gate = load_tile(xs, (block, t, 0))
                         store(sums, (block, t, 0), load_tile(sums, (block, t, 0)) * (gate * sigmoid(gate)))
-            _write(sums, y, b, t0, n_tokens, e0, n_blocks)
+            write(sums, y, b, t0, n_tokens, e0, n_blocks)
         for block in range(n_blocks):
-            _unpack(states[block], e0 + block * LANES, state[b])
+            unpack(states[block], e0 + block * LANES, state[b])
 
 
 @kernel
@@ -251,10 +174,18 @@ def backward(
     rates = np.zeros((blocks_per_task, n_tiles * TILE), np.float32)  # A log2(e), for exp2
     rs, grad_rates = np.zeros_like(rates), np.zeros_like(rates)
     Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
-    xs, deltas, gates = _scratch(blocks_per_task), _scratch(blocks_per_task), _scratch(blocks_per_task)
-    grad_ys, gs = _scratch(blocks_per_task), _scratch(blocks_per_task)
-    dts, drives, sums = _scratch(blocks_per_task), _scratch(blocks_per_task), _scratch(blocks_per_task)
-    grad_dts, grad_drives = _scratch(blocks_per_task), _scratch(blocks_per_task)
+    xs, deltas, gates = (
+        scratch(blocks_per_task, CHUNK),
+        scratch(blocks_per_task, CHUNK),
+        scratch(blocks_per_task, CHUNK),
+    )
+    grad_ys, gs = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
+    dts, drives, sums = (
+        scratch(blocks_per_task, CHUNK),
+        scratch(blocks_per_task, CHUNK),
+        scratch(blocks_per_task, CHUNK),
+    )
+    grad_dts, grad_drives = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
     decays, states = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
     grad_Bs, grad_Cs = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
     zero = repeat(full(0.0))
@@ -264,20 +195,20 @@ def backward(
         n_blocks, e0 = min(blocks_per_task, -(-E // LANES) - first_block), first_block * LANES
         for block in range(n_blocks):
             e = e0 + block * LANES
-            _pack(A, e, rates[block], np.float32(LOG2_E))
-            _pack(grad_state[b], e, rs[block], np.float32(1.0))
+            pack(A, e, rates[block], np.float32(LOG2_E))
+            pack(grad_state[b], e, rs[block], np.float32(1.0))
             store_first(grad_D, (b, e), full(0.0), E - e)
             store_first(grad_bias, (b, e), full(0.0), E - e)
         grad_rates.fill(0)
         for t0 in range((L - 1) // CHUNK * CHUNK, -1, -CHUNK):
             n_tokens = min(CHUNK, L - t0)
-            _copy_tokens(B, b, t0, n_tokens, Bs)
-            _copy_tokens(C, b, t0, n_tokens, Cs)
-            _read(u, b, t0, n_tokens, e0, n_blocks, xs)
-            _read(delta, b, t0, n_tokens, e0, n_blocks, deltas)
-            _read(grad_y, b, t0, n_tokens, e0, n_blocks, grad_ys)
+            read_tokens(B, b, t0, n_tokens, Bs)
+            read_tokens(C, b, t0, n_tokens, Cs)
+            read(u, b, t0, n_tokens, e0, n_blocks, xs)
+            read(delta, b, t0, n_tokens, e0, n_blocks, deltas)
+            read(grad_y, b, t0, n_tokens, e0, n_blocks, grad_ys)
             if gated:
-                _read(z, b, t0, n_tokens, e0, n_blocks, gates)
+                read(z, b, t0, n_tokens, e0, n_blocks, gates)
             for block in range(n_blocks):
                 e = e0 + block * LANES
                 bias, skip = repeat(load_first(delta_bias, e, E - e)), repeat(load_first(D, e, E - e))
@@ -351,26 +282,13 @@ def backward(
                 store_first(grad_D, (b, e), load_first(grad_D, (b, e), E - e) + sum_D, E - e)
                 store_first(grad_bias, (b, e), load_first(grad_bias, (b, e), E - e) + sum_bias, E - e)
             # the scratch of delta, dt u and z now holds the gradients of delta, u and z
-            _write(deltas, grad_delta, b, t0, n_tokens, e0, n_blocks)
-            _write(drives, grad_u, b, t0, n_tokens, e0, n_blocks)
+            write(deltas, grad_delta, b, t0, n_tokens, e0, n_blocks)
+            write(drives, grad_u, b, t0, n_tokens, e0, n_blocks)
             if gated:
-                _write(gates, grad_z, b, t0, n_tokens, e0, n_blocks)
-            for t in range(n_tokens):
-                for n in range(N):
-                    grad_B[part, b, t0 + t, n] = Bs[t, n]
-                    grad_C[part, b, t0 + t, n] = Cs[t, n]
+                write(gates, grad_z, b, t0, n_tokens, e0, n_blocks)
+            write_tokens(Bs, grad_B[part], b, t0, n_tokens)
+            write_tokens(Cs, grad_C[part], b, t0, n_tokens)
         for block in range(n_blocks):
             e = e0 + block * LANES
-            _unpack(grad_rates[block], e, grad_A[b])
-            _unpack(rs[block], e, grad_initial_state[b])
-
-
-@kernel
-def sum_parts(first: int, last: int, parts: Floats2, result: Floats1) -> None:
-    """result[i] = the sum of parts[:, i], taken in order, for the columns first * SUM_WIDTH .. last * SUM_WIDTH - 1."""
-    stop = min(last * SUM_WIDTH, result.shape[0])
-    for i in range(first * SUM_WIDTH, stop):
-        result[i] = parts[0, i]
-    for p in range(1, parts.shape[0]):
-        for i in range(first * SUM_WIDTH, stop):
-            result[i] += parts[p, i]
+            unpack(grad_rates[block], e, grad_A[b])
+            unpack(rs[block], e, grad_initial_state[b])

@@ -12,6 +12,7 @@ and memory is linear in L. The elementwise parts around (softplus, skip, gate) a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,29 @@ def ssd(
     Raises:
         ValueError: if the heads do not make equal groups, or a chunk would have no token.
     """
+    return around(_chunked, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, starts, chunk_len)
+
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int | None], tuple[Tensor, Tensor]]
+"""(x, dt, A, B, C, initial_state, starts, chunk_len) to y and the final state: `ssd` without what is elementwise."""
+
+
+def around(
+    scan: Scan,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+    chunk_len: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` by a scan of more than one token, with all that is elementwise around it."""
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     if H % G:
         raise ValueError(f"{H} heads do not make {G} equal groups")
@@ -56,11 +80,26 @@ def ssd(
     if L == 1:  # a decode step: plain operations cost less than a chunk of one
         y, h = _step(u, dt, A.to(dtype), B.to(dtype), C.to(dtype), h, starts)
     else:
-        ids = None if starts is None else document_ids(starts)
-        y, h, _ = _scan(u, dt, A.to(dtype), B.to(dtype), C.to(dtype), h, ids, chunk_len or CHUNK)
+        y, h = scan(u, dt, A.to(dtype), B.to(dtype), C.to(dtype), h, starts, chunk_len)
     y = y if D is None else torch.addcmul(y, D.to(dtype)[:, None], u)
     y = y if z is None else y * F.silu(z.to(dtype))
     return y.to(x.dtype), h
+
+
+def _chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    chunk_len: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See Scan."""
+    ids = None if starts is None else document_ids(starts)
+    y, h, _ = _scan(x, dt, A, B, C, initial_state, ids, chunk_len or CHUNK)
+    return y, h
 
 
 def _step(

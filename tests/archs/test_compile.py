@@ -1,24 +1,60 @@
 """torch.compile traces every model in one graph, forward and backward, without changing what it computes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from crossover.archs import available, build, configure
+from crossover.archs import LanguageModel, available, build, configure
+from crossover.archs.mixer import State
+from torch import Tensor
+
+FEW_TAPS = {"h3": {"d_conv": 3}}  # whose defaults trace 64 operations a layer
+
+
+def one_of_each_layer(name: str) -> LanguageModel:
+    """The smallest model that holds every kind of layer of an architecture."""
+    torch._dynamo.reset()
+    sizes: dict[str, Any] = {"d_model": 32, "vocab_size": 17, **FEW_TAPS.get(name, {})}
+    kinds = list(dict.fromkeys(configure(name, n_layers=1, **sizes).pattern))
+    return build(name, n_layers=len(kinds), pattern=kinds, **sizes)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # aot_eager runs the traced graph as it is: what is tested is the tracing, and not a compiler
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
 
 
 @pytest.mark.parametrize("name", [*available(), *available("encoder")])
 def test_compiles_to_one_graph_with_the_same_loss_and_gradients(name: str) -> None:
-    torch._dynamo.reset()
-    period = len(configure(name, d_model=32, n_layers=1, vocab_size=17).pattern)
-    lm = build(name, d_model=32, n_layers=period, vocab_size=17)
-    tokens = torch.randint(17, (2, 23))
+    lm = one_of_each_layer(name)
+    tokens = torch.randint(17, (2, 7))
+    starts = torch.rand(2, 6) < 0.3
 
-    def loss(tokens: torch.Tensor) -> torch.Tensor:
-        return sum(lm.loss(tokens[:, :-1], tokens[:, 1:]), torch.zeros(()))
+    def loss(tokens: Tensor, starts: Tensor) -> Tensor:
+        whole, packed = (lm.loss(tokens[:, :-1], tokens[:, 1:], starts=marks) for marks in (None, starts))
+        return sum((*whole, *packed), torch.zeros(()))
 
-    def with_gradients(function) -> list[torch.Tensor]:
-        value = function(tokens)
+    def with_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        value = function(tokens, starts)
         return [value.detach(), *torch.autograd.grad(value, list(lm.parameters()), allow_unused=True)]
 
-    # aot_eager runs the traced graph as it is: what is tested is the tracing, and not a compiler
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
-    torch.testing.assert_close(with_gradients(compiled), with_gradients(loss))
+    torch.testing.assert_close(with_gradients(compiled(loss)), with_gradients(loss))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", available())
+def test_decoding_compiles_to_one_graph_with_the_same_logits_and_states(name: str) -> None:
+    lm = one_of_each_layer(name)
+    tokens = torch.randint(17, (2, 5))
+
+    def decode(tokens: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        prompt, state, _ = lm(tokens[:, :-1], state)
+        step, state, _ = lm(tokens[:, -1:], state)
+        return torch.cat([prompt, step], dim=1), state
+
+    (logits, after), (expected, expected_after) = (
+        function(tokens, lm.init_state(2, 5)) for function in (compiled(decode), decode)
+    )
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close([s.tensors() for s in after], [s.tensors() for s in expected_after])

@@ -64,10 +64,10 @@ def check(backend: str, chunk_len: int | None, seed: int, **sizes: Any) -> None:
     assert_same(run(backend, to(tensors, torch.float32), dt_softplus=True, chunk_len=chunk_len), expected, 1e-5)
 
 
-@settings(DRAWN, max_examples=8)
-@given(**SIZES)
-def test_torch_matches_the_definition_for_any_sizes(**drawn: Any) -> None:
-    check("torch", **drawn)
+@settings(DRAWN, max_examples=16)
+@given(backend=st.sampled_from([name for name in BACKENDS if name != "triton"]), **SIZES)
+def test_the_cpu_matches_the_definition_for_any_sizes(backend: str, **drawn: Any) -> None:
+    check(backend, **drawn)
 
 
 @needs_triton
@@ -78,7 +78,7 @@ def test_triton_matches_the_definition_for_any_sizes(**drawn: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("L", [15, 16, 17, 32, 33])
+@pytest.mark.parametrize("L", [15, 16, 17, 32, 33, 65])
 def test_chunk_boundaries_are_nothing_special(backend: str, L: int) -> None:
     tensors = inputs(1, L, 1, 2, 5, 3, frozenset(OPTIONAL))
     tensors["starts"] = torch.zeros(1, L, dtype=torch.bool)
@@ -187,7 +187,7 @@ def test_nothing_outside_the_inputs_is_read(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_the_selective_scan_with_one_decay_for_all_states(backend: str) -> None:
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
     tensors = to(example("ssd", L=30), dtype)
     tensors["B"], tensors["C"] = tensors["B"][:, :, :1], tensors["C"][:, :, :1]
     (H, P), N = tensors["x"].shape[2:], tensors["B"].shape[-1]
@@ -314,3 +314,16 @@ def test_custom_operators_are_registered_soundly(backend: str) -> None:
 
         rest = (t["D"], t["z"], t["dt_bias"], t["initial_state"], None, True, 16)
         torch.library.opcheck(triton_kernels._ssd, (*scanned, *rest), test_utils=checks)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    tensors = to(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            found.append(run("cpu", tensors, dt_softplus=True))
+    finally:
+        torch.set_num_threads(threads)
+    for name, one in found[0].items():
+        assert torch.equal(one, found[1][name]), name

@@ -1,0 +1,145 @@
+"""The CPU path: the recurrence itself in numba kernels (cpu_kernels.py), float32 inside.
+
+Forward keeps the state before every CHUNK tokens, and only if a backward can follow; backward recomputes the states
+inside a chunk. Chunks of matrix products would take no fewer operations: what they do inside a chunk costs as much as
+states of 64, and small heads make small matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..parallel import as_array, run
+from . import torch_impl
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+    chunk_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same contract as reference.ssd, in float32. Differentiable once. `chunk_len` changes nothing here.
+
+    Raises:
+        ValueError: if the heads do not make equal groups, or a chunk would have no token.
+        Unsupported: if an input is not on the CPU, or x is float64.
+    """
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, starts)
+    if any(t is not None and t.device.type != "cpu" for t in tensors):
+        raise Unsupported("an input is not on the CPU")
+    if x.dtype == torch.float64:
+        raise Unsupported("x is float64, and the kernels compute in float32")
+    return torch_impl.around(_recurrence, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, starts, chunk_len)
+
+
+def _recurrence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    chunk_len: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See torch_impl.Scan."""
+    decay = torch.exp(dt * A)  # (B, L, H)
+    if starts is not None:
+        decay = decay.masked_fill(starts[..., None], 0)
+    drive = dt[..., None] * x
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (drive, decay, B, C, initial_state))
+
+    def by_group(t: Tensor, axis: int) -> Tensor:
+        """The heads of a group side by side, as its channels."""
+        return t.unflatten(axis, (B.shape[2], -1)).flatten(axis + 1, axis + 2)
+
+    decay = decay[..., None].expand(x.shape)
+    y, state, _ = _scan(by_group(drive, 2), by_group(decay, 2), B, C, by_group(initial_state, 1), keep)
+    return y.view(x.shape), state.view(initial_state.shape)
+
+
+@torch.library.custom_op("crossover::ssd_cpu", mutates_args=(), device_types="cpu")
+def _scan(
+    drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, (B, L, G, E); final state, (B, G, E, N); the state before every CHUNK tokens in the kernels' layout."""
+    from .. import blocks
+    from . import cpu_kernels
+
+    (batch, L, G, E), N = drive.shape, B.shape[3]
+    y, state = torch.empty(batch, L, G, E), torch.empty(batch, G, E, N)
+    checkpoints = torch.empty(cpu_kernels.checkpoint_shape(batch * G if keep else 0, L, E, N))
+    tasks_per_row = blocks.tasks_per_row(batch * G, E)
+    run(
+        cpu_kernels.forward,
+        batch * G * tasks_per_row,
+        tasks_per_row,
+        blocks.blocks_per_task(batch * G, E),
+        *map(as_array, (drive, decay, B, C, initial_state, checkpoints, y, state)),
+    )
+    return y, state, checkpoints
+
+
+@_scan.register_fake
+def _(drive, decay, B, C, initial_state, keep):
+    from . import cpu_kernels
+
+    (batch, L, G, E), N = drive.shape, B.shape[3]
+    checkpoints = cpu_kernels.checkpoint_shape(batch * G if keep else 0, L, E, N)
+    return drive.new_empty(batch, L, G, E), drive.new_empty(batch, G, E, N), drive.new_empty(checkpoints)
+
+
+@torch.library.custom_op("crossover::ssd_cpu_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    grad_y: Tensor, grad_state: Tensor, drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of drive, decay, B, C and the initial state."""
+    from .. import blocks
+    from . import cpu_kernels
+
+    (batch, L, G, E), N = drive.shape, B.shape[3]
+    tasks_per_row = blocks.tasks_per_row(batch * G, E)
+    grad_drive, grad_decay = torch.empty(batch, L, G, E), torch.empty(batch, L, G, E)
+    grad_initial_state = torch.empty(batch, G, E, N)
+    # each task writes its own part of the sums over channels
+    parts_B, parts_C = (torch.empty(tasks_per_row * batch, L, G, N) for _ in range(2))
+    outputs = (grad_drive, grad_decay, parts_B, parts_C, grad_initial_state)
+    run(
+        cpu_kernels.backward,
+        batch * G * tasks_per_row,
+        tasks_per_row,
+        blocks.blocks_per_task(batch * G, E),
+        *map(as_array, (drive, decay, B, C, checkpoints, grad_y, grad_state, *outputs)),
+    )
+    grad_B, grad_C = (blocks.sum_of(parts.unflatten(0, (-1, batch))) for parts in (parts_B, parts_C))
+    return grad_drive, grad_decay, grad_B, grad_C, grad_initial_state
+
+
+@_scan_backward.register_fake
+def _(grad_y, grad_state, drive, decay, B, C, checkpoints):
+    return tuple(t.new_empty(t.shape) for t in (drive, decay, B, C, grad_state))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_scan_backward(grad_y, grad_state, *ctx.saved_tensors), None
+
+
+_scan.register_autograd(_backward, setup_context=_setup_context)
