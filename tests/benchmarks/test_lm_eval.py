@@ -1,5 +1,6 @@
 """Scores and continuations without the harness, then the harness itself on a task of our own, where it is installed."""
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,10 +117,9 @@ def test_completions_end_with_the_document() -> None:
 @pytest.fixture
 def harness(tmp_path: Path) -> Any:
     pytest.importorskip("lm_eval", reason="needs the extra [eval]")
-    from crossover.benchmarks.lm_eval import CrossoverLM
-
+    adapter: Any = importlib.import_module("crossover.benchmarks.lm_eval")
     build("gpt2", d_model=24, n_layers=2, max_positions=24).save_pretrained(tmp_path / "model")
-    return CrossoverLM(tmp_path / "model", device="cpu", batch_size="3")
+    return adapter.CrossoverLM(tmp_path / "model", device="cpu", batch_size="3")
 
 
 def test_the_harness_gets_scores_of_texts(harness: Any) -> None:
@@ -138,9 +138,7 @@ def test_the_harness_gets_scores_of_texts(harness: Any) -> None:
 
 
 def test_the_harness_runs_a_task(harness: Any, tmp_path: Path) -> None:
-    import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    lm_eval: Any = importlib.import_module("lm_eval")
     docs: list[dict[str, Any]] = [
         {"q": "the cat", "choices": ["sat", "sut"]},
         {"q": "on the", "choices": ["mit", "mat", "mut"]},
@@ -151,7 +149,8 @@ def test_the_harness_runs_a_task(harness: Any, tmp_path: Path) -> None:
         f"dataset_kwargs: {{data_files: {tmp_path}/docs.jsonl}}\n"
         "doc_to_text: '{{q}}'\ndoc_to_choice: choices\ndoc_to_target: 0\nmetric_list: [{metric: acc}]\n"
     )
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    registry: Any = importlib.import_module("lm_eval.tasks")
+    tasks = registry.TaskManager(include_path=str(tmp_path), include_defaults=False)
     results: Any = lm_eval.simple_evaluate(model=harness, tasks=["choice"], task_manager=tasks, bootstrap_iters=0)
     correct = []
     for doc, sample in zip(docs, results["samples"]["choice"], strict=True):
