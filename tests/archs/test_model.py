@@ -196,7 +196,7 @@ def test_one_kind_under_two_names() -> None:
 # by hand from the published formulas, per token of a layer with d_model = 64 in a sequence of L tokens.
 UNSEEN: dict[str, Callable[[int], float]] = {
     "attention": lambda L: 2 * (L + 1) * 64 - 4 * L * 64,
-    "s4": lambda L: 64 * (30 * math.log2(2 * L) + 10 * 64 + 2.5 * math.log2(L)),
+    "s4": lambda L: 64 * (30 * math.log2(2 * L) + 2 * 64 + 4 * 64 * 64 / math.sqrt(L)),
     "s4d": lambda L: 64 * (30 * math.log2(2 * L) + 2 * 64),
     "h3": lambda L: 64 * (2 * 64 + 3 + 30 * math.log2(2 * L) + 2 * 64),
     "mamba": lambda L: 9 * 128 * 16 + 2 * 128 + 2 * 128 * 4,
