@@ -13,7 +13,7 @@ compare: .venv/.run  ## train five architectures at one budget, measure them aga
 test: .venv/.dev  ## run the whole test suite, on every core
 	@OMP_NUM_THREADS=1 $(V) -m pytest -q -n auto --dist worksteal $(PYTEST)
 
-bench-cpu: .venv/.dev  ## time every operation, and models against Hugging Face's, on this CPU: about eight minutes
+bench-cpu: .venv/.dev  ## time every operation, and models against Hugging Face's, on this CPU: about seven minutes
 	@.venv/bin/crossover bench kernels $(BENCH)
 
 gpu:  ## check every kernel on an NVIDIA GPU and time it against floor and peers: nine minutes, nothing to install
