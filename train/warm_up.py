@@ -23,14 +23,15 @@ def warm_up(config: archs.ModelConfig, device: torch.device) -> None:
     toy = dataclasses.replace(config, d_model=96, n_layers=len(config.pattern), vocab_size=8)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = archs.build(toy if _is_legal(toy) else config, device=device)
-        n_tokens = min(64, (config.max_positions or 65) - 1)
-        tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=device)
+        # kernels that leave few or short rows to PyTorch would otherwise be compiled in the first step
+        n_tokens = min(128, (config.max_positions or 129) - 1)
+        tokens = torch.zeros(8, n_tokens, dtype=torch.int64, device=device)
         optimizer = adamw(model, OptimConfig())
         loss, aux = model.loss(tokens, tokens)
         (loss + aux).backward()
         optimizer.step()
         with torch.no_grad():
-            _, state, _ = model(tokens, model.init_state(1, n_tokens + 1))
+            _, state, _ = model(tokens, model.init_state(len(tokens), n_tokens + 1))
             model(tokens[:, :1], state)
 
 

@@ -1,5 +1,8 @@
 """The toy run before a measurement."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from crossover.archs import available, configure
@@ -25,3 +28,14 @@ def test_a_second_warm_up_takes_almost_no_memory() -> None:
     memory = PeakMemory(torch.device("cpu"))
     warm_up(config, torch.device("cpu"))
     assert memory.peak_bytes() < 16 * 2**20
+
+
+def test_it_compiles_the_kernels_that_leave_small_inputs_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        f"crossover.kernels.{operation}.cpu_kernels" for operation in ("attention", "rms_norm", "rotary", "swiglu")
+    ]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(importlib.import_module(name.rpartition(".")[0]), "cpu_kernels", raising=False)
+    warm_up(configure("transformer"), torch.device("cpu"))
+    assert [name for name in names if name not in sys.modules] == []
