@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..archs import LanguageModel, Seq2Seq
+from ..archs import LanguageModel, Seq2Seq, open_pretrained
 from ..archs.generation import NO_TOKEN
-from ..archs.seq2seq import open_pretrained
 from ..train.checkpoint import newest
 from ..train.health import apply_verdict
 from ..train.runtime import choose_device

@@ -1,9 +1,10 @@
 """Poisons memory that operations allocate, so that what they do not write shows, and mends Triton's interpreter."""
 
+import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,46 @@ def _longer_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("forward_configuration", "backward_configuration"):
             choose = getattr(scan, name)
             monkeypatch.setattr(scan, name, lambda E, N, choose=choose: choose(E, N) | {"T": 8})
+
+
+class GuardBands:
+    """Bands around what an operation reads and around what it allocates."""
+
+    MARGIN, MARK = 64, 12345.0
+
+    @classmethod
+    def surrounded(cls, t: torch.Tensor) -> torch.Tensor:
+        """A copy, strided, in the middle of NaN."""
+        if not t.is_floating_point():
+            return t
+        outer = torch.full([n + 2 * cls.MARGIN for n in t.shape], float("nan"), dtype=t.dtype)
+        return outer[tuple(slice(cls.MARGIN, cls.MARGIN + n) for n in t.shape)].copy_(t)
+
+    @classmethod
+    @contextlib.contextmanager
+    def watched(cls) -> Iterator[list[torch.Tensor]]:
+        """Gives torch.empty memory between marks, lists it, and checks in the end that no mark was overwritten."""
+        allocated: list[torch.Tensor] = []
+        empty = torch.empty
+
+        def banded(*size: Any, **others: Any) -> torch.Tensor:
+            if others:
+                return empty(*size, **others)
+            shape = torch.Size(size[0] if isinstance(size[0], tuple) else size)
+            allocated.append(torch.full((shape.numel() + 2 * cls.MARGIN,), cls.MARK))
+            return allocated[-1][cls.MARGIN : -cls.MARGIN].fill_(float("nan")).view(shape)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", banded)
+            yield allocated
+        bands = [band for memory in allocated for band in (memory[: cls.MARGIN], memory[-cls.MARGIN :])]
+        assert all((band == cls.MARK).all() for band in bands)
+
+
+@pytest.fixture
+def guard_bands() -> type[GuardBands]:
+    """See GuardBands."""
+    return GuardBands
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -327,3 +327,12 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(threads)
     for name, one in found[0].items():
         assert torch.equal(one, found[1][name]), name
+
+
+def test_the_cpu_reads_and_writes_only_its_own_memory(guard_bands: Any) -> None:
+    tensors = to(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
+    expected = run("cpu", tensors, dt_softplus=True)
+    with guard_bands.watched() as allocated:
+        actual = run("cpu", {k: guard_bands.surrounded(t) for k, t in tensors.items()}, dt_softplus=True)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert len(allocated) > 5
