@@ -1,8 +1,9 @@
 """The CPU path: numba kernels that take the whole sequence at once, recurrent product included (cpu_kernels.py).
 
 Kept for backward, and only if one can follow: the gates as they act and the cells, 5 E numbers a token. The gradient of
-the recurrent weight is one matrix product over all tokens at the end. Results are the same bits on every run and for
-every number of threads. The kernels are imported when first needed: numba alone takes half a second.
+the recurrent weight is one matrix product over all tokens at the end: its bits can depend on the number of threads, as
+those of PyTorch's matrix products do. All other results are the same bits on every run and for every number of threads.
+The kernels are imported when first needed: numba alone takes half a second.
 """
 
 from __future__ import annotations
