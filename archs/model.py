@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from ..kernels import ops
@@ -296,7 +296,7 @@ class LanguageModel(nn.Module):
         """Reads what `save_pretrained` wrote. Nothing in it is executed.
 
         Raises:
-            ValueError: if it is an encoder-decoder, or its configuration is not valid.
+            ValueError: if it is an encoder-decoder, its configuration is not valid, or the weights are not of it.
         """
         fields = json.loads((Path(folder) / "config.json").read_text())
         if "source" in fields:
@@ -313,11 +313,30 @@ def write_pretrained(model: Any, folder: str | Path) -> None:
 
 
 def read_weights(model: M, folder: str | Path) -> M:
-    """Gives a model the parameters of model.safetensors, in the precision of the file, and returns it."""
-    weights = Path(folder) / "model.safetensors"
-    load_model(model, str(weights))
-    for name, value in load_file(weights).items():
-        model.get_parameter(name).data = value
+    """Gives a model the parameters of model.safetensors, in the precision of the file, and returns it.
+
+    Raises:
+        ValueError: if tensors are missing, unexpected or of another shape: one message names them all.
+    """
+    path = Path(folder) / "model.safetensors"
+    tensors = load_file(path)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    problems: list[str] = []
+    for parameter, aliases in names.items():  # tied weights have several names, and the file has one of them
+        stored = next((name for name in aliases if name in tensors), None)
+        if stored is None:
+            problems.append(f"{aliases[0]} is missing")
+            continue
+        value = tensors.pop(stored)
+        if value.shape != parameter.shape:
+            problems.append(f"{stored} is {tuple(value.shape)} and should be {tuple(parameter.shape)}")
+        else:  # copied: tensors of the file are not aligned, and matrix products round by alignment
+            parameter.data = value.clone()
+    problems += [f"{name} is not expected" for name in tensors]
+    if problems:
+        raise ValueError(f"{path}: the tensors do not fit config.json: {'; '.join(problems)}")
     return model
 
 

@@ -190,7 +190,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        states.setdefault(name, {})[field] = tensor
+        states.setdefault(name, {})[field] = tensor.clone()  # aligned, and no hold on the file
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     if states and set(states) != set(names):
         first = sorted(set(states).symmetric_difference(names))[0]

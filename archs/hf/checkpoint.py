@@ -57,7 +57,11 @@ def from_hf(folder: str | Path, *, device: torch.device | str | None = None) -> 
     if problems := _misfits(family, lm, tensors):
         raise ValueError(f"{folder}: the tensors do not fit config.json: {'; '.join(problems)}")
     unpacked = family.unpack(tensors)
-    state = {ours: unpacked[theirs].contiguous() for ours, theirs in tensor_names(family, lm).items()}
+    # copied: tensors of a file are not aligned, and matrix products round by alignment
+    state = {
+        ours: unpacked[theirs].clone(memory_format=torch.contiguous_format)
+        for ours, theirs in tensor_names(family, lm).items()
+    }
     if lm.config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     lm.load_state_dict(state, assign=True)

@@ -13,6 +13,7 @@ from crossover.archs.ffns.moe import MoE, MoEConfig
 from crossover.archs.layers import LearnedPositions
 from crossover.kernels.attention import torch_impl
 from crossover.kernels.dispatch import use_backend
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 every_architecture = pytest.mark.parametrize("name", available())
@@ -92,6 +93,33 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     assert (again.head.weight is again.embedding.weight) == (name != "lstm")
     tokens = torch.randint(11, (1, 7))
     assert torch.equal(again(tokens).logits, lm(tokens).logits)
+
+
+def test_a_loaded_model_has_memory_of_its_own_aligned_and_in_the_precision_of_the_file(tmp_path: Path) -> None:
+    tiny("jamba").bfloat16().save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert {p.data_ptr() % 64 for p in again.parameters()} == {0}
+
+
+def test_all_weights_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
+    tiny("transformer").save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["backbone.norm.weight"]
+    stored |= {"extra": torch.zeros(1), "backbone.blocks.0.mixer_norm.weight": torch.zeros(3)}
+    save_file(
+        stored | {"head.weight": torch.zeros(11, 32), "embedding.weight": torch.zeros(11, 32)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"model\.safetensors: the tensors do not fit") as error:
+        LanguageModel.from_pretrained(tmp_path)
+    for problem in (
+        "backbone.norm.weight is missing",
+        "extra is not expected",
+        "head.weight is not expected",  # a second name of the embedding, which is tied to it
+        "backbone.blocks.0.mixer_norm.weight is (3,) and should be (32,)",
+    ):
+        assert problem in str(error.value)
 
 
 def test_attention_state_grows_with_context_and_the_others_do_not() -> None:

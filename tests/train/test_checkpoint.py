@@ -67,6 +67,13 @@ def test_a_restored_run_goes_on_bit_for_bit(arch: str, tmp_path: Path) -> None:
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+def test_restored_tensors_are_aligned(tmp_path: Path) -> None:
+    model, optimizer = trained("jamba")
+    restore(save(tmp_path, 2, model=model, optimizer=optimizer, state={}), model=model, optimizer=optimizer)
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert {t.data_ptr() % 64 for t in [*model.parameters(), *moments]} == {0}
+
+
 def test_a_checkpoint_alone_rebuilds_its_model(tmp_path: Path) -> None:
     model, optimizer = trained()
     path = save(tmp_path, 2, model=model, optimizer=optimizer, state={})
