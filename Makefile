@@ -3,15 +3,23 @@ PY ?= python3
 V := .venv/bin/python
 LINUX_NOTE := (on a machine with an NVIDIA GPU, PyTorch brings CUDA along: some 4 GB more)
 
-.PHONY: help compare test bench-cpu gpu aot lint smoke clean
+# What numba, PyTorch, MKL and oneDNN may use of the processor.
+AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma \
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
+.PHONY: help compare test test-avx2 bench-cpu gpu aot lint smoke clean
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 compare: .venv/.run  ## train five architectures at one budget, measure them against context length, write the report
 	@.venv/bin/crossover compare $(COMPARE)
 
 test: .venv/.dev  ## run the whole test suite, on every core
 	@OMP_NUM_THREADS=1 $(V) -m pytest -q -n auto --dist worksteal $(PYTEST)
+
+test-avx2: .venv/.dev  ## the same as on a processor without AVX-512, whose vectors are half as wide
+	@$(AVX2) $(V) tests/processor.py avx2
+	@$(AVX2) $(MAKE) --no-print-directory test
 
 bench-cpu: .venv/.dev  ## time every operation, and models against Hugging Face's, on this CPU: about seven minutes
 	@.venv/bin/crossover bench kernels $(BENCH)

@@ -1,7 +1,8 @@
 """Explicit float32 vectors for numba kernels, because LLVM does not vectorize exponentials by itself.
 
-A kernel works on a block of LANES channels at a time, LANES being what one register of this processor holds: 16 with
-AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE). There are three types, all with the usual operators:
+A kernel works on a block of LANES channels at a time, LANES being what one register of the processor holds: 16 with
+AVX-512, 8 with AVX2, 4 elsewhere (NEON, SSE). The processor is the one that numba compiles for: this one, unless
+NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another. There are three types, all with the usual operators:
 
     vector   LANES values, one per channel;
     tile     STATES vectors side by side, one per state: as many independent recurrences hide each other's latency;
@@ -24,14 +25,17 @@ from typing import Any, ParamSpec, cast
 import numba
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 P = ParamSpec("P")
 
-_features = get_host_cpu_features()
-LANES: int = 16 if _features.get("avx512f") else 8 if _features.get("avx2") else 4
+TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+"""What numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
+
+_features = TARGET[2].split(",")
+LANES = 16 if "+avx512f" in _features else 8 if "+avx2" in _features else 4
 """Channels in a vector."""
 
 STATES = 4
@@ -64,8 +68,9 @@ _vector, _pair, _tile = Vector(LANES), Vector(PAIR), Vector(TILE)
 # Compilation
 
 # numba's cache notices a change of the kernel's own file only. What shared files add to a kernel goes into the key too.
+# LANES need not: TARGET is part of numba's key, so code for several processors lies side by side and is never mixed up.
 _SHARED = [Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "blocks.py")]
-_VERSION = f"{hashlib.sha256(b''.join(_SHARED)).hexdigest()} {LANES}"
+_VERSION = hashlib.sha256(b"".join(_SHARED)).hexdigest()
 
 
 Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray

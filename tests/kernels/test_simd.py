@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from crossover.kernels import simd
 from crossover.kernels.simd import (
     LANES,
@@ -129,10 +132,25 @@ def test_partial_vectors_touch_nothing_else(n: int) -> None:
     assert y.tolist() == [*x[:n].tolist(), *[-1.0] * (32 - n)]
 
 
-def test_a_vector_is_no_wider_than_a_register() -> None:
-    assert LANES in (4, 8, 16)
-    capability = torch.backends.cpu.get_cpu_capability()
-    assert {"AVX512": 16, "AVX2": 8}.get(capability, LANES) == LANES
+WIDEST_REGISTER = """
+import numba
+from crossover.kernels.simd import LANES, load, store
+@numba.njit("void(float32[:])")
+def double(x):
+    store(x, 0, load(x, 0) + load(x, 0))
+(assembly,) = double.inspect_asm().values()
+print(LANES, *[width for name, width in (("zmm", 16), ("ymm", 8), ("xmm", 4)) if name in assembly][:1])
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="registers have other names elsewhere")
+@pytest.mark.parametrize("limit", [{}, {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}])
+def test_a_vector_fills_one_register_of_the_processor_that_numba_compiles_for(limit: dict[str, str]) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", WIDEST_REGISTER], env=os.environ | limit, check=True, capture_output=True, text=True
+    )
+    lanes, register = map(int, child.stdout.split())
+    assert lanes == register == (8 if limit else LANES)
 
 
 def test_a_kernel_without_a_place_for_its_code_is_compiled_anyway() -> None:
