@@ -31,7 +31,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 
 P = ParamSpec("P")
 
-TARGET: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+TARGET: tuple[str, str, str] = cast(Any, cpu_target).target_context.codegen().magic_tuple()
 """What numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
 
 _features = TARGET[2].split(",")
