@@ -54,7 +54,7 @@ def over(cases: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
 over_the_registry = over(CASES)
 over_encoders = over(ENCODERS)
 over_both = over(CASES + ENCODERS)
-drawn = settings(max_examples=25, deadline=None, derandomize=True)
+drawn = settings(max_examples=25)
 SEED, LENGTHS, WIDTHS = st.integers(0, 2**16), st.integers(1, LENGTH), st.sampled_from([8, 24])
 
 
@@ -321,7 +321,7 @@ DOCUMENTS = {"lengths": st.lists(st.integers(1, 7), min_size=1, max_size=3), "pa
 
 
 @pytest.mark.parametrize("name", available())
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, LENGTH), max_size=3), **DOCUMENTS)
 def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
     name: str, cuts: set[int], lengths: list[int], padding: int, seed: int
@@ -349,7 +349,7 @@ def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
 
 
 @pytest.mark.parametrize("name", [*available("encoder"), *available()])
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=3)
 @given(**DOCUMENTS)
 def test_an_encoder_reads_packed_padded_documents_as_documents_apart(
     name: str, lengths: list[int], padding: int, seed: int

@@ -65,6 +65,7 @@ def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_exists_reports_it_and_the_same_command_goes_on(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     endless = command(text, out, "--steps", "100000", "--jobs", "2")

@@ -23,6 +23,7 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_child_is_asked_to_stop_and_may_save(tmp_path: Path) -> None:
     log = tmp_path / "log"
     child = start([sys.executable, "-c", POLITE], threads=None, log=log)

@@ -25,7 +25,7 @@ def sees(
 
 
 @pytest.mark.parametrize("backend", ops.attention.backends)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     L=st.integers(1, 9),
     past=st.integers(0, 6),

@@ -41,7 +41,7 @@ def assert_equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert {k for k in a if not torch.equal(a[k], b[k])} == set()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     B=st.integers(1, 2),
     L=st.integers(1, 200),

@@ -52,7 +52,7 @@ def assert_equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert {k for k in a if not torch.equal(a[k], b[k])} == set()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     B=st.integers(1, 9),
     L=st.integers(1, 12),

@@ -28,14 +28,14 @@ def run(name: str, backend: str, tensors: dict[str, torch.Tensor], **others: Any
 
 
 @pytest.mark.parametrize(("name", "backend"), [one for one in IMPLEMENTATIONS if one[1] != "triton"])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(**SIZES)
 def test_matches_the_definition_in_float32(name: str, backend: str, **drawn: Any) -> None:
     check_float32(name, backend, **drawn)
 
 
 @pytest.mark.parametrize("name", [name for name, backend in IMPLEMENTATIONS if backend == "triton"])
-@settings(max_examples=3, deadline=None, derandomize=True)  # the interpreter is slow
+@settings(max_examples=3)  # the interpreter is slow
 @given(**SIZES)
 def test_triton_matches_the_definition_in_float32(name: str, **drawn: Any) -> None:
     check_float32(name, "triton", **drawn)
@@ -54,7 +54,7 @@ def check_float32(name: str, backend: str, B: int, L: int, E: int, N: int, optio
 
 
 @pytest.mark.parametrize("name", [n for n, b in IMPLEMENTATIONS if b == "torch"])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(**SIZES)
 def test_plain_pytorch_is_exact_in_float64(
     name: str, B: int, L: int, E: int, N: int, optional: bool, seed: int

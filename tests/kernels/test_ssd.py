@@ -54,7 +54,7 @@ SIZES = {
     "seed": st.integers(0, 2**16),
 }
 # the interpreter is too slow to shrink with
-DRAWN = settings(deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+DRAWN = settings(phases=(Phase.explicit, Phase.generate))
 
 
 def check(backend: str, chunk_len: int | None, seed: int, **sizes: Any) -> None:

@@ -189,6 +189,7 @@ def test_a_signal_stops_where_it_is_safe(signum: signal.Signals) -> None:
     assert signal.getsignal(signum) == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once() -> None:
     with stop_signals():
         signal.raise_signal(signal.SIGINT)
