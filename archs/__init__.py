@@ -4,7 +4,7 @@ from . import presets
 from .config import ModelConfig
 from .ffn import FFN
 from .mixer import Mixer, State
-from .model import Backbone, Block, LanguageModel, LMOutput
+from .model import Backbone, Block, LanguageModel, LMLoss, LMOutput
 from .presets import PUBLISHED, available, build, configure
 from .registry import FFNS, MIXERS, register_mixer
 from .seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
@@ -16,6 +16,7 @@ __all__ = [
     "PUBLISHED",
     "Backbone",
     "Block",
+    "LMLoss",
     "LMOutput",
     "LanguageModel",
     "Mixer",

@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from .layers import NORMS
+from .mixers.cross_attention import READERS, Reader
 from .registry import nearest, resolve
 
-__all__ = ["ModelConfig", "Options", "nearest"]
+__all__ = ["KINDS", "ModelConfig", "Options", "Seq2SeqConfig", "nearest"]
 
 Options = Mapping[str, Mapping[str, Any]]
+
+KINDS = ("decoder", "encoder", "seq2seq")
+"""What a model is for: a decoder reads left to right and predicts the next token, an encoder reads in both directions
+and predicts masked tokens, a seq2seq model reads one sequence and predicts another."""
+
+_SHARED = ("d_model", "vocab_size", "norm", "norm_eps", "prenorm", "bias", "positions", "max_positions")
+_OF_SOURCE = ("pattern", "n_layers", "mixer", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +98,12 @@ class ModelConfig:
                 self._layer(section, name)
 
     @property
+    def kind(self) -> str:
+        """One of KINDS: an encoder where any layer sees the tokens to come, which predicting the next one forbids."""
+        is_causal = all(getattr(self.mixer_of(name)[1], "causal", True) for name, _ in self.period)
+        return "decoder" if is_causal else "encoder"
+
+    @property
     def period(self) -> tuple[tuple[str, str | None], ...]:
         """(mixer, ffn or None) of each entry of the pattern."""
         split = [entry.partition("+") for entry in self.pattern]
@@ -124,12 +138,14 @@ class ModelConfig:
         return values | sections | {"pattern": list(self.pattern)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` wrote, or the [model] table of a TOML file.
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Reads what `to_dict` wrote, or the [model] table of a TOML file; with a `source` it is a Seq2SeqConfig.
 
         Raises:
             ValueError: for unknown and for missing keys.
         """
+        if "source" in values and not issubclass(cls, Seq2SeqConfig):
+            return Seq2SeqConfig.from_dict(values)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
@@ -138,3 +154,50 @@ class ModelConfig:
         if missing := sorted(required - set(values)):
             raise ValueError(f"the model table lacks {', '.join(missing)}")
         return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(ModelConfig):
+    """A decoder, described as any model, whose pattern may name READERS too, and the encoder of its source.
+
+    Raises:
+        ValueError: as ModelConfig, and if no layer reads the source.
+    """
+
+    source: Mapping[str, Any]
+    """The encoder: its `pattern`, the options `mixer` and `ffn` of what the pattern names, and `n_layers`, without
+    which it has as many periods as the decoder. All else is as in the decoder."""
+
+    # they need a state, so they cannot be in the registry, whose entries hold the contract of mixers
+    _other_mixers = READERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in self.source:
+            if key not in _OF_SOURCE:
+                raise ValueError(f"unknown key model.source.{key}{nearest(key, _OF_SOURCE)}")
+        if "pattern" not in self.source:
+            raise ValueError("model.source lacks the pattern of the encoder, such as ['encoder+mlp']")
+        object.__setattr__(self, "source", dict(self.source) | {"pattern": tuple(self.source["pattern"])})
+        if not any(issubclass(self.mixer_of(name)[0], Reader) for name, _ in self.period):
+            known = " or ".join(READERS)
+            raise ValueError(f"no layer of model.pattern={list(self.pattern)} reads the source: add {known}")
+        if self.head != "linear":
+            raise ValueError(f"model.head={self.head!r} predicts masked tokens, not the next ones: use 'linear'")
+        _ = self.encoder  # which checks itself
+
+    @property
+    def kind(self) -> str:
+        """seq2seq."""
+        return "seq2seq"
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """The encoder as a model of its own."""
+        n_periods = -(-self.n_layers // len(self.pattern))
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return ModelConfig(**{"n_layers": n_periods * len(self.source["pattern"]), **shared, **self.source})
+
+    def to_dict(self) -> dict[str, Any]:
+        """See ModelConfig.to_dict."""
+        return super().to_dict() | {"source": {**self.source, "pattern": list(self.source["pattern"])}}

@@ -241,10 +241,10 @@ def read(
         marks = None if starts is None else starts[:, i : i + chunk]
         if marks is not None and not marks.any():  # without starts some mixers have a faster way
             marks = None
-        x, after, _ = lm.backbone(lm.embedding(tokens[:, i : i + chunk]), after, starts=marks)
+        x, after, _ = lm.hidden(tokens[:, i : i + chunk], after, starts=marks)
     assert x is not None
     assert after is not None
-    return lm.head(lm.transform(x[:, -1])), after
+    return lm.logits(x[:, -1]), after
 
 
 def _batch(prompt: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -341,14 +341,13 @@ def step_in_place(lm: LanguageModel, tokens: Tensor, state: Sequence[State]) -> 
 
     With no plain numbers in the state, every call does the same work on the same memory.
     """
-    logits, after, _ = lm(tokens[:, None], list(state))
-    assert after is not None
-    for old, new in zip(state, after, strict=True):
+    out = lm(tokens[:, None], list(state))
+    for old, new in zip(state, out.state, strict=True):
         held = old.tensors()
         for name, value in new.tensors().items():
             if value is not held[name]:
                 held[name].copy_(value)
-    return logits[:, 0]
+    return out.logits[:, 0]
 
 
 def _without_numbers(state: State) -> State:

@@ -134,6 +134,32 @@ class LMOutput(NamedTuple):
     """Sum of the blocks' auxiliary losses, a scalar."""
 
 
+class LMLoss(NamedTuple):
+    """What a language model returns where targets are given: no logits, which are never all in memory."""
+
+    loss: Tensor
+    """Mean cross-entropy in nats per token, a scalar."""
+    aux_loss: Tensor
+    """As in LMOutput: to be added to the loss."""
+    state: list[State] | None = None
+    """As in LMOutput."""
+
+
+class TiedHead(nn.Module):
+    """Output projection by the embedding's weight, with at most a bias of its own.
+
+    It holds no second reference to the weight: however parameters are loaded, moved or sharded, they stay tied.
+    """
+
+    def __init__(self, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., D) -> (..., V), for weight (V, D)."""
+        return F.linear(x, weight, self.bias)
+
+
 class LanguageModel(nn.Module):
     """Embedding, backbone and output projection: tokens in, logits out.
 
@@ -151,31 +177,65 @@ class LanguageModel(nn.Module):
         if config.head == "mlm":
             layer = linear(config.d_model, config.d_model, bias=True)
             self.transform = nn.Sequential(layer, nn.GELU(), _norm(config))
-        self.head = linear(config.d_model, config.vocab_size, bias=config.head == "mlm")
+        # drawn for a tied model too, so that a seed goes on to mean the same weights
+        head = linear(config.d_model, config.vocab_size, bias=config.head == "mlm")
+        self.head: nn.Linear | TiedHead = TiedHead(head.bias) if config.tie_embeddings else head
         # GPT-2's 0.02 is hardly larger than Adam's first steps at these widths, which then overwrite it
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.register_load_state_dict_pre_hook(_drop_copy_of_embedding)
 
-    def forward(self, tokens: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None) -> LMOutput:
-        """Logits at each of `tokens`, (B, L) int64; state and starts are as in Backbone.forward."""
-        x, state, aux_loss = self.backbone(self.embedding(tokens), state, starts=starts)
-        return LMOutput(self.head(self.transform(x)), state, aux_loss)
+    def forward(
+        self,
+        tokens: Tensor,
+        state: list[State] | None = None,
+        *,
+        starts: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> LMOutput | LMLoss:
+        """Logits at each token, or the loss of targets.
+
+        Args:
+            tokens: (B, L) int64.
+            state: as in Backbone.forward.
+            starts: (B, L) bool, True at the first token of a document.
+            targets: the tokens to be predicted, (B, L) int64: the next ones, or the masked ones; -100 is not counted.
+        """
+        x, state, aux_loss = self.hidden(tokens, state, starts=starts)
+        if targets is None:
+            return LMOutput(self.logits(x), state, aux_loss)
+        return LMLoss(self.cross_entropy(x, targets), aux_loss, state)
+
+    def hidden(
+        self, tokens: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None
+    ) -> tuple[Tensor, list[State] | None, Tensor]:
+        """What the backbone makes of tokens, (B, L) int64: x, (B, L, D), the state after them, the auxiliary loss."""
+        return self.backbone(self.embedding(tokens), state, starts=starts)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of what `hidden` gave, or of some of its positions: (..., D) -> (..., V)."""
+        x = self.transform(x)
+        return self.head(x, self.embedding.weight) if isinstance(self.head, TiedHead) else self.head(x)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats of targets, (B, L) int64, given what `hidden` made of the tokens, (B, L, D); -100 is not counted.
+
+        The same as of `logits(x)`, which are never all in memory.
+        """
+        x, weight = self.transform(x).flatten(0, 1), self.output_weight
+        if self.head.bias is not None:  # it is the weight of a channel that is always one
+            x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, self.head.bias[:, None]], dim=1)
+        loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
+        return loss
 
     def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats per token, and the auxiliary loss to be added to it, both scalars.
 
-        Args:
-            tokens: (B, L) int64.
-            targets: the tokens to be predicted, (B, L) int64: the next ones, or the masked ones; -100 is not counted.
-            starts: (B, L) bool, True at the first token of a document.
+        The same as `out.loss` and `out.aux_loss` of `self(tokens, targets=targets)`, which is what a wrapper of the
+        model (DDP, FSDP2, torch.compile) must be called with.
         """
-        x, _, aux_loss = self.backbone(self.embedding(tokens), starts=starts)
-        x, weight = self.transform(x).flatten(0, 1), self.head.weight
-        if self.head.bias is not None:  # it is the weight of a channel that is always one
-            x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, self.head.bias[:, None]], dim=1)
-        loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
-        return loss, aux_loss
+        out = self(tokens, starts=starts, targets=targets)
+        return out.loss, out.aux_loss
 
     def token_losses(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Tensor:
         """Cross-entropy of every token by itself in nats, (B, L) float32: for curves over the position."""
@@ -192,6 +252,11 @@ class LanguageModel(nn.Module):
     ) -> list[State]:
         """An empty state for `batch_size` sequences of at most `max_len` tokens; `nbytes` of each is its memory."""
         return self.backbone.init_state(batch_size, max_len, device=device, dtype=dtype)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Weight of the output projection, (V, D): the embedding itself in a tied model."""
+        return self.embedding.weight if isinstance(self.head, TiedHead) else self.head.weight
 
     @property
     def n_params(self) -> int:
@@ -231,7 +296,7 @@ class LanguageModel(nn.Module):
 
     def _other_flops(self) -> float:
         ffns = sum(block.ffn.flops_per_token() for block in self.backbone.blocks if block.ffn is not None)
-        return ffns + linear_flops(self.transform) + 2.0 * self.head.weight.numel()
+        return ffns + linear_flops(self.transform) + 2.0 * self.output_weight.numel()
 
     @overload
     def generate(self, prompt: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -298,10 +363,10 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: if it is an encoder-decoder, its configuration is not valid, or the weights are not of it.
         """
-        fields = json.loads((Path(folder) / "config.json").read_text())
-        if "source" in fields:
+        config = read_config(folder)
+        if config.kind == "seq2seq":
             raise ValueError(f"{folder} holds an encoder-decoder where a model of one sequence is needed")
-        return read_weights(cls(ModelConfig.from_dict(fields)), folder).to(device)
+        return read_weights(cls(config), folder).to(device)
 
 
 def write_pretrained(model: Any, folder: str | Path) -> None:
@@ -312,6 +377,11 @@ def write_pretrained(model: Any, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a saved model of any kind."""
+    return ModelConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+
+
 def read_weights(model: M, folder: str | Path) -> M:
     """Gives a model the parameters of model.safetensors, in the precision of the file, and returns it.
 
@@ -320,18 +390,13 @@ def read_weights(model: M, folder: str | Path) -> M:
     """
     path = Path(folder) / "model.safetensors"
     tensors = load_file(path)
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
     problems: list[str] = []
-    for parameter, aliases in names.items():  # tied weights have several names, and the file has one of them
-        stored = next((name for name in aliases if name in tensors), None)
-        if stored is None:
-            problems.append(f"{aliases[0]} is missing")
-            continue
-        value = tensors.pop(stored)
-        if value.shape != parameter.shape:
-            problems.append(f"{stored} is {tuple(value.shape)} and should be {tuple(parameter.shape)}")
+    for name, parameter in model.named_parameters():
+        value = tensors.pop(name, None)
+        if value is None:
+            problems.append(f"{name} is missing")
+        elif value.shape != parameter.shape:
+            problems.append(f"{name} is {tuple(value.shape)} and should be {tuple(parameter.shape)}")
         else:  # copied: tensors of the file are not aligned, and matrix products round by alignment
             parameter.data = value.clone()
     problems += [f"{name} is not expected" for name in tensors]
@@ -343,3 +408,19 @@ def read_weights(model: M, folder: str | Path) -> M:
 def _norm(config: ModelConfig) -> nn.Module:
     """A norm of the residual stream."""
     return NORMS[config.norm](config.d_model, config.norm_eps)
+
+
+def _drop_copy_of_embedding(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
+    errors: Any,
+) -> None:
+    """Takes the embedding out of a state dict where it stands as the weight of a tied head, too, as others store it."""
+    copy, embedding = state_dict.pop(f"{prefix}head.weight", None), state_dict.get(f"{prefix}embedding.weight")
+    if copy is not None and (embedding is None or not torch.equal(copy, embedding)):
+        errors.append(f"{prefix}head.weight is not the embedding, to which it is tied in this model")

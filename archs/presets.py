@@ -14,12 +14,11 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .config import ModelConfig
+from .config import ModelConfig, Seq2SeqConfig
 from .ffn import default_d_ff
-from .mixers.bidirectional import Bidirectional
 from .model import LanguageModel
 from .registry import nearest
-from .seq2seq import Seq2Seq, Seq2SeqConfig
+from .seq2seq import Seq2Seq, model_of
 
 TOLERANCE = 0.02
 """How far a sized model may be from the number of parameters asked for, relative."""
@@ -47,8 +46,7 @@ class Preset:
     d_model_multiple: int
     """Widths are multiples of this, so that head sizes are legal."""
     kind: str = "decoder"
-    """What it is for: a "decoder" reads left to right and predicts the next token; an "encoder" reads in both
-    directions and predicts masked tokens; a "seq2seq" model reads one sequence and predicts another."""
+    """One of config.KINDS."""
 
 
 PRESETS: dict[str, Preset] = {}
@@ -345,12 +343,8 @@ def build(
     """
     config = configure(model, n_params=n_params, **options) if isinstance(model, str) else model
     with torch.device(device or torch.get_default_device()):
-        lm = _model(config)
+        lm = model_of(config)
     return lm if dtype is None else lm.to(dtype)
-
-
-def _model(config: ModelConfig) -> LanguageModel | Seq2Seq:
-    return Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else LanguageModel(config)
 
 
 def _configure(preset: Preset, **options: Any) -> ModelConfig:
@@ -388,21 +382,15 @@ def _spread(skeleton: ModelConfig, fields: dict[str, Any], options: Mapping[str,
     return taken
 
 
-def is_causal(config: ModelConfig) -> bool:
-    """Whether no layer sees the tokens to come, as training to predict them needs."""
-    mixers = (config.mixer_of(name) for name, _ in config.period)
-    return all(cls is not Bidirectional and getattr(options, "causal", True) for cls, options in mixers)
-
-
 def _encoder(config: ModelConfig) -> ModelConfig:
     """The same layers, seeing the whole sequence."""
-    if isinstance(config, Seq2SeqConfig):
+    if config.kind == "seq2seq":
         raise ValueError("a seq2seq model has an encoder, and its decoder must be causal: leave bidirectional out")
     mixers: dict[str, Mapping[str, Any]] = {}
     for name, _ in config.period:
         options = config.mixer.get(name, {})
         _, chosen = config.mixer_of(name)
-        if hasattr(chosen, "causal"):
+        if "causal" in {f.name for f in dataclasses.fields(chosen)}:
             mixers[name] = {**options, "causal": False}
         else:
             of = options.get("kind", name)
@@ -431,7 +419,7 @@ def count_params(config: ModelConfig) -> int:
     n_periods, rest = divmod(config.n_layers, period)
     if rest or n_periods <= 2:
         with torch.device("meta"):
-            return _model(config).n_params
+            return model_of(config).n_params
     # all periods are alike, so two models say what any number of them holds
     one, two = (count_params(dataclasses.replace(config, n_layers=n * period)) for n in (1, 2))
     return one + (n_periods - 1) * (two - one)
@@ -505,6 +493,5 @@ __all__ = [
     "configure",
     "count_params",
     "find",
-    "is_causal",
     "learning_rate",
 ]

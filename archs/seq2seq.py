@@ -16,9 +16,7 @@ the last token, the state and the context, which the residual stream sums up.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -26,60 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..kernels import ops
 from . import generation
-from .config import ModelConfig
+from .config import ModelConfig, Seq2SeqConfig
 from .mixer import State
-from .mixers.cross_attention import READERS, Reader
-from .model import Backbone, LanguageModel, LMOutput, read_weights, write_pretrained
-from .registry import nearest
+from .mixers.cross_attention import Reader
+from .model import Backbone, LanguageModel, LMLoss, LMOutput, read_config, read_weights, write_pretrained
 
-__all__ = ["Seq2Seq", "Seq2SeqConfig", "open_pretrained"]
-
-_SHARED = ("d_model", "vocab_size", "norm", "norm_eps", "prenorm", "bias", "positions", "max_positions")
-_OF_SOURCE = ("pattern", "n_layers", "mixer", "ffn")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seq2SeqConfig(ModelConfig):
-    """A decoder, described as any model, whose pattern may name READERS too, and the encoder of its source.
-
-    Raises:
-        ValueError: as ModelConfig, and if no layer reads the source.
-    """
-
-    source: Mapping[str, Any]
-    """The encoder: its `pattern`, the options `mixer` and `ffn` of what the pattern names, and `n_layers`, without
-    which it has as many periods as the decoder. All else is as in the decoder."""
-
-    # they need a state, so they cannot be in the registry, whose entries hold the contract of mixers
-    _other_mixers = READERS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in self.source:
-            if key not in _OF_SOURCE:
-                raise ValueError(f"unknown key model.source.{key}{nearest(key, _OF_SOURCE)}")
-        if "pattern" not in self.source:
-            raise ValueError("model.source lacks the pattern of the encoder, such as ['encoder+mlp']")
-        object.__setattr__(self, "source", dict(self.source) | {"pattern": tuple(self.source["pattern"])})
-        if not any(issubclass(self.mixer_of(name)[0], Reader) for name, _ in self.period):
-            known = " or ".join(READERS)
-            raise ValueError(f"no layer of model.pattern={list(self.pattern)} reads the source: add {known}")
-        if self.head != "linear":
-            raise ValueError(f"model.head={self.head!r} predicts masked tokens, not the next ones: use 'linear'")
-        _ = self.encoder  # which checks itself
-
-    @property
-    def encoder(self) -> ModelConfig:
-        """The encoder as a model of its own."""
-        n_periods = -(-self.n_layers // len(self.pattern))
-        shared = {name: getattr(self, name) for name in _SHARED}
-        return ModelConfig(**{"n_layers": n_periods * len(self.source["pattern"]), **shared, **self.source})
-
-    def to_dict(self) -> dict[str, Any]:
-        """See ModelConfig.to_dict."""
-        return super().to_dict() | {"source": {**self.source, "pattern": list(self.source["pattern"])}}
+__all__ = ["Seq2Seq", "Seq2SeqConfig", "model_of", "open_pretrained"]
 
 
 class Seq2Seq(nn.Module):
@@ -96,28 +47,29 @@ class Seq2Seq(nn.Module):
         self.encoder = Backbone(config.encoder)
         self.decoder = LanguageModel(config)
 
-    def forward(self, source: Tensor, target: Tensor, *, source_len: Tensor | None = None) -> LMOutput:
-        """Logits, (B, T, V), after each of the target tokens, (B, T), given the source, (B, S); no state."""
-        h, aux_loss = self._read(source, source_len)
-        out = self.decoder(target, self._state(h, source_len))
-        return LMOutput(out.logits, None, aux_loss + out.aux_loss)
-
-    def loss(
-        self, source: Tensor, target: Tensor, targets: Tensor, *, source_len: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats per target token, and the auxiliary loss to be added to it, both scalars.
+    def forward(
+        self, source: Tensor, target: Tensor, *, source_len: Tensor | None = None, targets: Tensor | None = None
+    ) -> LMOutput | LMLoss:
+        """Logits after each of the target tokens given the source, or the loss of targets; no state.
 
         Args:
             source: (B, S) int64.
             target: the target tokens read, (B, T) int64: a start token, then all but the last.
-            targets: the tokens to be predicted, (B, T) int64; -100 is not counted.
             source_len: (B,) int64.
+            targets: the tokens to be predicted, (B, T) int64; -100 is not counted.
         """
         h, aux_loss = self._read(source, source_len)
-        decoder = self.decoder
-        x, _, decoder_aux_loss = decoder.backbone(decoder.embedding(target), self._state(h, source_len))
-        loss, _ = ops.linear_cross_entropy(x.flatten(0, 1), decoder.head.weight, targets.flatten())
-        return loss, aux_loss + decoder_aux_loss
+        out = self.decoder(target, self._state(h, source_len), targets=targets)
+        if targets is None:
+            return LMOutput(out.logits, None, aux_loss + out.aux_loss)
+        return LMLoss(out.loss, aux_loss + out.aux_loss)
+
+    def loss(
+        self, source: Tensor, target: Tensor, targets: Tensor, *, source_len: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy in nats per target token, and the auxiliary loss: as LanguageModel.loss, of `forward`."""
+        out = self(source, target, source_len=source_len, targets=targets)
+        return out.loss, out.aux_loss
 
     def encode(self, source: Tensor, source_len: Tensor | None = None, *, max_len: int) -> list[State]:
         """Reads the source, (B, S): the decoder's state before the first of at most `max_len` target tokens."""
@@ -256,8 +208,10 @@ class Seq2Seq(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str | None = None) -> Self:
         """See LanguageModel.from_pretrained."""
-        model = cls(Seq2SeqConfig.from_dict(json.loads((Path(folder) / "config.json").read_text())))
-        return read_weights(model, folder).to(device)
+        config = read_config(folder)
+        if not isinstance(config, Seq2SeqConfig):
+            raise ValueError(f"{folder} holds a model of one sequence where an encoder-decoder is needed")
+        return read_weights(cls(config), folder).to(device)
 
     def _readers(self) -> Iterator[Reader]:
         return (block.mixer for block in self.decoder.backbone.blocks if isinstance(block.mixer, Reader))
@@ -284,10 +238,14 @@ class Seq2Seq(nn.Module):
         return before
 
 
+def model_of(config: ModelConfig) -> LanguageModel | Seq2Seq:
+    """A new model of the class that the config describes."""
+    return Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else LanguageModel(config)
+
+
 def open_pretrained(folder: str | Path, *, device: torch.device | str | None = None) -> LanguageModel | Seq2Seq:
     """Reads what `save_pretrained` of either class wrote: the config tells which."""
-    fields = json.loads((Path(folder) / "config.json").read_text())
-    return (Seq2Seq if "source" in fields else LanguageModel).from_pretrained(folder, device=device)
+    return read_weights(model_of(read_config(folder)), folder).to(device)
 
 
 def _lengths(rows: Sequence[Tensor]) -> Tensor | None:

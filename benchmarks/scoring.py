@@ -73,7 +73,7 @@ def loglikelihoods(
         if any(size > len(seen) for size, seen in zip(sizes, inputs, strict=True)):
             raise ValueError(f"a continuation of {max(sizes)} tokens is longer than max_len={max_len}")
         tokens = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
-        x, _, _ = lm.backbone(lm.embedding(tokens))
+        x, _, _ = lm.hidden(tokens)
         outputs = [row[len(seen) - size : len(seen)] for row, seen, size in zip(x, inputs, sizes, strict=True)]
         scores, greedy = _score(lm, torch.cat(outputs), torch.cat(targets))
         for i, score, best in zip(rows, scores.split(sizes), greedy.split(sizes), strict=True):
@@ -85,7 +85,7 @@ def _score(lm: LanguageModel, x: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """Log-probability of each target, (T,), and whether it is the most likely token, from outputs (T, D)."""
     scores, greedy = [], []
     for part, wanted in zip(x.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
-        logits = lm.head(lm.transform(part)).float()
+        logits = lm.logits(part).float()
         scores.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
         greedy.append(logits.argmax(-1) == wanted)
     return torch.cat(scores), torch.cat(greedy)

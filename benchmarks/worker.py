@@ -171,8 +171,8 @@ class _Bench:
     def _prefilled(self, tokens: Tensor, max_len: int) -> list[State]:
         state = self.lm.init_state(tokens.shape[0], max_len, device=self.device, dtype=self.state_dtype)
         with self.precision.autocast(self.device):
-            x, after, _ = self.lm.backbone(self.lm.embedding(tokens), state)
-            self.lm.head(x[:, -1:])
+            x, after, _ = self.lm.hidden(tokens, state)
+            self.lm.logits(x[:, -1:])
         assert after is not None
         return after
 

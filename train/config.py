@@ -142,13 +142,11 @@ class ModelSpec:
             ValueError: if the preset or an option does not exist, or the sizes do not fit together.
         """
         from .. import archs
-        from ..archs.seq2seq import Seq2SeqConfig
 
         sizes = {name: getattr(self, name) for name in ("n_params", "d_model", "n_layers")}
         options = {name: size for name, size in sizes.items() if size is not None} | self.options()
         if self.preset == CUSTOM:
-            described = Seq2SeqConfig if "source" in options else archs.ModelConfig
-            return described.from_dict({**options, "vocab_size": vocab_size})
+            return archs.ModelConfig.from_dict({**options, "vocab_size": vocab_size})
         return archs.configure(self.preset, vocab_size=vocab_size, **options)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import archs
-from ..archs.seq2seq import Seq2Seq, Seq2SeqConfig
+from ..archs.seq2seq import Seq2Seq
 from ..kernels.dispatch import record_backends
 from . import checkpoint
 from .config import CUSTOM, RunConfig, flatten
@@ -176,7 +176,7 @@ class Trainer:
         (directory / "result.json").unlink(missing_ok=True)
         keep_freed_memory()
         self._doctor = apply_verdict()
-        if not isinstance(self.model_config, Seq2SeqConfig):  # its toy speaks of one sequence
+        if self.model_config.kind != "seq2seq":  # its toy speaks of one sequence
             warm_up(self.model_config, self.device)
         memory = PeakMemory(self.device)
         record = self._run_record(memory.method)
@@ -473,12 +473,12 @@ def _peak_learning_rate(run: RunConfig) -> float:
 
 def _check_kind(config: archs.ModelConfig, has_pairs: bool) -> None:
     """Raises ValueError unless a model of this kind can learn from such data by predicting the next token."""
-    takes_source = isinstance(config, Seq2SeqConfig)
+    takes_source = config.kind == "seq2seq"
     if takes_source and not has_pairs:
         raise ValueError("this model reads a source and writes a target: give pairs with --data.rows pairs")
     if has_pairs and not takes_source:
         raise ValueError("data.rows=pairs are for models that read a source, which this one does not: give documents")
-    if not archs.presets.is_causal(config):
+    if config.kind == "encoder":
         raise ValueError(
             "this model is an encoder, in which a token sees those to come, the answers to predicting the next one: "
             "train a causal model"

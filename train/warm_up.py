@@ -31,8 +31,8 @@ def warm_up(config: archs.ModelConfig, device: torch.device) -> None:
         (loss + aux).backward()
         optimizer.step()
         with torch.no_grad():
-            _, state, _ = model(tokens, model.init_state(len(tokens), n_tokens + 1))
-            model(tokens[:, :1], state)
+            out = model(tokens, model.init_state(len(tokens), n_tokens + 1))
+            model(tokens[:, :1], out.state)
 
 
 def _is_legal(config: archs.ModelConfig) -> bool:

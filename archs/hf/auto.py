@@ -30,7 +30,6 @@ def register() -> type[Any]:
     class CrossoverForCausalLM(PreTrainedModel, GenerationMixin):
         config_class = CrossoverConfig
         base_model_prefix = "lm"
-        _tied_weights_keys = {"lm.head.weight": "lm.embedding.weight"}  # noqa: RUF012 (transformers reads it so)
 
         def __init__(self, config: Any, lm: LanguageModel | None = None) -> None:
             super().__init__(config)
@@ -60,11 +59,12 @@ def register() -> type[Any]:
             if attention_mask is not None and not attention_mask.all():
                 real = attention_mask.bool()
                 starts = real & ~F.pad(real[:, :-1], (1, 0))
-            logits, _, aux_loss = self.lm(input_ids, starts=starts)
+            out = self.lm(input_ids, starts=starts)
             loss = None
             if labels is not None:
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()) + aux_loss
-            return CausalLMOutput(loss=loss, logits=logits)
+                nats = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+                loss = nats + out.aux_loss
+            return CausalLMOutput(loss=loss, logits=out.logits)
 
     AutoConfig.register("crossover", CrossoverConfig)
     AutoModelForCausalLM.register(CrossoverConfig, CrossoverForCausalLM)

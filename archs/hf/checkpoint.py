@@ -62,11 +62,7 @@ def from_hf(folder: str | Path, *, device: torch.device | str | None = None) -> 
         ours: unpacked[theirs].clone(memory_format=torch.contiguous_format)
         for ours, theirs in tensor_names(family, lm).items()
     }
-    if lm.config.tie_embeddings:
-        state["head.weight"] = state["embedding.weight"]
     lm.load_state_dict(state, assign=True)
-    if lm.config.tie_embeddings:  # assigning gave each its own
-        lm.head.weight = lm.embedding.weight
     return lm if device is None else lm.to(device)
 
 
@@ -89,11 +85,9 @@ def to_hf(lm: LanguageModel, folder: str | Path) -> None:
 
 
 def tensor_names(family: Family, lm: LanguageModel) -> dict[str, str]:
-    """Our parameters -> theirs, as `family.unpack` names them; a tied head has no tensor of its own."""
+    """Our parameters -> theirs, as `family.unpack` names them."""
     names = {}
     for name in lm.state_dict():
-        if name == "head.weight" and lm.config.tie_embeddings:
-            continue
         key, layer = name, ""
         if inside := re.fullmatch(r"backbone\.blocks\.(\d+)\.(\w+)\.(.*)", name):
             layer, part, rest = inside.groups()

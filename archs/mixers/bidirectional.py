@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ _NO_STATE = "a bidirectional mixer sees the tokens to come and has no state: gen
 @dataclass(frozen=True, kw_only=True)
 class BidirectionalConfig:
     """Options of Bidirectional."""
+
+    causal: ClassVar[bool] = False
 
     of: str = "mamba"
     """The kind of mixer that runs in both directions."""

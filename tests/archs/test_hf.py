@@ -331,7 +331,7 @@ def test_registered_models_load_and_generate_in_transformers(arch: str, tied: bo
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert_equal(model.lm.state_dict(), lm.state_dict())
-    assert (model.lm.head.weight is model.lm.embedding.weight) == tied
+    assert (model.lm.output_weight is model.lm.embedding.weight) == tied
     tokens = torch.randint(V, (2, 9))
     expected = lm.generate(tokens, max_new_tokens=5, temperature=0)
     assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False), expected)

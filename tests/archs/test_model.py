@@ -1,12 +1,15 @@
 """Block, Backbone and LanguageModel, on every architecture."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from crossover.archs import Backbone, LanguageModel, ModelConfig, available, build
 from crossover.archs.ffns.mlp import MLP, MLPConfig
 from crossover.archs.ffns.moe import MoE, MoEConfig
@@ -90,7 +93,7 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     lm.save_pretrained(tmp_path)
     again = LanguageModel.from_pretrained(tmp_path)
     assert again.config == lm.config
-    assert (again.head.weight is again.embedding.weight) == (name != "lstm")
+    assert (again.output_weight is again.embedding.weight) == (name != "lstm")
     tokens = torch.randint(11, (1, 7))
     assert torch.equal(again(tokens).logits, lm(tokens).logits)
 
@@ -120,6 +123,59 @@ def test_all_weights_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
         "backbone.blocks.0.mixer_norm.weight is (3,) and should be (32,)",
     ):
         assert problem in str(error.value)
+
+
+@every_model
+def test_targets_give_the_loss_and_no_logits(name: str) -> None:
+    lm = tiny(name)
+    tokens, targets = torch.randint(11, (2, 7)), torch.randint(11, (2, 7))
+    targets[0, 2] = -100
+    out = lm(tokens, targets=targets)
+    expected = F.cross_entropy(lm(tokens).logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(out.loss, expected)
+    assert out._fields == ("loss", "aux_loss", "state")
+    loss, aux_loss = lm.loss(tokens, targets)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(aux_loss, out.aux_loss)
+
+
+def test_a_hook_on_the_model_sees_its_loss() -> None:
+    lm, seen = tiny("transformer"), []
+    lm.register_forward_hook(lambda module, inputs, out: seen.append(out.loss))
+    loss, _ = lm.loss(torch.randint(11, (2, 7)), torch.randint(11, (2, 7)))
+    assert seen == [loss]
+
+
+def test_hidden_and_logits_are_the_two_halves_of_a_model() -> None:
+    lm = tiny("bert")
+    tokens = torch.randint(11, (2, 7))
+    x, _, _ = lm.hidden(tokens)
+    assert torch.equal(lm.logits(x), lm(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["transformer", "bert"])
+def test_a_tied_model_stays_tied_however_its_weights_arrive(name: str) -> None:
+    lm = tiny(name)
+    tokens = torch.randint(11, (1, 7))
+    state = {key: value.clone() for key, value in lm.state_dict().items()}
+    with torch.device("meta"):
+        assigned, emptied = LanguageModel(lm.config), LanguageModel(lm.config)
+    assigned.load_state_dict(state, assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(state)
+    for again in (assigned, emptied, copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
+        assert torch.equal(again(tokens).logits, lm(tokens).logits)
+        assert again.n_params == lm.n_params
+        assert again.output_weight is again.embedding.weight
+        torch.nn.init.zeros_(again.embedding.weight)
+        assert (again.logits(torch.randn(3, lm.config.d_model, dtype=lm.embedding.weight.dtype)).std(-1) == 0).all()
+
+
+def test_a_copy_of_the_embedding_is_no_weight_of_a_tied_head() -> None:
+    lm = tiny("transformer")
+    state = lm.state_dict()
+    lm.load_state_dict(state | {"head.weight": state["embedding.weight"].clone()})
+    with pytest.raises(RuntimeError, match=r"head\.weight is not the embedding, to which it is tied"):
+        lm.load_state_dict(state | {"head.weight": state["embedding.weight"] + 1})
 
 
 def test_attention_state_grows_with_context_and_the_others_do_not() -> None:
@@ -169,7 +225,7 @@ def test_a_backbone_adds_its_positions_itself() -> None:
     tokens = torch.randint(11, (2, 5))
     y, state, _ = lm.backbone(lm.embedding(tokens), lm.init_state(2, 5))
     assert len(state) == 3
-    torch.testing.assert_close(lm.head(y), lm(tokens).logits)
+    torch.testing.assert_close(lm.logits(y), lm(tokens).logits)
 
 
 @pytest.mark.parametrize("name", [*available("encoder"), "mamba", "jamba"])
@@ -183,7 +239,7 @@ def test_an_encoder_predicts_masked_tokens_and_generates_nothing(name: str) -> N
     expected = -(logits[0, 3].log_softmax(-1)[4] + logits[1, 7].log_softmax(-1)[8]) / 2
     loss, _ = lm.loss(tokens, targets)
     torch.testing.assert_close(loss, expected)
-    (gradient,) = torch.autograd.grad(loss, lm.head.weight)
+    (gradient,) = torch.autograd.grad(loss, lm.output_weight)
     assert gradient.abs().max() > 0
     with pytest.raises(ValueError, match="has no state"):
         lm.generate(tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossover.archs import LanguageModel, ModelConfig, State, available, build, configure
+from crossover.archs.config import KINDS
 from crossover.archs.generation import NO_TOKEN, Sampling
 from crossover.archs.mixers import cross_attention
 from crossover.archs.mixers.cross_attention import (
@@ -17,7 +18,7 @@ from crossover.archs.mixers.cross_attention import (
     CrossAttention,
     CrossAttentionConfig,
 )
-from crossover.archs.presets import TOLERANCE, count_params, is_causal
+from crossover.archs.presets import TOLERANCE, count_params
 from crossover.archs.seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
 from crossover.kernels.check import assert_same
 from crossover.kernels.dispatch import use_backend
@@ -289,7 +290,7 @@ def test_without_rotation_encdec_is_the_transformer_of_pytorch() -> None:
     h = encoder(lm.encoder.norm(lm.decoder.embedding(source)))
     x = lm.decoder.backbone.norm(lm.decoder.embedding(target))
     y = decoder(x, h, tgt_mask=nn.Transformer.generate_square_subsequent_mask(9).double())
-    torch.testing.assert_close(lm(source, target).logits, lm.decoder.head(y))
+    torch.testing.assert_close(lm(source, target).logits, lm.decoder.logits(y))
 
 
 @every_model
@@ -329,7 +330,7 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     again = Seq2Seq.from_pretrained(tmp_path)
     assert again.config == lm.config
     assert again.config.to_dict() == json.loads(json.dumps(lm.config.to_dict()))
-    assert again.decoder.head.weight is again.decoder.embedding.weight
+    assert "decoder.head.weight" not in again.state_dict()
     assert torch.equal(again(source, target).logits, lm(source, target).logits)
 
 
@@ -405,9 +406,9 @@ def test_a_seq2seq_model_is_not_made_an_encoder() -> None:
         configure("encdec", bidirectional=True)
 
 
-def test_encoders_are_not_causal_and_all_others_are() -> None:
-    assert all(is_causal(configure(name)) for name in (*available(), *available("seq2seq")))
-    assert not any(is_causal(configure(name)) for name in available("encoder"))
-    assert not any(is_causal(configure(name, bidirectional=True)) for name in available())
+def test_a_config_knows_what_its_models_are_for() -> None:
+    for kind in KINDS:
+        assert {configure(name).kind for name in available(kind)} == {kind}
+    assert {configure(name, bidirectional=True).kind for name in available()} == {"encoder"}
     half: dict[str, Any] = {"pattern": ("mamba", "both"), "mixer": {"both": {"kind": "bidirectional"}}}
-    assert not is_causal(ModelConfig(d_model=8, n_layers=1, vocab_size=11, **half))
+    assert ModelConfig(d_model=8, n_layers=1, vocab_size=11, **half).kind == "encoder"
