@@ -61,7 +61,7 @@ def _opened(
 ) -> tuple[list[str], Callable[..., object]]:
     """What is printed before each text grows, and the model's `generate`, which still takes what all models share."""
     end = tokenizer.separator
-    if isinstance(lm, Seq2Seq):
+    if lm.config.kind == "seq2seq":
         if not texts:
             raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
         # each ends as in training, and the target begins as there (train/pairs.py)

@@ -26,9 +26,10 @@ from ..archs import LanguageModel, build
 from ..archs.hf import to_hf
 from ..train.config import OptimConfig
 from ..train.health import apply_verdict
-from ..train.optim import adamw, set_learning_rate
+from ..train.learner import Learner, Update
+from ..train.objectives.next_token import RandomTokens
+from ..train.optim import adamw
 from ..train.runtime import choose_precision, keep_freed_memory
-from ..train.step import accumulate_gradients
 from .context import events
 from .processes import Fork, last_line
 from .worker import repeat_in_time_box, timed
@@ -218,7 +219,7 @@ def _work(order: dict[str, Any]) -> None:
         print(json.dumps({"seconds": _turn(lambda: step(window))}), flush=True)
 
 
-def _turn(step: Callable[[], None]) -> float:
+def _turn(step: Callable[[], object]) -> float:
     """Seconds of one step: the median of a burst after a first step that gets the caches back from the others.
 
     A step that fills the burst alone is the turn.
@@ -229,18 +230,11 @@ def _turn(step: Callable[[], None]) -> float:
     return statistics.median(repeat_in_time_box(lambda: timed(_CPU, step), time_box=_BURST, min_repeats=1))
 
 
-def _our_step(lm: LanguageModel) -> Callable[[Tensor], None]:
+def _our_step(lm: LanguageModel) -> Callable[[Tensor], object]:
     config, precision = OptimConfig(), choose_precision("fp32", torch.device("cpu"))
-    optimizer = adamw(lm, config)
-    set_learning_rate(optimizer, 1e-4)
-
-    def step(window: Tensor) -> None:
-        batch = (window[:, :-1].contiguous(), window[:, 1:].contiguous(), None)
-        accumulate_gradients(lm, [batch], precision=precision, clip=config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    objective = RandomTokens(vocab_size=lm.config.vocab_size, batch_size=1, seq_len=1)
+    update = Update(Learner(lm, objective), objective, adamw(lm, config), precision=precision, clip=config.clip)
+    return lambda window: update([objective.collate(list(window.numpy()))], 1e-4)
 
 
 def _their_step(model: Any) -> Callable[[Tensor], None]:

@@ -24,7 +24,9 @@ from ..archs.mixer import State
 from ..kernels.dispatch import KernelFallbackWarning, record_backends
 from ..train.config import OptimConfig
 from ..train.health import apply_verdict
-from ..train.optim import adamw, set_learning_rate
+from ..train.learner import Learner, Update
+from ..train.objectives.next_token import RandomTokens
+from ..train.optim import adamw
 from ..train.runtime import (
     PeakMemory,
     Precision,
@@ -33,7 +35,6 @@ from ..train.runtime import (
     is_out_of_memory,
     keep_freed_memory,
 )
-from ..train.step import accumulate_gradients
 from ..train.warm_up import warm_up
 from .config import MeasureConfig
 
@@ -107,21 +108,19 @@ class _Bench:
 
     def train(self) -> Measurement:
         """Forward, backward and optimizer step."""
-        batch_size = self.batch_size["train"]
-        window = self._tokens(batch_size, self.context_len + 1)
-        tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-        config = OptimConfig()
-        optimizer = adamw(self.lm, config)
-        set_learning_rate(optimizer, 1e-4)
+        batch_size, config = self.batch_size["train"], OptimConfig()
+        objective = RandomTokens(vocab_size=self.vocab_size, batch_size=batch_size, seq_len=self.context_len)
+        batch = objective.collate(objective.rows(0)).to(self.device)
+        update = Update(
+            Learner(self.lm, objective),
+            objective,
+            adamw(self.lm, config),
+            precision=self.precision,
+            clip=config.clip,
+        )
         self.lm.train()
-
-        def step() -> None:
-            accumulate_gradients(self.lm, [(tokens, targets, None)], precision=self.precision, clip=config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
         return self._measure(
-            lambda: timed(self.device, step),
+            lambda: timed(self.device, lambda: update([batch], 1e-4)),
             batch_size,
             batch_size * self.context_len,
             min_repeats_if_slow=_MIN_REPEATS_OF_SLOW_TRAINING,
@@ -271,7 +270,8 @@ def main(job: dict[str, Any]) -> None:
     precision = choose_precision(job["precision"], device)
     config = ModelConfig.from_dict(job["model"])
     try:
-        warm_up(config, device)  # what its libraries and compilers take for good is not the model's
+        toy = RandomTokens(vocab_size=config.vocab_size, batch_size=8, seq_len=min(128, config.max_positions or 128))
+        warm_up(config, toy, device)  # what its libraries and compilers take for good is not the model's
         bench = _Bench(config, job["context_len"], settings, device=device, precision=precision)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

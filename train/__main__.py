@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.tra
 def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
     # These import torch, which --help and a mistyped option need not wait for.
     from .checkpoint import CheckpointError
-    from .data import load_corpus
+    from .objectives import open_objective
     from .trainer import ResumeError, Trainer
 
     try:
-        corpus = load_corpus(run.data, progress=sys.stderr.isatty())
-        trainer = Trainer(run, corpus, command=[*prog.split(), *argv])
+        objective = open_objective(run, progress=sys.stderr.isatty())
+        trainer = Trainer(run, objective, command=[*prog.split(), *argv])
     except ValueError as error:
         return _refuse(prog, error)
     try:

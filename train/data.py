@@ -28,11 +28,13 @@ from .tokenizer import Tokenizer, open_tokenizer
 
 __all__ = [
     "Corpus",
+    "Data",
     "DataError",
     "byte_counts",
     "check_lengths",
     "digest_of",
     "document_starts",
+    "draw_indices",
     "encode",
     "load_corpus",
     "train_batch",
@@ -44,31 +46,28 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Corpus:
-    """Two token streams, training and validation, and what they stand for."""
+class Data:
+    """A data set in two splits, training and validation: what is known of it whatever its rows are."""
 
     name: str
     digest: str
-    """SHA-256 (hex) over documents, split and tokenizer; equal digests mean equal streams."""
+    """SHA-256 (hex) over content, split and tokenizer; equal digests mean equal data."""
     documents_digest: str
-    """SHA-256 (hex) over documents and split: bits per byte compare across tokenizers where it is equal."""
+    """SHA-256 (hex) over content and split: bits per byte compare across tokenizers where it is equal."""
     n_train_documents: int
     n_val_documents: int
     skipped: dict[str, int]
     """Files and rows that were left out, by reason."""
     tokenizer: Tokenizer
-    train: np.ndarray
-    """Token ids, 1-D, in the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
-    val: np.ndarray
     train_bytes: int
-    """UTF-8 bytes of the training documents, with one per separator: the same for every tokenizer."""
+    """UTF-8 bytes of what is to be predicted, with one per separator: the same for every tokenizer."""
     val_bytes: int
     reference_bits_per_byte: dict[str, float]
-    """What general compressors need for the validation stream of bytes: zlib level 9, xz preset 6."""
+    """What general compressors need for the validation bytes: zlib level 9, xz preset 6."""
 
     @property
     def n_documents(self) -> int:
-        """Documents in both splits."""
+        """Documents, or rows, in both splits."""
         return self.n_train_documents + self.n_val_documents
 
     @property
@@ -76,8 +75,14 @@ class Corpus:
         """Token id between documents."""
         return self.tokenizer.separator
 
+    @property
+    def n_tokens(self) -> tuple[int, int]:
+        """Tokens to be predicted in training and in validation."""
+        raise NotImplementedError
+
     def summary(self) -> dict[str, Any]:
         """Returns what a result must say about its data, as JSON-able values."""
+        train_tokens, val_tokens = self.n_tokens
         return {
             "name": self.name,
             "digest": self.digest,
@@ -92,28 +97,38 @@ class Corpus:
                 "vocab_size": self.tokenizer.vocab_size,
                 "separator": self.tokenizer.separator,
             },
-            "train_tokens": len(self.train),
-            "val_tokens": len(self.val),
+            "train_tokens": train_tokens,
+            "val_tokens": val_tokens,
             "train_bytes": self.train_bytes,
             "val_bytes": self.val_bytes,
             "reference_bits_per_byte": self.reference_bits_per_byte,
         }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus(Data):
+    """Two token streams."""
+
+    train: np.ndarray
+    """Token ids, 1-D, in the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
+    val: np.ndarray
+
+    @property
+    def n_tokens(self) -> tuple[int, int]:
+        """Tokens of each stream."""
+        return len(self.train), len(self.val)
+
+
 def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
-    """Reads the documents, and tokenizes them unless the cache holds this very content; pairs as `load_pairs` says.
+    """Reads the documents, and tokenizes them unless the cache holds this very content.
 
     Args:
-        config: source, rows, column, tokenizer, val_fraction and cache are used.
+        config: source, column, tokenizer, val_fraction and cache are used.
         progress: show the bars of `datasets` and `tokenizers`, on a terminal.
 
     Raises:
         DataError: if the source, the tokenizer or the cache cannot be used.
     """
-    if config.rows == "pairs":
-        from .pairs import load_pairs  # which builds on this module
-
-        return load_pairs(config, progress=progress)
     cache = cache_folder(config.cache)
     documents = read_documents(config.source, column=config.column, cache=cache, progress=progress)
     train, val = split_documents(documents.texts, config.val_fraction)
@@ -163,10 +178,16 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
         DataError: if the training split is shorter than one window.
     """
     _check_length(corpus.name, "training", corpus.train, seq_len)
+    starts = draw_indices(len(corpus.train) - seq_len, seed=seed, step=step, n=batch_size)
+    return _windows(corpus.train, starts, seq_len)
+
+
+def draw_indices(below: int, *, seed: int, step: int, n: int) -> np.ndarray:
+    """Returns n indices from 0 to below - 1, (n,) int64, a pure function of its arguments; n only cuts them off."""
     # Raw Philox output, because NumPy guarantees it across versions and Generator.integers not (NEP 19); the bias of
-    # the remainder is below len(train) / 2**64.
-    raw = np.random.Philox(key=seed, counter=[0, 0, step, 0]).random_raw(batch_size)
-    return _windows(corpus.train, (raw % np.uint64(len(corpus.train) - seq_len)).astype(np.int64), seq_len)
+    # the remainder is below `below` / 2**64.
+    raw = np.random.Philox(key=seed, counter=[0, 0, step, 0]).random_raw(n)
+    return (raw % np.uint64(below)).astype(np.int64)
 
 
 def val_windows(corpus: Corpus, seq_len: int, max_tokens: int) -> np.ndarray:
@@ -216,7 +237,7 @@ def digest_of(train: Sequence[str], val: Sequence[str]) -> str:
 
 
 def byte_counts(train: Sequence[str], val: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of a Corpus that no tokenizer changes."""
+    """Returns the fields of Data that no tokenizer changes."""
     stream = "\0".join(val).encode()
     return {
         "train_bytes": sum(len(text.encode()) for text in train) + len(train) - 1,

@@ -172,11 +172,11 @@ class Stopwatch:
         return {"seconds": self.seconds, "warm_seconds": self._warm_seconds, "warm_tokens": self._warm_tokens}
 
     @contextlib.contextmanager
-    def step(self, tokens: int) -> Iterator[None]:
-        """Times one training step on `tokens` tokens. A step that raises is not counted."""
-        start = self._clock()
-        yield
-        elapsed = self._clock() - start
+    def step(self) -> Iterator[Callable[[int], None]]:
+        """Times one training step, which says on how many tokens. A step that raises is not counted."""
+        start, counted = self._clock(), list[int]()
+        yield counted.append
+        elapsed, tokens = self._clock() - start, sum(counted)
         self.seconds += elapsed
         self._lap_seconds += elapsed
         self._lap_tokens += tokens

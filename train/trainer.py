@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import torch
 
 from .. import archs
-from ..archs.seq2seq import Seq2Seq
 from ..kernels.dispatch import record_backends
 from . import checkpoint
 from .config import CUSTOM, RunConfig, flatten
-from .data import Corpus, check_lengths, load_corpus, train_batch, val_windows
-from .evaluate import Evaluator, document_inputs
+from .evaluate import evaluate, evaluating
 from .files import read_json, write_json
 from .health import apply_verdict
-from .optim import adamw, learning_rate, set_learning_rate
-from .pairs import Pair, PairCorpus, PairEvaluator, pair_inputs, train_pairs, val_pairs
+from .learner import Learner, NonFiniteError, Update, split_rows
+from .objective import Objective
+from .objectives import open_objective
+from .optim import adamw, learning_rate
 from .progress import Display, farewell, greeting
 from .record import MetricsLog, provenance
 from .runtime import (
@@ -44,14 +42,9 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
-from .step import Batch, PairBatch, accumulate_gradients
 from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer", "train"]
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite; the update was not made."""
 
 
 class ResumeError(ValueError):
@@ -69,21 +62,21 @@ class Outcome:
 
 
 def train(run: RunConfig, *, command: Sequence[str] = ()) -> Outcome:
-    """Loads the corpus, trains and evaluates one model, and writes its run directory.
+    """Loads the data, trains and evaluates one model, and writes its run directory.
 
     Raises:
         ValueError: if the run cannot start as asked for; what the directory holds is left as it is.
     """
-    return Trainer(run, load_corpus(run.data, progress=sys.stderr.isatty()), command=command).fit()
+    return Trainer(run, open_objective(run, progress=sys.stderr.isatty()), command=command).fit()
 
 
 class Trainer:
-    """One run: a model, a corpus, a directory. Made to be used once."""
+    """One run: a model, an objective, a directory. Made to be used once."""
 
     def __init__(
         self,
         run: RunConfig,
-        corpus: Corpus,
+        objective: Objective[Any, Any],
         *,
         command: Sequence[str] = (),
         clock: Callable[[], float] = time.perf_counter,
@@ -92,60 +85,40 @@ class Trainer:
 
         Args:
             run: the configuration.
-            corpus: what run.data describes.
+            objective: what it learns, with its data.
             command: what the user typed, for run.json.
             clock: seconds, for the throughput figures.
 
         Raises:
             ValueError: if model, data, device and lengths do not fit together.
         """
-        has_pairs = isinstance(corpus, PairCorpus)
-        self.model_config = run.model.configure(corpus.tokenizer.vocab_size)
-        _check_kind(self.model_config, has_pairs)
-        # a model is read as far as its positions go
-        position_len = 0 if has_pairs else min(run.train.position_len, self.model_config.max_positions or sys.maxsize)
-        if has_pairs:
-            corpus.check_lengths(run.train.seq_len)
-        else:
-            check_lengths(corpus, run.train.seq_len)
-        if len(corpus.val) <= position_len:
-            raise ValueError(
-                f"train.position_len={position_len} is too long for a validation split of {len(corpus.val)} "
-                f"tokens: shorten it, set it to 0, or hold out more with --data.val-fraction"
-            )
+        self.model_config = run.model.configure(objective.data.tokenizer.vocab_size)
+        objective.check(self.model_config)
         if run.train.threads is not None:
             torch.set_num_threads(run.train.threads)
         self.run = run
-        self.corpus = corpus
+        self.objective = objective
         self.device = choose_device(run.train.device)
         self.precision = choose_precision(run.train.precision, self.device)
         self.peak_lr = _peak_learning_rate(run)
         self._command = command
         self._clock = clock
-        self._separator = corpus.separator if run.data.packing == "reset" else None
-        self._windows, self._final_windows = (
-            self._held_out(n) for n in (run.train.eval_tokens, run.train.final_eval_tokens)
-        )
-        self._long_windows = None
-        if position_len:
-            self._long_windows = val_windows(corpus, position_len, run.train.final_eval_tokens)
 
         sketch = archs.build(self.model_config, device="meta")
         state = sketch.init_state(1, run.train.seq_len, device="meta")
-        lengths = corpus.mean_lengths() if has_pairs else (run.train.seq_len,)
         self._facts = {
             **_names(run),
             "seed": run.seed,
             "n_params": sketch.n_params,
             "n_active_params": sketch.n_active_params,
-            "flops_per_token": sketch.training_flops_per_token(*lengths),
+            "flops_per_token": objective.flops_per_token(sketch),
             "state_bytes": sum(part.nbytes for part in state if part is not None),
         }
         self._step = self._first_step = self._tokens = 0
         self._saved_step = -1
         self._validation: dict[str, Any] | None = None
         self._sample: str | None = None
-        self._positions: list[dict[str, Any]] | None = None
+        self._found: dict[str, Any] = {}
         self._peak_bytes: int | None = None
         self._doctor: dict[str, Any] | None = None
         self._watch = Stopwatch(clock=clock)
@@ -176,8 +149,7 @@ class Trainer:
         (directory / "result.json").unlink(missing_ok=True)
         keep_freed_memory()
         self._doctor = apply_verdict()
-        if self.model_config.kind != "seq2seq":  # its toy speaks of one sequence
-            warm_up(self.model_config, self.device)
+        warm_up(self.model_config, self.objective, self.device)
         memory = PeakMemory(self.device)
         record = self._run_record(memory.method)
         write_json(directory / "run.json", record)
@@ -216,49 +188,39 @@ class Trainer:
         poll: Callable[[], None],
     ) -> None:
         run, directory = self.run, self.run.directory
-        self.corpus.tokenizer.save(directory / "tokenizer.json")
+        self.objective.data.tokenizer.save(directory / "tokenizer.json")
         torch.manual_seed(run.seed)
-        model = archs.build(self.model_config, device=self.device)
+        model = self.objective.prepare(archs.build(self.model_config, device=self.device))
+        learner = Learner(model, self.objective)
         optimizer = adamw(model, run.optim)
         if start is not None:
             checkpoint.restore(start, model=model, optimizer=optimizer)
-        options: dict[str, Any] = {
-            "model": model,
-            "tokenizer": self.corpus.tokenizer,
-            "device": self.device,
-            "autocast": lambda: self.precision.autocast(self.device),
-            "reset": self._separator is not None,
-            "max_tokens": run.train.batch_size * run.train.seq_len // run.train.grad_accumulation,
-            "poll": poll,
-        }
-        evaluator = Evaluator(**options)
-        if isinstance(self.corpus, PairCorpus):
-            evaluator = PairEvaluator(**options, example=self.corpus.val_pairs[0][0])
+        update = Update(learner, self.objective, optimizer, precision=self.precision, clip=run.optim.clip)
         with contextlib.closing(MetricsLog(directory, first_step=self._step)) as log:
             try:
                 while True:
                     if self._due(run.train.eval_every) and (self._validation or {}).get("step") != self._step:
-                        self._validate(evaluator, log, display)
+                        self._validate(learner, log, display, poll)
                     if self._due(run.train.checkpoint_every):
                         self._save(model, optimizer)
                     if self._step == run.train.steps:
                         break
                     poll()
-                    values = self._update(model, optimizer)
+                    values = self._update(update)
                     self._peak_bytes = max(self._peak_bytes or 0, memory.peak_bytes())
                     if self._step == self._first_step + 1:
                         record = read_json(directory / "run.json")
                         write_json(directory / "run.json", record | {"backends": _lists(backends)})
                     if self._step == 1 or self._due(run.train.log_every):
                         self._log(values, log, display)
-                if self._long_windows is not None:
-                    display.doing("loss by position")
-                    self._positions = evaluator.by_position(self._long_windows)
+                display.doing("examining")
+                with evaluating(model, self.precision):
+                    self._found = self.objective.examine(model, poll=poll)
             except Interrupted:
                 self._save(model, optimizer)
                 raise
 
-    def _update(self, model: archs.LanguageModel | Seq2Seq, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def _update(self, update: Update) -> dict[str, float]:
         """Makes one update and returns its metrics.
 
         Raises:
@@ -266,52 +228,23 @@ class Trainer:
         """
         run = self.run
         lr = learning_rate(self._step, peak=self.peak_lr, steps=run.train.steps, config=run.optim)
-        set_learning_rate(optimizer, lr)
-        n_tokens = self._n_targets(self._step)
-        with self._watch.step(n_tokens):
-            parts = self._pair_parts() if isinstance(self.corpus, PairCorpus) else self._window_parts()
-            loss, aux, norm = accumulate_gradients(model, parts, precision=self.precision, clip=run.optim.clip)
-            # All: a NaN weight can leave the gradients finite, and a finite loss can have an infinite gradient.
-            if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(norm)):
+        with self._watch.step() as count:
+            rows = self.objective.rows(self._step)
+            n_tokens = self.objective.n_tokens(rows)
+            count(n_tokens)
+            parts = split_rows(rows, run.train.grad_accumulation)
+            try:
+                values = update([self.objective.collate(part) for part in parts], lr)
+            except NonFiniteError as error:
                 raise NonFiniteError(
-                    f"step {self._step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g} "
-                    f"at learning rate {lr:.3g}; this update was not made: try a lower --optim.lr or a longer "
-                    f"--optim.warmup"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    f"step {self._step + 1}: {error} at learning rate {lr:.3g}; this update was not made: "
+                    f"try a lower --optim.lr or a longer --optim.warmup"
+                ) from None
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._step += 1
         self._tokens += n_tokens
-        return {"train/loss": loss, "train/aux_loss": aux, "train/lr": lr, "train/grad_norm": norm}
-
-    def _held_out(self, max_tokens: int) -> Any:
-        """What the evaluator validates on."""
-        if isinstance(self.corpus, PairCorpus):
-            return val_pairs(self.corpus, max_tokens)
-        return val_windows(self.corpus, self.run.train.seq_len, max_tokens)
-
-    def _window_parts(self) -> list[Batch]:
-        size = {"batch_size": self.run.train.batch_size, "seq_len": self.run.train.seq_len}
-        batch = train_batch(self.corpus, seed=self.run.seed, step=self._step, **size)
-        parts = np.split(batch, self.run.train.grad_accumulation)
-        return [document_inputs(part, self.device, separator=self._separator) for part in parts]
-
-    def _pair_parts(self) -> list[PairBatch]:
-        pairs, rows = self._drawn_pairs(self._step), self.run.train.batch_size // self.run.train.grad_accumulation
-        parts = (pairs[i : i + rows] for i in range(0, len(pairs), rows))
-        return [pair_inputs(part, self.device, separator=self.corpus.separator) for part in parts]
-
-    def _drawn_pairs(self, step: int) -> list[Pair]:
-        assert isinstance(self.corpus, PairCorpus)
-        return train_pairs(self.corpus, seed=self.run.seed, step=step, batch_size=self.run.train.batch_size)
-
-    def _n_targets(self, step: int) -> int:
-        """Tokens that the update of a step predicts."""
-        if isinstance(self.corpus, PairCorpus):
-            return sum(len(target) for _, target in self._drawn_pairs(step))
-        return self.run.train.batch_size * self.run.train.seq_len
+        return {"train/lr": lr, **{f"train/{name}": value for name, value in values.items()}}
 
     def _log(self, values: Mapping[str, float], log: MetricsLog, display: Display) -> None:
         rate = self._watch.lap()
@@ -325,24 +258,25 @@ class Trainer:
         tokens_left = (self.run.train.steps - self._step) * self._tokens / self._step
         display.trained(record, seconds_left=tokens_left / rate if rate else 0.0)
 
-    def _validate(self, evaluator: Evaluator, log: MetricsLog, display: Display) -> None:
+    def _validate(self, learner: Learner, log: MetricsLog, display: Display, poll: Callable[[], None]) -> None:
+        run, objective = self.run.train, self.objective
         display.doing("validating")
-        found = evaluator.validate(self._final_windows if self._step == self.run.train.steps else self._windows)
-        record = {**self._position(), "val/loss": found.loss, "val/bits_per_byte": found.bits_per_byte}
+        rows = objective.held_out(run.final_eval_tokens if self._step == run.steps else run.eval_tokens)
+        rows_at_once = run.batch_size // run.grad_accumulation
+        found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
+        # whole numbers, such as bytes read, are facts of the result and no curves
+        curves = {f"val/{name}": value for name, value in found.items() if isinstance(value, float)}
+        record = self._position() | curves
         log.append(record)
         display.validated(record)
-        self._validation = {
-            "step": self._step,
-            "loss": found.loss,
-            "bits_per_byte": found.bits_per_byte,
-            "n_bytes": found.n_bytes,
-        }
-        if self.run.train.sample_tokens:
-            self._sample = evaluator.sample(self.run.train.sample_tokens)
+        self._validation = {"step": self._step, **found}
+        if run.sample_tokens:
+            with evaluating(learner, self.precision):
+                self._sample = objective.sample(learner.model)
             log.append({"step": self._step, "sample": self._sample})
         display.doing("training")
 
-    def _save(self, model: archs.LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    def _save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self._step == 0 or self._step == self._saved_step:
             return
         state = {
@@ -383,7 +317,7 @@ class Trainer:
         length = {} if run.optim.schedule == "constant" else {"schedule_steps": run.train.steps}
         experiment = {
             "seed": run.seed,
-            "data": {"digest": self.corpus.digest, "packing": run.data.packing},
+            "data": {"digest": self.objective.data.digest, "packing": run.data.packing},
             "train": {"batch_size": run.train.batch_size, "seq_len": run.train.seq_len},
             "optim": dataclasses.asdict(run.optim) | {"lr": self.peak_lr} | length,
             "model": self.model_config.to_dict(),
@@ -411,7 +345,7 @@ class Trainer:
         self._step = self._first_step = self._saved_step = state["step"]
         self._validation, self._sample, self._peak_bytes = state["validation"], state["sample"], state["peak_bytes"]
         self._watch = Stopwatch(**state["stopwatch"], clock=self._clock)
-        self._tokens = sum(map(self._n_targets, range(self._step)))
+        self._tokens = sum(self.objective.n_tokens(self.objective.rows(step)) for step in range(self._step))
 
     def _run_record(self, peak_memory_method: str) -> dict[str, Any]:
         run = self.run
@@ -420,7 +354,7 @@ class Trainer:
             **self._facts,
             "config": run.to_dict() | {"optim": run.to_dict()["optim"] | {"lr": self.peak_lr}},
             "model": self.model_config.to_dict(),
-            "corpus": self.corpus.summary(),
+            "corpus": self.objective.data.summary(),
             "resumed_from_step": self._first_step or None,
             "backends": None,
             "doctor": self._doctor,
@@ -439,9 +373,7 @@ class Trainer:
             **self._facts,
             "status": status,
             "error": error,
-            "val_bits_per_byte": validation.get("bits_per_byte"),
-            "val_loss": validation.get("loss"),
-            "val_bytes": validation.get("n_bytes"),
+            **{f"val_{name}": validation.get(name) for name in ("bits_per_byte", "loss", "bytes")},
             "tokens": position["tokens"],
             "steps": position["step"],
             "train_seconds": position["seconds"],
@@ -450,8 +382,9 @@ class Trainer:
             "precision": self.precision.name,
             "device": self.device.type,
             "backend": _lists(backends),
-            "corpus_digest": self.corpus.digest,
-            "position_bits_per_byte": self._positions,
+            "corpus_digest": self.objective.data.digest,
+            "position_bits_per_byte": None,
+            **self._found,
             "sample": self._sample,
         }
 
@@ -469,20 +402,6 @@ def _peak_learning_rate(run: RunConfig) -> float:
     if run.model.preset == CUSTOM:
         raise ValueError("optim.lr must be given: a model described by its pattern has no tuned learning rate")
     return archs.presets.learning_rate(run.model.preset)
-
-
-def _check_kind(config: archs.ModelConfig, has_pairs: bool) -> None:
-    """Raises ValueError unless a model of this kind can learn from such data by predicting the next token."""
-    takes_source = config.kind == "seq2seq"
-    if takes_source and not has_pairs:
-        raise ValueError("this model reads a source and writes a target: give pairs with --data.rows pairs")
-    if has_pairs and not takes_source:
-        raise ValueError("data.rows=pairs are for models that read a source, which this one does not: give documents")
-    if config.kind == "encoder":
-        raise ValueError(
-            "this model is an encoder, in which a token sees those to come, the answers to predicting the next one: "
-            "train a causal model"
-        )
 
 
 @contextlib.contextmanager

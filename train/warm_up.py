@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from .. import archs
 from .config import OptimConfig
+from .learner import Learner, Update
+from .objective import Objective
 from .optim import adamw
+from .runtime import choose_precision
 
 __all__ = ["warm_up"]
 
+_MAX_TOKENS = 1024
+"""Enough that no kernel leaves so few or so short rows to PyTorch, and would be compiled in the first step instead."""
 
-def warm_up(config: archs.ModelConfig, device: torch.device) -> None:
-    """Trains and steps a model of the same layers and a few channels, and throws it away.
+
+def warm_up(config: archs.ModelConfig, objective: Objective[Any, Any], device: torch.device) -> None:
+    """Trains a model of the same layers and a few channels on rows of the first step, and throws it away.
 
     The first call of an operation loads libraries and may compile kernels: tens of megabytes that would otherwise be
-    counted as memory of whichever model came first. The random state is left as it was.
+    counted as memory of whichever model came first. A decoder also reads and steps with a state. The random state is
+    left as it was.
     """
     # 96 channels: heads stay legal wherever d_model only sets how many there are
-    toy = dataclasses.replace(config, d_model=96, n_layers=len(config.pattern), vocab_size=8)
+    toy = dataclasses.replace(config, d_model=96, n_layers=len(config.pattern))
+    rows = objective.rows(0)
+    while len(rows) > 1 and objective.n_tokens(rows) > _MAX_TOKENS:
+        rows = rows[: len(rows) // 2]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = archs.build(toy if _is_legal(toy) else config, device=device)
-        # kernels that leave few or short rows to PyTorch would otherwise be compiled in the first step
-        n_tokens = min(128, (config.max_positions or 129) - 1)
-        tokens = torch.zeros(8, n_tokens, dtype=torch.int64, device=device)
+        model = objective.prepare(archs.build(toy if _is_legal(toy) else config, device=device))
         optimizer = adamw(model, OptimConfig())
-        loss, aux = model.loss(tokens, tokens)
-        (loss + aux).backward()
-        optimizer.step()
-        with torch.no_grad():
-            out = model(tokens, model.init_state(len(tokens), n_tokens + 1))
-            model(tokens[:, :1], out.state)
+        precision = choose_precision("fp32", device)
+        update = Update(Learner(model, objective), objective, optimizer, precision=precision, clip=1.0)
+        update([objective.collate(rows)], lr=0.0)
+        if config.kind == "decoder":
+            lm: Any = model
+            n_tokens = min(128, (config.max_positions or 129) - 1)
+            tokens = torch.zeros(8, n_tokens, dtype=torch.int64, device=device)
+            with torch.no_grad():
+                out = lm(tokens, lm.init_state(len(tokens), n_tokens + 1))
+                lm(tokens[:, :1], out.state)
 
 
 def _is_legal(config: archs.ModelConfig) -> bool:

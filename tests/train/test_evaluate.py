@@ -1,21 +1,41 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from crossover.archs import LanguageModel, build
-from crossover.train.config import DataConfig
+from crossover.train.config import DataConfig, TrainConfig
 from crossover.train.data import Corpus, load_corpus, val_windows
-from crossover.train.evaluate import Evaluator, bits_per_byte, buckets, document_inputs
-from crossover.train.runtime import Interrupted
+from crossover.train.evaluate import evaluate, evaluating
+from crossover.train.learner import Learner
+from crossover.train.objectives.next_token import NextToken, buckets
+from crossover.train.runtime import Interrupted, Precision
+from crossover.train.score import bits_per_byte
 
 
-def evaluator(corpus: Corpus, arch: str = "lstm", **options: object) -> Evaluator:
-    model = build(arch, d_model=16, n_layers=1, vocab_size=corpus.tokenizer.vocab_size)
-    torch.nn.init.normal_(model.embedding.weight)  # an untrained model predicts everything alike
-    return Evaluator(model=model, tokenizer=corpus.tokenizer, device=torch.device("cpu"), **options)  # pyright: ignore
+class Judge:
+    """An untrained model with an objective that only judges it."""
+
+    def __init__(self, corpus: Corpus, arch: str = "lstm", *, precision: str = "fp32", rows_at_once: int = 8) -> None:
+        self.model = build(arch, d_model=16, n_layers=1, vocab_size=corpus.tokenizer.vocab_size)
+        torch.nn.init.normal_(self.model.embedding.weight)  # an untrained model predicts everything alike
+        self.objective, self.rows_at_once = NextToken(corpus, seed=0, train=TrainConfig(sample_tokens=40)), rows_at_once
+        self.precision = Precision(precision, "for the test")
+
+    def validate(self, windows: np.ndarray, **options: Any) -> dict[str, float]:
+        options = {"precision": self.precision, "rows_at_once": self.rows_at_once} | options
+        return evaluate(Learner(self.model, self.objective), self.objective, list(windows), **options)
+
+    def by_position(self, windows: np.ndarray) -> list[dict[str, Any]]:
+        with evaluating(self.model, self.precision):
+            return self.objective.by_position(self.model, windows)
+
+    def sample(self) -> str:
+        with evaluating(self.model, self.precision):
+            return self.objective.sample(self.model)
 
 
 def token_nats(model: LanguageModel, windows: np.ndarray) -> torch.Tensor:
@@ -34,23 +54,23 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight() -> None:
 
 def test_validation_is_the_mean_over_all_tokens_also_with_a_smaller_last_batch(corpus: Corpus) -> None:
     windows = val_windows(corpus, 24, 24 * 7)
-    judge = evaluator(corpus, max_tokens=24 * 3)  # batches of 3, 3 and 1
+    judge = Judge(corpus, rows_at_once=3)  # batches of 3, 3 and 1
     nats = token_nats(judge.model, windows)
     found = judge.validate(windows)
-    assert found.loss == pytest.approx(nats.mean().item(), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)  # a token is a byte
-    assert found.n_tokens == 24 * 7
+    assert found["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)  # a token is a byte
+    assert found["bytes"] == 24 * 7
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_tokens(text_folder: Path, tmp_path: Path) -> None:
     config = DataConfig(source=str(text_folder), val_fraction=0.25, tokenizer="bpe:300", cache=tmp_path)
     corpus = load_corpus(config)
     windows = val_windows(corpus, 16, 160)
-    judge = evaluator(corpus)
+    judge = Judge(corpus)
     n_bytes = sum(len(corpus.tokenizer.to_bytes(row[1:])) for row in windows)
     assert n_bytes > 1.2 * windows[:, 1:].size
     expected = token_nats(judge.model, windows).sum().item() / math.log(2) / n_bytes
-    assert judge.validate(windows).bits_per_byte == pytest.approx(expected, rel=1e-5)
+    assert judge.validate(windows)["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +89,8 @@ def test_buckets_double_and_cover_every_position_once(length: int, expected: lis
 @pytest.mark.parametrize("rows", [1, 3])
 def test_loss_by_position_is_that_of_the_tokens_in_each_bucket(corpus: Corpus, rows: int) -> None:
     windows = val_windows(corpus, 40, 40 * 4)
-    judge = evaluator(corpus, max_tokens=40 * rows)
+    judge = Judge(corpus)
+    judge.objective.train = TrainConfig(batch_size=rows, seq_len=40)
     nats = token_nats(judge.model, windows)
     table = judge.by_position(windows)
     assert [(entry["start"], entry["stop"]) for entry in table] == buckets(40)
@@ -81,10 +102,10 @@ def test_loss_by_position_is_that_of_the_tokens_in_each_bucket(corpus: Corpus, r
 
 def test_positions_add_up_to_the_validation(corpus: Corpus) -> None:
     windows = val_windows(corpus, 40, 40 * 4)
-    judge = evaluator(corpus)
+    judge = Judge(corpus)
     table = judge.by_position(windows)
     mean = sum(entry["bits_per_byte"] * entry["n_tokens"] for entry in table) / windows[:, 1:].size
-    assert mean == pytest.approx(judge.validate(windows).bits_per_byte, rel=1e-5)
+    assert mean == pytest.approx(judge.validate(windows)["bits_per_byte"], rel=1e-5)
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -93,39 +114,41 @@ def test_a_reset_model_does_not_see_the_document_before(corpus: Corpus, reset: b
     windows[0, 8] = corpus.separator
     changed = windows.copy()
     changed[0, 2] += 1
-    judge = evaluator(corpus, reset=reset)
+    judge = Judge(corpus)
+    judge.objective.packing = "reset" if reset else "concat"
     later = [judge.by_position(each)[-1] for each in (windows, changed)]  # positions 16 to 32
     assert (later[0] == later[1]) is reset
 
 
-def test_inputs_targets_and_starts_are_aligned() -> None:
+def test_inputs_targets_and_starts_are_aligned(corpus: Corpus) -> None:
     windows = np.array([[5, 0, 7, 8, 0]])
-    tokens, targets, starts = document_inputs(windows, torch.device("cpu"), separator=0)
-    assert tokens.tolist() == [[5, 0, 7, 8]]
-    assert targets.tolist() == [[0, 7, 8, 0]]
-    assert starts is not None
-    assert starts.tolist() == [[False, False, True, False]]
-    assert document_inputs(windows, torch.device("cpu"), separator=None)[2] is None
+    batch = NextToken(corpus, seed=0, train=TrainConfig(), packing="reset").collate(list(windows))
+    assert batch.tokens.tolist() == [[5, 0, 7, 8]]
+    assert batch.targets.tolist() == [[0, 7, 8, 0]]
+    assert batch.starts is not None
+    assert batch.starts.tolist() == [[False, False, True, False]]
+    assert NextToken(corpus, seed=0, train=TrainConfig()).collate(list(windows)).starts is None
 
 
 def test_evaluating_leaves_mode_gradients_and_generators_alone(corpus: Corpus) -> None:
-    judge = evaluator(corpus)
+    judge = Judge(corpus)
     judge.model.train()
     before = torch.get_rng_state()
     judge.validate(val_windows(corpus, 16, 64))
     judge.by_position(val_windows(corpus, 16, 64))
-    judge.sample(8)
+    judge.sample()
     assert judge.model.training
     assert all(parameter.grad is None for parameter in judge.model.parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_sample_depends_on_weights_and_seed_only(corpus: Corpus) -> None:
-    judge = evaluator(corpus)
-    first = judge.sample(40, seed=1)
+def test_a_sample_depends_on_the_weights_only(corpus: Corpus) -> None:
+    judge = Judge(corpus)
+    first = judge.sample()
     torch.rand(3)
-    assert judge.sample(40, seed=1) == first
-    assert judge.sample(40, seed=2) != first
+    assert judge.sample() == first
+    torch.nn.init.normal_(judge.model.embedding.weight)
+    assert judge.sample() != first
 
 
 def test_evaluation_stops_between_batches_when_asked_to(corpus: Corpus) -> None:
@@ -136,21 +159,16 @@ def test_evaluation_stops_between_batches_when_asked_to(corpus: Corpus) -> None:
         if len(calls) == 3:
             raise Interrupted(2)
 
-    judge = evaluator(corpus, max_tokens=16, poll=poll)
+    judge = Judge(corpus, rows_at_once=1)
     with pytest.raises(Interrupted):
-        judge.validate(val_windows(corpus, 16, 160))
+        judge.validate(val_windows(corpus, 16, 160), poll=poll)
     assert len(calls) == 3
     assert judge.model.training
 
 
 def test_evaluation_runs_in_the_arithmetic_of_training(corpus: Corpus) -> None:
     windows = val_windows(corpus, 16, 64)
-    judge = evaluator(corpus, arch="transformer")
-    rounded = Evaluator(
-        model=judge.model,
-        tokenizer=judge.tokenizer,
-        device=judge.device,
-        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    )
-    assert rounded.validate(windows).loss != judge.validate(windows).loss
-    assert rounded.validate(windows).loss == pytest.approx(judge.validate(windows).loss, rel=0.02)  # 8 bits
+    judge = Judge(corpus, arch="transformer")
+    exact, rounded = (judge.validate(windows, precision=Precision(name, ""))["loss"] for name in ("fp32", "bf16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)  # 8 bits

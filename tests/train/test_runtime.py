@@ -35,13 +35,15 @@ def test_the_stopwatch_counts_training_only() -> None:
     clock = FakeClock()
     watch = Stopwatch(clock=clock)
     for seconds, idle in ((10.0, 5.0), (2.0, 70.0), (3.0, 900.0)):
-        with watch.step(60):
+        with watch.step() as count:
+            count(60)
             clock.now += seconds
         clock.now += idle
     assert watch.seconds == 15.0
     assert watch.tokens_per_second == 120 / 5.0  # without the first step
     assert watch.lap() == 180 / 15.0
-    with watch.step(60):
+    with watch.step() as count:
+        count(60)
         clock.now += 6.0
     assert watch.lap() == 10.0
 
@@ -53,7 +55,8 @@ def test_the_stopwatch_continues_and_leaves_out_the_first_step_of_each_process()
     for watch_number in range(2):
         watch = first if watch_number == 0 else (second := Stopwatch(**first.state, clock=clock))
         for seconds in (10.0, 2.0):
-            with watch.step(60):
+            with watch.step() as count:
+                count(60)
                 clock.now += seconds
     assert second is not None
     assert second.seconds == 24.0
@@ -62,7 +65,8 @@ def test_the_stopwatch_continues_and_leaves_out_the_first_step_of_each_process()
 
 def test_one_step_has_no_speed_yet() -> None:
     watch = Stopwatch(clock=FakeClock())
-    with watch.step(60):
+    with watch.step() as count:
+        count(60)
         pass
     assert watch.tokens_per_second is None
 
@@ -72,7 +76,8 @@ def test_a_step_that_raises_is_not_counted() -> None:
     watch = Stopwatch(clock=clock)
 
     def failing_step() -> None:
-        with watch.step(60):
+        with watch.step() as count:
+            count(60)
             clock.now += 1.0
             raise KeyError
 

@@ -14,10 +14,13 @@ from crossover.archs import LanguageModel, build, presets
 from crossover.kernels import dispatch
 from crossover.train.checkpoint import newest
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
-from crossover.train.data import Corpus, train_batch, val_windows
-from crossover.train.evaluate import Evaluator, Validation
+from crossover.train.data import Corpus, train_batch
+from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
 from crossover.train.health import store_verdict
+from crossover.train.learner import Learner
+from crossover.train.objectives.next_token import NextToken, Tokens
+from crossover.train.runtime import choose_precision
 from crossover.train.trainer import Outcome, ResumeError, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +31,7 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: 
 @pytest.fixture(autouse=True)
 def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests count the calls of a model; the toy that runs before it has tests of its own."""
-    monkeypatch.setattr("crossover.train.trainer.warm_up", lambda config, device: None)
+    monkeypatch.setattr("crossover.train.trainer.warm_up", lambda *_: None)
 
 
 def config(tmp_path: Path, arch: str = "lstm", schedule: Any = "cosine", **train: Any) -> RunConfig:
@@ -47,8 +50,12 @@ def config(tmp_path: Path, arch: str = "lstm", schedule: Any = "cosine", **train
     )
 
 
+def objective(run: RunConfig, corpus: Corpus) -> NextToken:
+    return NextToken(corpus, seed=run.seed, train=run.train, packing=run.data.packing)
+
+
 def fit(run: RunConfig, corpus: Corpus, **options: Any) -> Outcome:
-    return Trainer(run, corpus, **options).fit()
+    return Trainer(run, objective(run, corpus), **options).fit()
 
 
 def changed(run: RunConfig, **train: Any) -> RunConfig:
@@ -67,20 +74,21 @@ def tensors(run: RunConfig, file: str = "model.safetensors") -> dict[str, Tensor
     return load_file(latest / file)
 
 
-def replace_loss(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
-) -> None:
-    """Passes the loss of every training call through `change`, which is given the number of the call from 1 on."""
-    original, calls = LanguageModel.loss, []
+Terms = dict[str, Tensor]
 
-    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        found = original(self, tokens, targets, **options)
+
+def replace_loss(monkeypatch: pytest.MonkeyPatch, change: Callable[[int, Terms], Terms]) -> None:
+    """Passes the terms of every training call through `change`, which is given the number of the call from 1 on."""
+    original, calls = NextToken.terms, []
+
+    def terms(self: NextToken, model: Any, batch: Tokens) -> Terms:
+        found = original(self, model, batch)
         if not torch.is_grad_enabled():
             return found
         calls.append(1)
         return change(len(calls), found)
 
-    monkeypatch.setattr(LanguageModel, "loss", loss)
+    monkeypatch.setattr(NextToken, "terms", terms)
 
 
 def after_step(step: int, action: Callable[[], None]) -> Callable[[int, Any], Any]:
@@ -141,8 +149,10 @@ def test_the_final_validation_is_that_of_the_saved_weights(tmp_path: Path, corpu
     run = config(tmp_path)
     result = fit(run, corpus).result
     saved = LanguageModel.from_pretrained(run.directory / "checkpoints" / "step-00000006")
-    judge = Evaluator(model=saved, tokenizer=corpus.tokenizer, device=torch.device("cpu"))
-    assert judge.validate(val_windows(corpus, 16, 64)).bits_per_byte == result["val_bits_per_byte"]
+    judge = objective(run, corpus)
+    precision = choose_precision("fp32", torch.device("cpu"))
+    found = evaluate(Learner(saved, judge), judge, judge.held_out(64), precision=precision, rows_at_once=4)
+    assert found["bits_per_byte"] == result["val_bits_per_byte"]
 
 
 @pytest.mark.parametrize("arch", ["transformer", "mamba", "jamba", "lstm"])
@@ -210,7 +220,7 @@ def test_the_auxiliary_loss_is_trained_with_the_loss(
 ) -> None:
     plain, moved = config(tmp_path / "a", steps=1), config(tmp_path / "b", steps=1)
     fit(plain, corpus)
-    replace_loss(monkeypatch, lambda call, found: (0 * found[0], found[0]))
+    replace_loss(monkeypatch, lambda call, found: {"loss": 0 * found["loss"], "aux_loss": found["loss"]})
     fit(moved, corpus)
     assert metrics(moved, "train/grad_norm") == metrics(plain, "train/grad_norm")
     assert metrics(moved, "train/aux_loss") == metrics(plain, "train/loss")
@@ -247,14 +257,14 @@ def test_the_data_are_those_of_seed_and_step_in_parts(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = LanguageModel.loss
+    original = NextToken.terms
 
-    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, **options: Any) -> Any:
+    def terms(self: NextToken, model: Any, batch: Tokens) -> Any:
         if torch.is_grad_enabled():
-            seen.append(torch.cat([tokens, targets[:, -1:]], dim=1))
-        return original(self, tokens, targets, **options)
+            seen.append(torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1))
+        return original(self, model, batch)
 
-    monkeypatch.setattr(LanguageModel, "loss", loss)
+    monkeypatch.setattr(NextToken, "terms", terms)
     run = changed(config(tmp_path), steps=2, grad_accumulation=2)
     fit(RunConfig.from_dict(run.to_dict() | {"seed": 5}), corpus)
     expected = [train_batch(corpus, seed=5, step=step, batch_size=4, seq_len=16) for step in range(2)]
@@ -291,7 +301,7 @@ def test_the_learning_rate_is_the_one_tuned_for_the_architecture(tmp_path: Path,
 def test_a_model_from_its_pattern_needs_a_learning_rate(tmp_path: Path, corpus: Corpus) -> None:
     spec = ModelSpec(preset="custom", d_model=16, n_layers=1, set=('pattern=["lstm"]',))
     with pytest.raises(ValueError, match=r"optim\.lr must be given"):
-        Trainer(RunConfig(out=tmp_path, model=spec, train=config(tmp_path).train), corpus)
+        fit(RunConfig(out=tmp_path, model=spec, train=config(tmp_path).train), corpus)
 
 
 @pytest.mark.parametrize("packing", ["concat", "reset"])
@@ -299,15 +309,15 @@ def test_documents_are_forgotten_at_their_start_only_if_packing_says_so(
     packing: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = LanguageModel.loss
+    original = NextToken.terms
 
-    def loss(self: LanguageModel, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Any:
-        if starts is not None:
-            assert torch.equal(starts[:, 1:], tokens[:, :-1] == corpus.separator)
-        seen.append(starts is not None)
-        return original(self, tokens, targets, starts=starts)
+    def terms(self: NextToken, model: Any, batch: Tokens) -> Any:
+        if batch.starts is not None:
+            assert torch.equal(batch.starts[:, 1:], batch.tokens[:, :-1] == corpus.separator)
+        seen.append(batch.starts is not None)
+        return original(self, model, batch)
 
-    monkeypatch.setattr(LanguageModel, "loss", loss)
+    monkeypatch.setattr(NextToken, "terms", terms)
     run = RunConfig.from_dict(config(tmp_path).to_dict() | {"data": DataConfig(packing=packing).__dict__})  # pyright: ignore
     fit(run, corpus)
     assert set(seen) == {packing == "reset"}
@@ -330,16 +340,16 @@ def test_tokens_per_second_count_training_time_only(
     clock = FakeClock()
     durations = {1: 50.0}  # compilation
 
-    def train(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def train(call: int, found: Terms) -> Terms:
         clock.wait(durations.get(call, 2.0))
         return found
 
-    def validate(self: Evaluator, windows: object) -> Validation:
+    def metrics_of(self: NextToken, means: object, rows: object) -> dict[str, float]:
         clock.wait(1000.0)
-        return Validation(loss=1.0, bits_per_byte=2.0, n_tokens=3, n_bytes=3)
+        return {"loss": 1.0, "bits_per_byte": 2.0}
 
     replace_loss(monkeypatch, train)
-    monkeypatch.setattr(Evaluator, "validate", validate)
+    monkeypatch.setattr(NextToken, "metrics", metrics_of)
     run = config(tmp_path, eval_every=1)
     result = fit(run, corpus, clock=clock).result
     assert result["train_seconds"] == 50.0 + 5 * 2.0
@@ -348,13 +358,13 @@ def test_tokens_per_second_count_training_time_only(
     assert metrics(run, "perf/tokens_per_second")[-1][1] == 32.0
 
 
-def not_finite(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return (found[0] * float("nan"), found[1]) if call == 3 else found
+def not_finite(call: int, found: Terms) -> Terms:
+    return found | {"loss": found["loss"] * float("nan")} if call == 3 else found
 
 
-def finite_with_infinite_gradient(call: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def finite_with_infinite_gradient(call: int, found: Terms) -> Terms:
     if call == 3:
-        found[0].register_hook(lambda gradient: gradient * float("inf"))
+        found["loss"].register_hook(lambda gradient: gradient * float("inf"))
     return found
 
 
@@ -435,17 +445,17 @@ def test_a_signal_during_validation_keeps_the_last_step(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path, eval_every=2, eval_tokens=16 * 4 * 3)
-    original, calls = LanguageModel.loss, []
+    original, calls = NextToken.terms, []
 
-    def loss(self: LanguageModel, *inputs: Any, **options: Any) -> Any:
+    def terms(self: NextToken, model: Any, batch: Tokens) -> Any:
         if not torch.is_grad_enabled():
             calls.append(1)
             if len(calls) == 2:
                 signal.raise_signal(signal.SIGINT)
-        return original(self, *inputs, **options)
+        return original(self, model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "loss", loss)
+        patch.setattr(NextToken, "terms", terms)
         outcome = fit(run, corpus)
     assert outcome.exit_code == 130
     assert len(calls) == 2
@@ -459,14 +469,14 @@ def test_a_run_stopped_in_its_last_evaluation_only_finishes_that(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = config(tmp_path)
-    original = Evaluator.by_position
+    original = NextToken.by_position
 
-    def stopped(self: Evaluator, windows: Any) -> Any:
+    def stopped(self: NextToken, model: Any, windows: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return original(self, windows)
+        return original(self, model, windows, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "by_position", stopped)
+        patch.setattr(NextToken, "by_position", stopped)
         before = fit(run, corpus)
     assert (before.exit_code, before.result["steps"]) == (143, 6)
     assert before.result["position_bits_per_byte"] is None
@@ -571,7 +581,7 @@ def test_windows_longer_than_the_held_out_text_are_refused_before_anything_is_bu
 ) -> None:
     run = config(tmp_path, position_len=10**6)
     with pytest.raises(ValueError, match=r"train\.position_len=1000000 is too long for a validation split"):
-        Trainer(run, corpus)
+        fit(run, corpus)
     assert not run.directory.exists()
 
 
@@ -581,10 +591,37 @@ def test_a_model_is_read_as_far_as_its_positions_go(tmp_path: Path, corpus: Corp
     fit(run, corpus)
     assert read_json(run.directory / "result.json")["position_bits_per_byte"][-1]["stop"] == 24
     with pytest.raises(ValueError, match="16 tokens are more than max_positions=12"):
-        Trainer(replace(run, model=replace(run.model, set=("max_positions=12",))), corpus)
+        fit(replace(run, model=replace(run.model, set=("max_positions=12",))), corpus)
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path, corpus: Corpus) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResumeError, match=r"cannot write to .*choose another --out"):
         fit(config(tmp_path / "file"), corpus)
+
+
+def with_model(tmp_path: Path, **model: Any) -> RunConfig:
+    return replace(config(tmp_path), model=ModelSpec(**model))
+
+
+def test_models_with_a_source_are_not_trained_on_text(tmp_path: Path, corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match=r"reads a source and writes a target: give pairs with --data\.rows pairs"):
+        fit(with_model(tmp_path, preset="seq2seq", d_model=32), corpus)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"preset": "bert", "d_model": 32},
+        {"preset": "mamba", "d_model": 32, "set": ("bidirectional=true",)},
+        {"preset": "transformer", "d_model": 32, "set": ("causal=false",)},
+        {"preset": "custom", "d_model": 32, "n_layers": 2, "set": ('pattern=["lstm", "bidirectional"]',)},
+    ],
+)
+def test_an_encoder_is_not_trained_to_predict_what_it_sees(
+    model: dict[str, Any], tmp_path: Path, corpus: Corpus
+) -> None:
+    with pytest.raises(
+        ValueError, match="a token sees those to come, the answers to predicting the next one: train a c"
+    ):
+        fit(with_model(tmp_path, **model), corpus)

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crossover.archs import build
+from crossover.archs import ModelConfig, build
 from crossover.archs.seq2seq import Seq2SeqConfig
 from crossover.train.checkpoint import newest
 from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
-from crossover.train.data import Corpus, DataError, load_corpus
+from crossover.train.data import DataError
+from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
-from crossover.train.pairs import PairCorpus, PairEvaluator, pair_inputs, train_pairs, val_pairs
+from crossover.train.learner import Learner, accumulate_gradients
+from crossover.train.objectives.pairs import PairData, Pairs, load_pairs
 from crossover.train.runtime import choose_precision
-from crossover.train.step import accumulate_gradients
 from crossover.train.trainer import Trainer
 from safetensors.torch import load_file
 
@@ -28,10 +29,8 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def load(path: Path, **options: Any) -> PairCorpus:
-    corpus = load_corpus(DataConfig(source=str(path), rows="pairs", **{"val_fraction": 0.25, **options}))
-    assert isinstance(corpus, PairCorpus)
-    return corpus
+def load(path: Path, **options: Any) -> PairData:
+    return load_pairs(DataConfig(source=str(path), rows="pairs", **{"val_fraction": 0.25, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def corpus(file: Path) -> PairCorpus:
+def corpus(file: Path) -> PairData:
     return load(file)
 
 
@@ -63,8 +62,12 @@ def config(tmp_path: Path, arch: str = "seq2seq", **train: Any) -> RunConfig:
     )
 
 
-def texts(corpus: PairCorpus) -> set[tuple[str, str]]:
-    pairs = (*corpus.train_pairs, *corpus.val_pairs)
+def objective(corpus: PairData, run: RunConfig | None = None, seed: int = 0, **train: Any) -> Pairs:
+    return Pairs(corpus, seed=seed, train=TrainConfig(**train) if run is None else run.train)
+
+
+def texts(corpus: PairData) -> set[tuple[str, str]]:
+    pairs = (*corpus.train, *corpus.val)
     return {tuple(corpus.tokenizer.decode(ids[:-1]) for ids in pair) for pair in pairs}  # pyright: ignore[reportReturnType]
 
 
@@ -72,13 +75,13 @@ def texts(corpus: PairCorpus) -> set[tuple[str, str]]:
 def test_pairs_come_back_as_they_were_written(tokenizer: str, file: Path) -> None:
     corpus, rows = load(file, tokenizer=tokenizer), [json.loads(line) for line in file.read_text().splitlines()]
     assert texts(corpus) == {(row["source"], row["target"]) for row in rows}
-    assert all(ids[-1] == corpus.separator for pair in corpus.train_pairs for ids in pair)
-    assert len(corpus.train_pairs) + len(corpus.val_pairs) + corpus.skipped["duplicate"] == len(rows)
-    assert 0.1 < len(corpus.val_pairs) / corpus.n_documents < 0.4
-    targets = [target for _, target in corpus.val_pairs]
-    assert np.array_equal(corpus.val, np.concatenate(targets)[:-1])
+    assert all(ids[-1] == corpus.separator for pair in corpus.train for ids in pair)
+    assert len(corpus.train) + len(corpus.val) + corpus.skipped["duplicate"] == len(rows)
+    assert 0.1 < len(corpus.val) / corpus.n_documents < 0.4
+    targets = [target for _, target in corpus.val]
+    assert corpus.n_tokens[1] == sum(map(len, targets)) - 1
     assert corpus.val_bytes == sum(map(corpus.tokenizer.n_bytes, targets)) - 1
-    assert corpus.summary()["n_train_documents"] == len(corpus.train_pairs)
+    assert corpus.summary()["n_train_documents"] == len(corpus.train)
 
 
 def test_a_digest_says_whether_pairs_are_the_same(file: Path, tmp_path: Path) -> None:
@@ -111,21 +114,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load(tmp_path / "latin.jsonl")
 
 
-def test_a_batch_is_padded_to_its_longest_texts() -> None:
+def test_a_batch_is_padded_to_its_longest_texts(corpus: PairData) -> None:
     pairs = [(np.array([1, 2, 3, 0]), np.array([5, 0])), (np.array([4, 0]), np.array([6, 7, 8, 9, 0]))]
-    batch = pair_inputs(pairs, CPU, separator=0)
+    batch = objective(corpus).collate(pairs)
     assert batch.source.tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
     assert batch.source_len.tolist() == [4, 2]
     assert batch.target.tolist() == [[0, 5, 0, 0, 0], [0, 6, 7, 8, 9]]
     assert batch.targets.tolist() == [[5, 0, -100, -100, -100], [6, 7, 8, 9, 0]]
-    assert batch.n_targets == 7
+    assert batch.counts == {"loss": 7, "aux_loss": 7}
 
 
-def test_the_pairs_of_a_step_are_a_function_of_seed_and_step(corpus: PairCorpus) -> None:
-    def ids(**options: int) -> list[int]:
-        drawn = train_pairs(corpus, **{"seed": 1, "step": 2, "batch_size": 30} | options)
-        places = {id(pair): i for i, pair in enumerate(corpus.train_pairs)}
-        return [places[id(pair)] for pair in drawn]
+def test_the_pairs_of_a_step_are_a_function_of_seed_and_step(corpus: PairData) -> None:
+    places = {id(pair): i for i, pair in enumerate(corpus.train)}
+
+    def ids(step: int = 2, seed: int = 1, batch_size: int = 30) -> list[int]:
+        return [places[id(pair)] for pair in objective(corpus, seed=seed, batch_size=batch_size).rows(step)]
 
     assert ids() == ids()
     assert ids(batch_size=7) == ids()[:7]
@@ -134,119 +137,102 @@ def test_the_pairs_of_a_step_are_a_function_of_seed_and_step(corpus: PairCorpus)
     assert len(set(ids())) > 15
 
 
-def test_held_out_pairs_fill_a_number_of_target_tokens(corpus: PairCorpus) -> None:
-    assert len(val_pairs(corpus, 1)) == 1
-    assert len(val_pairs(corpus, 10**6)) == len(corpus.val_pairs)
-    some = val_pairs(corpus, 40)
+def test_held_out_pairs_fill_a_number_of_target_tokens(corpus: PairData) -> None:
+    pairs = objective(corpus)
+    assert len(pairs.held_out(1)) == 1
+    assert len(pairs.held_out(10**6)) == len(corpus.val)
+    some = pairs.held_out(40)
     assert sum(len(target) for _, target in some) <= 40
-    assert sum(len(target) for _, target in corpus.val_pairs[: len(some) + 1]) > 40
+    assert sum(len(target) for _, target in corpus.val[: len(some) + 1]) > 40
 
 
 @pytest.mark.parametrize("n_parts", [2, 3])
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(n_parts: int, corpus: PairCorpus) -> None:
-    lm = build("seq2seq", d_model=16, n_layers=2, vocab_size=256)
-    pairs = sorted(train_pairs(corpus, seed=0, step=0, batch_size=12), key=lambda pair: len(pair[1]))  # unequal parts
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(n_parts: int, corpus: PairData) -> None:
+    lm, pairs = build("seq2seq", d_model=16, n_layers=2, vocab_size=256), objective(corpus, batch_size=12)
+    rows = sorted(pairs.rows(0), key=lambda pair: len(pair[1]))  # unequal parts
     found = []
     for n in (1, n_parts):
-        parts = [pair_inputs(pairs[i : i + 12 // n], CPU, separator=0) for i in range(0, 12, 12 // n)]
+        parts = [pairs.collate(rows[i : i + 12 // n]) for i in range(0, 12, 12 // n)]
         lm.zero_grad()
-        values = accumulate_gradients(lm, parts, precision=choose_precision("fp32", CPU), clip=0.0)
-        found.append([torch.tensor(values), *(p.grad.clone() for p in lm.parameters() if p.grad is not None)])
+        means = accumulate_gradients(Learner(lm, pairs), pairs, parts, precision=choose_precision("fp32", CPU))
+        found.append([*means.values(), *(p.grad.clone() for p in lm.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
-def test_validation_is_the_mean_over_target_tokens_of_pairs_alone(max_tokens: int, corpus: PairCorpus) -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+def test_validation_is_the_mean_over_target_tokens_of_pairs_alone(rows_at_once: int, corpus: PairData) -> None:
     lm: Any = build("encdec", d_model=16, n_layers=2, vocab_size=256)
-    pairs = corpus.val_pairs[:9]
-    judge = PairEvaluator(model=lm, tokenizer=corpus.tokenizer, device=CPU, max_tokens=max_tokens, example=pairs[0][0])
-    found, nats = judge.validate(pairs), 0.0
-    for source, target in pairs:
+    rows, pairs, nats = corpus.val[:9], objective(corpus), 0.0
+    precision = choose_precision("fp32", CPU)
+    found = evaluate(Learner(lm, pairs), pairs, rows, precision=precision, rows_at_once=rows_at_once)
+    for source, target in rows:
         read = torch.tensor([[0, *target[:-1]]])
         logits = lm(torch.from_numpy(source.astype(np.int64))[None], read).logits[0].log_softmax(-1)
         nats -= logits[torch.arange(len(target)), torch.from_numpy(target.astype(np.int64))].sum().item()
-    n_bytes = sum(len(target) for _, target in pairs)  # tokens are bytes
-    assert (found.n_tokens, found.n_bytes) == (n_bytes, n_bytes)
-    assert found.loss == pytest.approx(nats / n_bytes, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(nats / n_bytes / np.log(2), rel=1e-5)
+    n_bytes = sum(len(target) for _, target in rows)  # tokens are bytes
+    assert found["bytes"] == n_bytes
+    assert found["loss"] == pytest.approx(nats / n_bytes, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / np.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["encdec", "seq2seq"])
-def test_a_run_on_pairs_leaves_what_every_run_leaves(arch: str, tmp_path: Path, corpus: PairCorpus) -> None:
+def test_a_run_on_pairs_leaves_what_every_run_leaves(arch: str, tmp_path: Path, corpus: PairData) -> None:
     run = config(tmp_path, arch, grad_accumulation=2)
-    assert Trainer(run, corpus).fit().exit_code == 0
+    pairs = objective(corpus, run)
+    assert Trainer(run, pairs).fit().exit_code == 0
     record, result = read_json(run.directory / "run.json"), read_json(run.directory / "result.json")
-    drawn = [pair for step in range(6) for pair in train_pairs(corpus, seed=0, step=step, batch_size=4)]
-    assert result["tokens"] == sum(len(target) for _, target in drawn)
+    assert result["tokens"] == sum(len(target) for step in range(6) for _, target in pairs.rows(step))
     assert result["status"] == "done"
     assert result["val_bits_per_byte"] < 10
     assert " -> " in result["sample"]
     assert RunConfig.from_dict(record["config"]) == run
-    lm: Any = build(Seq2SeqConfig.from_dict(record["model"]), device="meta")
+    lm: Any = build(ModelConfig.from_dict(record["model"]), device="meta")
     assert record["flops_per_token"] == lm.training_flops_per_token(*corpus.mean_lengths())
     assert record["n_params"] == lm.n_params
     assert record["corpus"] == corpus.summary()
 
 
-def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, corpus: PairCorpus) -> None:
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, corpus: PairData) -> None:
     def run(out: str, steps: int) -> dict[str, Any]:
         settings = config(tmp_path / out, steps=steps, checkpoint_every=2)
         settings = dataclasses.replace(settings, optim=OptimConfig(lr=3e-3, schedule="constant"))
-        result = Trainer(settings, corpus).fit().result
+        result = Trainer(settings, objective(corpus, settings)).fit().result
         latest = newest(settings.directory / "checkpoints")
         assert latest is not None
         return {"tokens": result["tokens"], "loss": result["val_loss"]} | load_file(latest / "model.safetensors")
 
     whole, part = run("whole", 6), run("parts", 4)
-    assert whole["tokens"] > part["tokens"]
+    assert part["tokens"] < whole["tokens"]
     torch.testing.assert_close(run("parts", 6), whole, rtol=0, atol=0)
 
 
-def test_a_model_learns_to_reverse(tmp_path: Path, corpus: PairCorpus) -> None:
+def test_a_model_learns_to_reverse(tmp_path: Path, corpus: PairData) -> None:
     run = config(tmp_path, steps=60, batch_size=32, log_every=60, checkpoint_every=0)
-    result = Trainer(run, corpus).fit().result
+    result = Trainer(run, objective(corpus, run)).fit().result
     first = read_json_lines(run.directory / "metrics.jsonl")[0]["train/loss"]
     assert result["val_loss"] < 0.3 * first
 
 
-def test_a_text_longer_than_seq_len_is_refused(tmp_path: Path, corpus: PairCorpus) -> None:
-    longest = max(len(ids) for pair in corpus.train_pairs for ids in pair)
+def test_a_text_longer_than_seq_len_is_refused(tmp_path: Path, corpus: PairData) -> None:
+    longest = max(len(ids) for pair in corpus.train for ids in pair)
     with pytest.raises(DataError, match=rf"has a text of {longest} tokens with the one that ends it, more than"):
-        Trainer(config(tmp_path, seq_len=longest - 1), corpus)
-    Trainer(config(tmp_path, seq_len=longest), corpus)
+        start(config(tmp_path, seq_len=longest - 1), corpus)
+    start(config(tmp_path, seq_len=longest), corpus)
+
+
+def start(run: RunConfig, corpus: PairData) -> Trainer:
+    return Trainer(run, objective(corpus, run))
 
 
 def with_model(tmp_path: Path, **model: Any) -> RunConfig:
     return dataclasses.replace(config(tmp_path, position_len=0), model=ModelSpec(**model))
 
 
-def test_models_with_a_source_need_pairs_and_the_others_documents(tmp_path: Path, corpus: PairCorpus) -> None:
-    stream = Corpus(**{field.name: getattr(corpus, field.name) for field in dataclasses.fields(Corpus)})
-    with pytest.raises(ValueError, match=r"reads a source and writes a target: give pairs with --data\.rows pairs"):
-        Trainer(config(tmp_path, position_len=0), stream)
+def test_models_without_a_source_learn_no_pairs(tmp_path: Path, corpus: PairData) -> None:
     with pytest.raises(
         ValueError, match=r"data\.rows=pairs are for models that read a source, which this one does not"
     ):
-        Trainer(with_model(tmp_path, preset="lstm", d_model=32), corpus)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"preset": "bert", "d_model": 32},
-        {"preset": "mamba", "d_model": 32, "set": ("bidirectional=true",)},
-        {"preset": "transformer", "d_model": 32, "set": ("causal=false",)},
-        {"preset": "custom", "d_model": 32, "n_layers": 2, "set": ('pattern=["lstm", "bidirectional"]',)},
-    ],
-)
-def test_an_encoder_is_not_trained_to_predict_what_it_sees(
-    model: dict[str, Any], tmp_path: Path, corpus: PairCorpus
-) -> None:
-    stream = Corpus(**{field.name: getattr(corpus, field.name) for field in dataclasses.fields(Corpus)})
-    with pytest.raises(
-        ValueError, match="a token sees those to come, the answers to predicting the next one: train a c"
-    ):
-        Trainer(with_model(tmp_path, **model), stream)
+        start(with_model(tmp_path, preset="lstm", d_model=32), corpus)
 
 
 def test_a_model_with_a_source_can_be_described_by_its_pattern() -> None:

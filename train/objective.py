@@ -1,0 +1,144 @@
+"""What a run learns, behind one interface: the rows of a step -> a batch -> the terms of a loss -> metrics.
+
+A loss is a sum of means. Each term is a mean over so many things (targets, masked tokens, pairs), a count that the host
+knows before the forward pass. Counts are added over the parts of a batch and over processes, and each part's mean is
+weighed by its share: accumulation, padding and any number of processes then give the gradient of the whole batch, for
+every objective alike.
+
+An objective is one file in train/objectives/ and one line in its registry; tests/train/test_objectives.py tests it by
+that.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .score import BITS_PER_BYTE, Score
+
+if TYPE_CHECKING:
+    from ..archs import ModelConfig
+    from .config import RunConfig, TrainConfig
+    from .data import Data
+
+__all__ = ["BITS_PER_BYTE", "Batch", "NoOptions", "Objective", "Score"]
+
+Row = TypeVar("Row")
+B = TypeVar("B", bound="Batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some rows as tensors. Subclasses add them, rows first."""
+
+    counts: Mapping[str, int]
+    """What each term is a mean over."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with its tensors on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Options of an objective that has none."""
+
+
+class Objective(abc.ABC, Generic[Row, B]):
+    """One thing to learn from one data set. It is made before any model, and holds none but teachers and references."""
+
+    Config: ClassVar[type[Any]] = NoOptions
+    """Frozen dataclass of options, every field with a default."""
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
+    """Values of ModelConfig.kind that can learn it."""
+    score: ClassVar[Score] = BITS_PER_BYTE
+    """The one number by which runs are compared; `metrics` gives it."""
+    weights: ClassVar[Mapping[str, float]] = {}
+    """Factors of the terms in the loss: 1 unless given; a term of weight 0 is recorded and not learned."""
+
+    data: Data
+    """What it learns from: the tokenizer, and what run.json says."""
+    seed: int
+    """Seed of the order of the data."""
+    train: TrainConfig
+    """Sizes of a batch and of evaluations."""
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, run: RunConfig, options: Any, *, progress: bool = False) -> Self:
+        """Loads the data of a run.
+
+        Args:
+            run: its data, seed and train sections are used.
+            options: an instance of Config.
+            progress: show bars on a terminal.
+
+        Raises:
+            ValueError: if the data cannot be used.
+        """
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError, with the remedy, unless models of this config can learn the objective from its data."""
+        if config.kind not in self.kinds:
+            raise ValueError(
+                f"this model is of kind {config.kind}, and the objective is for {' and '.join(self.kinds)}s"
+            )
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Adds what only this objective needs of a model, such as a head."""
+        return model
+
+    @abc.abstractmethod
+    def rows(self, step: int) -> Sequence[Row]:
+        """The rows of one update, over all processes: a pure function of (seed, step). Rank r of R takes [r::R]."""
+
+    @abc.abstractmethod
+    def held_out(self, max_tokens: int) -> Sequence[Row]:
+        """Fixed rows to be judged by: as many as `max_tokens` allow, and at least one."""
+
+    @abc.abstractmethod
+    def collate(self, rows: Sequence[Row]) -> B:
+        """Rows as tensors on the host, with their counts."""
+
+    @abc.abstractmethod
+    def terms(self, model: Any, batch: B) -> dict[str, Tensor]:
+        """The mean of each term of batch.counts, a scalar; what varies between calls is drawn by the batch."""
+
+    def metrics(self, means: Mapping[str, float], rows: Sequence[Row]) -> dict[str, float]:
+        """What is written down of held-out rows, from the means of the terms over all of them.
+
+        Numbers with a fraction are curves; whole ones, such as bytes read, are facts of the result alone.
+        """
+        return dict(means)
+
+    @abc.abstractmethod
+    def n_tokens(self, rows: Sequence[Row]) -> int:
+        """Tokens of rows, as throughput and the x axis of learning curves count them."""
+
+    def flops_per_token(self, model: Any) -> float:
+        """FLOPs of training for each of these tokens."""
+        return model.training_flops_per_token(self.train.seq_len)
+
+    def sample(self, model: Any) -> str | None:
+        """Something to read at each validation: a pure function of the weights."""
+        return None
+
+    def examine(self, model: Any, *, poll: Callable[[], None]) -> dict[str, Any]:
+        """Entries of result.json that are found once, at the end; calls `poll` now and then, which may raise."""
+        return {}
+
+    def experiment(self) -> dict[str, Any]:
+        """What must be the same before and after a resume, as JSON values."""
+        return {}
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward pass in training, which evaluations do not exceed either."""
+        return self.train.batch_size * self.train.seq_len // self.train.grad_accumulation
