@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..archs import LanguageModel
-from ..train.tokenizer import Tokenizer
+from ..train.data.tokenizer import Tokenizer
 
 __all__ = ["complete", "encode_pair", "loglikelihoods", "windows"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..kernels import dispatch
-from .cache import DataError, cache_folder
+from .data.cache import DataError, cache_folder
 from .files import read_json, write_json
 from .record import cpu_model
 

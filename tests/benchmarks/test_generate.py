@@ -12,8 +12,8 @@ from crossover.archs.generation import NO_TOKEN
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.generate import Printer
 from crossover.kernels import dispatch
+from crossover.train.data.tokenizer import BytesTokenizer
 from crossover.train.health import store_verdict
-from crossover.train.tokenizer import BytesTokenizer
 
 Capture = pytest.CaptureFixture[str]
 

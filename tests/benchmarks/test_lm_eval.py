@@ -10,7 +10,7 @@ import pytest
 import torch
 from crossover.archs import LanguageModel, build
 from crossover.benchmarks.scoring import complete, encode_pair, loglikelihoods, windows
-from crossover.train.tokenizer import BytesTokenizer, Tokenizer, open_tokenizer
+from crossover.train.data.tokenizer import BytesTokenizer, Tokenizer, open_tokenizer
 
 BYTES = BytesTokenizer()
 

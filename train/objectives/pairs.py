@@ -1,31 +1,36 @@
 """A target from its source. Rows are pairs of token ids, (S,) and (T,), each with the separator at its end.
 
-A file holds one pair per line, {"source": "...", "target": "..."}; other keys are left alone. Pairs that are repeated,
-hold NUL or have an empty target are dropped and counted, a pair is held out by the hash of its content, and pairs are
-drawn by seed and step, all as for documents (data/). Lengths in tokens count the separator that ends each text. It also
-is what the decoder reads first.
+The data are rows with two columns, such as lines of {"source": "...", "target": "..."}; others are left alone. Pairs
+that are repeated, hold NUL or have an empty target are dropped and counted, a pair is held out by the hash of its
+content, and pairs are drawn by seed and step, all as for documents (data/). Lengths in tokens count the separator that
+ends each text.
+
+An encoder-decoder reads the source with its encoder, and its decoder reads a separator and then the target. A decoder
+reads source and target as one sequence, and predicts the target only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cache import DataError, cache_folder
 from ..config import DataConfig, RunConfig, TrainConfig
-from ..data import Data, byte_counts, digest_of, draw_indices, encode
-from ..documents import Documents, split_documents
-from ..objective import Batch, NoOptions, Objective
+from ..data import Data, DataError, cache_folder
+from ..data.corpus import byte_counts, digest_of, draw_indices, encode
+from ..data.documents import Documents, split_documents
+from ..data.records import read_hub, read_rows
+from ..data.tokenizer import open_tokenizer
+from ..objective import Batch, Objective
 from ..score import bits_per_byte
-from ..tokenizer import open_tokenizer
+from .next_token import Tokens
 
 __all__ = ["Pair", "PairData", "PairTokens", "Pairs", "load_pairs"]
 
@@ -69,32 +74,56 @@ class PairTokens(Batch):
     """Tokens of each source, (B,) int64."""
 
 
-class Pairs(Objective[Pair, PairTokens]):
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Options of Pairs."""
+
+    source: str = "source"
+    """Column of what is read."""
+    target: str = "target"
+    """Column of what is to be written."""
+
+
+class Pairs(Objective[Pair, PairTokens | Tokens]):
     """Every token of a target from those before it and the source, judged by bits per byte of held-out targets."""
 
-    kinds = ("seq2seq",)
+    Config = PairsConfig
+    kinds = ("seq2seq", "decoder")
 
     def __init__(self, pairs: PairData, *, seed: int, train: TrainConfig) -> None:
         self.data = self.pairs = pairs
         self.seed, self.train = seed, train
+        self._joined = False
 
     @classmethod
-    def load(cls, run: RunConfig, options: NoOptions, *, progress: bool = False) -> Self:
+    def load(cls, run: RunConfig, options: PairsConfig, *, progress: bool = False) -> Self:
         """See Objective.load."""
-        return cls(load_pairs(run.data, progress=progress), seed=run.seed, train=run.train)
+        columns = (options.source, options.target)
+        return cls(load_pairs(run.data, columns, progress=progress), seed=run.seed, train=run.train)
 
     def check(self, config: Any) -> None:
         """See Objective.check."""
         if config.kind not in self.kinds:
             raise ValueError(
-                "data.rows=pairs are for models that read a source, which this one does not: give documents"
+                "this model is an encoder, in which a token sees those to come, and writes nothing: train a causal "
+                "model or an encoder-decoder on pairs"
             )
-        longest = max(len(ids) for pair in (*self.pairs.train, *self.pairs.val) for ids in pair)
-        if longest > self.train.seq_len:
+        pairs, limit = (*self.pairs.train, *self.pairs.val), self.train.seq_len
+        if config.kind == "decoder":
+            longest, what = max(len(source) + len(target) - 1 for source, target in pairs), "pair"
+        else:
+            longest, what = max(len(ids) for pair in pairs for ids in pair), "text"
+        if longest > limit:
             raise DataError(
-                f"{self.pairs.name} has a text of {longest} tokens with the one that ends it, more than "
-                f"train.seq_len={self.train.seq_len}: raise --train.seq-len or shorten the pair"
+                f"{self.pairs.name} has a {what} of {longest} tokens with what ends it, more than "
+                f"train.seq_len={limit}: raise --train.seq-len or shorten the pair"
             )
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Notes whether the model reads a source and its target as one sequence."""
+        config: Any = model.config
+        self._joined = config.kind == "decoder"
+        return model
 
     def rows(self, step: int) -> list[Pair]:
         """See Objective.rows."""
@@ -106,21 +135,29 @@ class Pairs(Objective[Pair, PairTokens]):
         ends = np.cumsum([len(target) for _, target in self.pairs.val])
         return self.pairs.val[: max(1, int(np.searchsorted(ends, max_tokens, side="right")))]
 
-    def collate(self, rows: Sequence[Pair]) -> PairTokens:
-        """Pads sources and targets to the longest of each."""
+    def collate(self, rows: Sequence[Pair]) -> PairTokens | Tokens:
+        """Pads to the longest; of a decoder's sequences the tokens of the source are no targets."""
         sources, targets = zip(*rows, strict=True)
         separator = self.pairs.separator
+        counts: dict[str, int] = dict.fromkeys(("loss", "aux_loss"), self.n_tokens(rows))
+        if self._joined:
+            read = [np.concatenate(pair)[:-1] for pair in rows]
+            wanted = [np.append(np.full(len(source) - 1, -100), target) for source, target in rows]
+            return Tokens(counts=counts, tokens=_padded(read, separator), targets=_padded(wanted, -100))
         return PairTokens(
-            counts=dict.fromkeys(("loss", "aux_loss"), self.n_tokens(rows)),
+            counts=counts,
             source=_padded(sources, separator),
             target=_padded([np.append(separator, ids[:-1]) for ids in targets], separator),
             targets=_padded(targets, -100),
             source_len=torch.tensor([len(ids) for ids in sources]),
         )
 
-    def terms(self, model: Any, batch: PairTokens) -> dict[str, Tensor]:
+    def terms(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """Nats per target token, and the auxiliary loss of the layers."""
-        out = model(batch.source, batch.target, source_len=batch.source_len, targets=batch.targets)
+        if self._joined:  # padding at the end needs no mark: no token sees what follows it
+            out = model(batch.tokens, targets=batch.targets)
+        else:
+            out = model(batch.source, batch.target, source_len=batch.source_len, targets=batch.targets)
         return {"loss": out.loss, "aux_loss": out.aux_loss}
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[Pair]) -> dict[str, float]:
@@ -136,31 +173,49 @@ class Pairs(Objective[Pair, PairTokens]):
 
     def flops_per_token(self, model: Any) -> float:
         """FLOPs of training for each target token, at the mean lengths."""
-        return model.training_flops_per_token(*self.pairs.mean_lengths())
+        n_target, n_source = self.pairs.mean_lengths()
+        if model.config.kind == "decoder":
+            length = n_source + n_target - 1
+            return model.training_flops_per_token(length) * length / n_target
+        return model.training_flops_per_token(n_target, n_source)
 
     def sample(self, model: Any) -> str:
         """A held-out source and the most likely target, token by token; nothing is drawn."""
         stop, (source, _) = self.pairs.separator, self.pairs.val[0]
         read = torch.from_numpy(source.astype(np.int64))[None].to(next(model.parameters()).device)
-        options = {"temperature": 0, "start_token": stop, "stop_tokens": [stop]}
-        (written,) = model.generate(read, self.train.sample_tokens, **options)
+        options: dict[str, Any] = {"temperature": 0, "stop_tokens": [stop]}
+        if self._joined:
+            written = model.generate(read, self.train.sample_tokens, **options)[0, len(source) :]
+        else:
+            (written,) = model.generate(read, self.train.sample_tokens, start_token=stop, **options)
         texts = (self.pairs.tokenizer.decode(ids[ids != stop]) for ids in (source, written.cpu().numpy()))
         return " -> ".join(texts)
 
 
-def load_pairs(config: DataConfig, *, progress: bool = False) -> PairData:
-    """Reads the pairs of a file and tokenizes them.
+def load_pairs(
+    config: DataConfig, columns: tuple[str, str] = ("source", "target"), *, progress: bool = False
+) -> PairData:
+    """Reads the pairs of a file of rows or of a set of the hub, and tokenizes them.
 
     Args:
         config: source, tokenizer, val_fraction and cache are used.
-        progress: show the bars of `tokenizers`, on a terminal.
+        columns: of the source and of the target.
+        progress: show the bars of `datasets` and `tokenizers`, on a terminal.
 
     Raises:
-        DataError: if the file, the tokenizer or the cache cannot be used.
+        DataError: if the data, the tokenizer or the cache cannot be used.
     """
-    path = Path(config.source).expanduser()
-    pairs = Documents(name=path.name)
-    for source, target in _read(path):
+    cache = cache_folder(config.cache)
+    option = "--objective.set source=COLUMN and target=COLUMN"
+    if config.source.startswith("hf:"):
+        rows = read_hub(config.source, columns, option=option, cache=cache, progress=progress)
+        pairs = Documents(name=config.source)
+    elif config.source == "stdlib":
+        raise DataError("the standard library holds no pairs: give rows with a source and a target with --data")
+    else:
+        path = Path(config.source).expanduser()
+        rows, pairs = read_rows(path, columns, option=option), Documents(name=path.name)
+    for source, target in rows:
         if "\0" in source + target:
             pairs.skipped["contains NUL"] += 1
         elif not target:
@@ -171,10 +226,9 @@ def load_pairs(config: DataConfig, *, progress: bool = False) -> PairData:
     (train_sources, train_targets), (val_sources, val_targets) = (
         zip(*map(json.loads, split), strict=True) for split in splits
     )
-    cache = cache_folder(config.cache)
     tokenizer = open_tokenizer(config.tokenizer, [*train_sources, *train_targets], cache=cache, progress=progress)
 
-    def rows(texts: Sequence[str]) -> list[np.ndarray]:
+    def each(texts: Sequence[str]) -> list[np.ndarray]:
         stream = np.append(encode(texts, tokenizer), tokenizer.separator)  # no text contains the separator
         return np.split(stream, np.flatnonzero(stream == tokenizer.separator) + 1)[:-1]
 
@@ -188,8 +242,8 @@ def load_pairs(config: DataConfig, *, progress: bool = False) -> PairData:
         skipped=dict(pairs.skipped),
         tokenizer=tokenizer,
         **byte_counts(train_targets, val_targets),
-        train=list(zip(rows(train_sources), rows(train_targets), strict=True)),
-        val=list(zip(rows(val_sources), rows(val_targets), strict=True)),
+        train=list(zip(each(train_sources), each(train_targets), strict=True)),
+        val=list(zip(each(val_sources), each(val_targets), strict=True)),
     )
 
 
@@ -199,24 +253,3 @@ def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return torch.from_numpy(padded)
-
-
-def _read(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        lines = path.read_bytes().decode().split("\n")  # splitlines would also cut inside strings, at U+2028 and others
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"cannot read pairs from {path} ({reason}): give a file of JSON lines with --data") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            match json.loads(line):
-                case {"source": str(source), "target": str(target)}:
-                    yield source, target
-                    continue
-        except ValueError:
-            pass
-        raise DataError(
-            f'line {number} of {path} is not a pair: write {{"source": "...", "target": "..."}} on each line'
-        )

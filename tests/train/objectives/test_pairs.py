@@ -16,7 +16,8 @@ from crossover.train.data import DataError
 from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
 from crossover.train.learner import Learner, accumulate_gradients
-from crossover.train.objectives.pairs import PairData, Pairs, load_pairs
+from crossover.train.objectives.next_token import Tokens
+from crossover.train.objectives.pairs import PairData, Pairs, PairTokens, load_pairs
 from crossover.train.runtime import choose_precision
 from crossover.train.trainer import Trainer
 from safetensors.torch import load_file
@@ -99,29 +100,60 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted_and_other_keys_left_al
     assert corpus.skipped == {"duplicate": 1, "contains NUL": 1, "empty": 1}
 
 
-@pytest.mark.parametrize("row", ["{", "[1]", '"x"', '{"source": "x"}', '{"source": "x", "target": 3}'])
-def test_a_line_that_is_no_pair_is_named(row: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"line 2 of .*pairs\.jsonl is not JSON"),
+        ("[1]", r"line 2 of .*pairs\.jsonl is not an object with named columns"),
+        ('{"source": "x"}', r"has 1 of 2 rows without text in column 'target', the first is row 2.*--objective\.set"),
+        ('{"source": "x", "target": 3}', r"1 of 2 rows without text in column 'target'"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_named(row: str, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", {"source": "a", "target": "b"}, row)
-    with pytest.raises(DataError, match=r"line 2 of .*pairs\.jsonl is not a pair: write \{\"source\": \"\.\.\.\""):
+    with pytest.raises(DataError, match=message):
         load(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read pairs from .*none\.jsonl \(No such file or directory\)"):
+    with pytest.raises(DataError, match=r"cannot read .*none\.jsonl \(No such file or directory\)"):
         load(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"source": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.jsonl \(it is not UTF-8\)"):
+    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8"):
         load(tmp_path / "latin.jsonl")
+    with pytest.raises(DataError, match="holds no pairs"):
+        load_pairs(DataConfig())
+
+
+def test_pairs_stand_in_the_columns_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text('question,answer,n\n"a, b",yes,1\nb,"no\nno",2\n')
+    corpus = load_pairs(DataConfig(source=str(path)), ("question", "answer"))
+    assert texts(corpus) == {("a, b", "yes"), ("b", "no\nno")}
 
 
 def test_a_batch_is_padded_to_its_longest_texts(corpus: PairData) -> None:
     pairs = [(np.array([1, 2, 3, 0]), np.array([5, 0])), (np.array([4, 0]), np.array([6, 7, 8, 9, 0]))]
     batch = objective(corpus).collate(pairs)
+    assert isinstance(batch, PairTokens)
     assert batch.source.tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
     assert batch.source_len.tolist() == [4, 2]
     assert batch.target.tolist() == [[0, 5, 0, 0, 0], [0, 6, 7, 8, 9]]
     assert batch.targets.tolist() == [[5, 0, -100, -100, -100], [6, 7, 8, 9, 0]]
     assert batch.counts == {"loss": 7, "aux_loss": 7}
+
+
+def test_a_decoder_reads_a_pair_as_one_sequence(corpus: PairData) -> None:
+    pairs, lm = objective(corpus), build("mamba", d_model=16, n_layers=2, vocab_size=256)
+    pairs.prepare(lm)
+    rows = [(np.array([1, 2, 3, 0]), np.array([5, 0])), (np.array([4, 0]), np.array([6, 7, 8, 9, 0]))]
+    batch = pairs.collate(rows)
+    assert isinstance(batch, Tokens)
+    assert batch.tokens.tolist() == [[1, 2, 3, 0, 5, 0], [4, 0, 6, 7, 8, 9]]
+    assert batch.targets.tolist() == [[-100, -100, -100, 5, 0, -100], [-100, 6, 7, 8, 9, 0]]
+    assert batch.counts == {"loss": 7, "aux_loss": 7}
+    alone = [pairs.terms(lm, pairs.collate([row]))["loss"].item() * len(row[1]) for row in rows]
+    assert pairs.terms(lm, batch)["loss"].item() == pytest.approx(sum(alone) / 7, rel=1e-5)
 
 
 def test_the_pairs_of_a_step_are_a_function_of_seed_and_step(corpus: PairData) -> None:
@@ -175,9 +207,9 @@ def test_validation_is_the_mean_over_target_tokens_of_pairs_alone(rows_at_once: 
     assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / np.log(2), rel=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["encdec", "seq2seq"])
+@pytest.mark.parametrize("arch", ["encdec", "seq2seq", "mamba"])
 def test_a_run_on_pairs_leaves_what_every_run_leaves(arch: str, tmp_path: Path, corpus: PairData) -> None:
-    run = config(tmp_path, arch, grad_accumulation=2)
+    run = config(tmp_path, arch, grad_accumulation=2, seq_len=20)
     pairs = objective(corpus, run)
     assert Trainer(run, pairs).fit().exit_code == 0
     record, result = read_json(run.directory / "run.json"), read_json(run.directory / "result.json")
@@ -187,7 +219,12 @@ def test_a_run_on_pairs_leaves_what_every_run_leaves(arch: str, tmp_path: Path, 
     assert " -> " in result["sample"]
     assert RunConfig.from_dict(record["config"]) == run
     lm: Any = build(ModelConfig.from_dict(record["model"]), device="meta")
-    assert record["flops_per_token"] == lm.training_flops_per_token(*corpus.mean_lengths())
+    n_target, n_source = corpus.mean_lengths()
+    if arch == "mamba":
+        n_tokens = n_source + n_target - 1
+        assert record["flops_per_token"] * n_target == pytest.approx(lm.training_flops_per_token(n_tokens) * n_tokens)
+    else:
+        assert record["flops_per_token"] == lm.training_flops_per_token(n_target, n_source)
     assert record["n_params"] == lm.n_params
     assert record["corpus"] == corpus.summary()
 
@@ -206,33 +243,32 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, corpus:
     torch.testing.assert_close(run("parts", 6), whole, rtol=0, atol=0)
 
 
-def test_a_model_learns_to_reverse(tmp_path: Path, corpus: PairData) -> None:
-    run = config(tmp_path, steps=60, batch_size=32, log_every=60, checkpoint_every=0)
+@pytest.mark.parametrize("arch", ["seq2seq", "lstm"])
+def test_a_model_learns_to_reverse(arch: str, tmp_path: Path, corpus: PairData) -> None:
+    run = config(tmp_path, arch, seq_len=20, steps=60, batch_size=32, log_every=60, checkpoint_every=0)
     result = Trainer(run, objective(corpus, run)).fit().result
     first = read_json_lines(run.directory / "metrics.jsonl")[0]["train/loss"]
     assert result["val_loss"] < 0.3 * first
-
-
-def test_a_text_longer_than_seq_len_is_refused(tmp_path: Path, corpus: PairData) -> None:
-    longest = max(len(ids) for pair in corpus.train for ids in pair)
-    with pytest.raises(DataError, match=rf"has a text of {longest} tokens with the one that ends it, more than"):
-        start(config(tmp_path, seq_len=longest - 1), corpus)
-    start(config(tmp_path, seq_len=longest), corpus)
 
 
 def start(run: RunConfig, corpus: PairData) -> Trainer:
     return Trainer(run, objective(corpus, run))
 
 
-def with_model(tmp_path: Path, **model: Any) -> RunConfig:
-    return dataclasses.replace(config(tmp_path, position_len=0), model=ModelSpec(**model))
+def test_a_text_longer_than_seq_len_is_refused(tmp_path: Path, corpus: PairData) -> None:
+    longest = max(len(ids) for pair in corpus.train for ids in pair)
+    with pytest.raises(DataError, match=rf"has a text of {longest} tokens with what ends it, more than"):
+        start(config(tmp_path, seq_len=longest - 1), corpus)
+    start(config(tmp_path, seq_len=longest), corpus)
+    together = max(len(source) + len(target) - 1 for source, target in (*corpus.train, *corpus.val))
+    with pytest.raises(DataError, match=rf"has a pair of {together} tokens with what ends it, more than"):
+        start(config(tmp_path, "lstm", seq_len=together - 1), corpus)
+    start(config(tmp_path, "lstm", seq_len=together), corpus)
 
 
-def test_models_without_a_source_learn_no_pairs(tmp_path: Path, corpus: PairData) -> None:
-    with pytest.raises(
-        ValueError, match=r"data\.rows=pairs are for models that read a source, which this one does not"
-    ):
-        start(with_model(tmp_path, preset="lstm", d_model=32), corpus)
+def test_an_encoder_learns_no_pairs(tmp_path: Path, corpus: PairData) -> None:
+    with pytest.raises(ValueError, match="writes nothing: train a causal model or an encoder-decoder"):
+        start(config(tmp_path, "bert"), corpus)
 
 
 def test_a_model_with_a_source_can_be_described_by_its_pattern() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crossover.train.cache import cache_folder, publish
 from crossover.train.config import DataConfig
 from crossover.train.data import (
     Corpus,
@@ -21,7 +20,8 @@ from crossover.train.data import (
     train_batch,
     val_windows,
 )
-from crossover.train.tokenizer import BytesTokenizer
+from crossover.train.data.cache import cache_folder, publish
+from crossover.train.data.tokenizer import BytesTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,7 +134,7 @@ def test_the_summary_is_json_and_names_what_a_result_must_say(folder: Path) -> N
 
 def test_the_second_load_reads_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(folder)
-    monkeypatch.setattr("crossover.train.data._write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr("crossover.train.data.corpus._write", lambda *_: pytest.fail("written again"))
     second = load(folder)
     assert second.summary() == first.summary()
     np.testing.assert_array_equal(second.train, first.train)

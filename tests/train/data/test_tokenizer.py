@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crossover.train.cache import DataError
-from crossover.train.tokenizer import BpeTokenizer, BytesTokenizer, load_tokenizer, open_tokenizer
+from crossover.train.data.cache import DataError
+from crossover.train.data.tokenizer import BpeTokenizer, BytesTokenizer, load_tokenizer, open_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -91,7 +91,7 @@ def test_training_is_repeatable_and_cached_by_text_and_size(tmp_path: Path, monk
     assert open_tokenizer("bpe:280", TEXTS, cache=tmp_path / "b").digest == first.digest
     assert open_tokenizer("bpe:290", TEXTS, cache=tmp_path / "a").digest != first.digest
     assert open_tokenizer("bpe:280", [t.upper() for t in TEXTS], cache=tmp_path / "a").digest != first.digest
-    monkeypatch.setattr("crossover.train.tokenizer._train_bpe", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("crossover.train.data.tokenizer._train_bpe", lambda *_: pytest.fail("trained again"))
     assert open_tokenizer("bpe:280", TEXTS, cache=tmp_path / "a").digest == first.digest
 
 

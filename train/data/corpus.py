@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from ..config import DataConfig
 from .cache import DataError, cache_folder, publish
-from .config import DataConfig
 from .documents import read_documents, split_documents
 from .tokenizer import Tokenizer, open_tokenizer
 

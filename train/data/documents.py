@@ -5,11 +5,10 @@ Three sources, chosen by `--data`:
 * `stdlib`: the `.py` files of the running Python's standard library, without tests, tables of encodings and installed
   packages: about 10 MB of real text on every machine, read in a fraction of a second. It differs between Python
   versions, therefore results carry the digest of the documents.
-* PATH: one file or a folder, searched recursively. `.jsonl`, `.ndjson` and `.parquet` (and `.json`, when it is the one
-  file given) hold one document per row, in `--data.column`; they are read by `datasets`. A text file is one document,
-  taken byte for byte and read here: `datasets` would rewrite its line ends, name no file in its errors, trust its time
-  stamp and keep a second copy. In a folder a text file is what TEXT_SUFFIXES lists; any other file is left out and
-  counted, and whatever a leading dot hides is not looked at.
+* PATH: one file or a folder, searched recursively. Files of rows (records.py says which) hold one document per row, in
+  `--data.column`. A text file is one document, taken byte for byte. In a folder a text file is what TEXT_SUFFIXES
+  lists; any other file is left out and counted, and whatever a leading dot hides is not looked at. All may be
+  compressed.
 * `hf:NAME[:CONFIG]`: the `train` split of a data set of the Hugging Face hub, read by `datasets`.
 
 The same rules hold for every source:
@@ -32,19 +31,14 @@ Documents are held in memory once, as text.
 import hashlib
 import os
 import platform
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 from .cache import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .records import ROW_SUFFIXES, kind_of, read_bytes, read_hub, read_rows
 
 __all__ = ["Documents", "read_documents", "split_documents"]
 
@@ -55,7 +49,7 @@ STDLIB_MIN_CHARS = 64
 # Without a salt pydoc_data/topics.py, one generated text of 0.75 MB, is held out and makes 70 % of that split.
 SPLIT_SALT = "split:"
 BLOCK_CHARS = 64 * 1024
-ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".parquet"})
+_OPTION = "--data.column"
 PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".html", ".xml", ".css", ".toml", ".yaml", ".yml", ".ini", ".cfg"}
 CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt", ".scala", ".cs"}
 SCRIPTS = {".js", ".jsx", ".ts", ".tsx", ".swift", ".rb", ".php", ".lua", ".r", ".jl", ".hs", ".ml", ".sh", ".sql"}
@@ -96,8 +90,8 @@ def read_documents(source: str, *, column: str, cache: Path, progress: bool = Fa
 
     Args:
         source: as in DataConfig.source; a folder that is itself called stdlib is given as ./stdlib.
-        column: the column of JSONL, Parquet and hub rows that holds the text.
-        cache: folder in which `datasets` keeps its Arrow files, by content of the source file.
+        column: the column of rows that holds the text.
+        cache: folder in which `datasets` keeps what it downloads.
         progress: show the bars of `datasets`, on a terminal.
 
     Raises:
@@ -108,7 +102,7 @@ def read_documents(source: str, *, column: str, cache: Path, progress: bool = Fa
     elif source.startswith("hf:"):
         documents = _from_hub(source, column, cache, progress)
     else:
-        documents = _from_path(Path(source).expanduser(), column, cache, progress)
+        documents = _from_path(Path(source).expanduser(), column)
     if not documents.texts:
         left_out = ", ".join(f"{count} {reason}" for reason, count in documents.skipped.items()) or "nothing was found"
         raise DataError(f"{source} has no documents to train on ({left_out}): give other text with --data")
@@ -177,7 +171,7 @@ def _from_stdlib(root: Path) -> Documents:
     return documents
 
 
-def _from_path(root: Path, column: str, cache: Path, progress: bool) -> Documents:
+def _from_path(root: Path, column: str) -> Documents:
     documents = Documents(name=root.resolve().name)
     if not root.exists():
         raise DataError(
@@ -186,9 +180,9 @@ def _from_path(root: Path, column: str, cache: Path, progress: bool) -> Document
     named_alone = not root.is_dir()
     for key in [""] if named_alone else _files(root):
         path = root / key
-        suffix = path.suffix.lower()
+        suffix = kind_of(path)
         if suffix in ROW_SUFFIXES or (named_alone and suffix == ".json"):
-            for text in _read_rows(path, column, cache, progress):
+            for (text,) in read_rows(path, [column], option=_OPTION):
                 documents.add(text)
         elif suffix in TEXT_SUFFIXES or named_alone:
             documents.add(_read_text(path), key)
@@ -198,19 +192,8 @@ def _from_path(root: Path, column: str, cache: Path, progress: bool) -> Document
 
 
 def _from_hub(source: str, column: str, cache: Path, progress: bool) -> Documents:
-    name, _, config = source.removeprefix("hf:").partition(":")
-    if not name:
-        raise DataError(f"--data {source} names no data set: write hf:NAME or hf:NAME:CONFIG")
-    datasets = _import_datasets(progress)
-    try:
-        table = datasets.load_dataset(name, config or None, split="train", cache_dir=str(cache / "datasets"))
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load the hub's data set {name} ({_reason(error)}): "
-            f"check the name and the network, or give a local file or folder with --data"
-        ) from error
     documents = Documents(name=source)
-    for text in _column(table, column, source):
+    for (text,) in read_hub(source, [column], option=_OPTION, cache=cache, progress=progress):
         documents.add(text)
     return documents
 
@@ -225,15 +208,8 @@ def _files(root: Path, skipped_folders: frozenset[str] = frozenset()) -> list[st
     return sorted(found)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}): give a readable file or folder with --data") from error
-
-
 def _read_text(path: Path) -> str:
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     n_control = len(raw) - len(raw.translate(None, CONTROL_BYTES)) + raw.count("\N{REPLACEMENT CHARACTER}".encode())
     if n_control > MAX_CONTROL_SHARE * len(raw):
         share = f"{n_control / len(raw):.0%} control or replacement characters"
@@ -250,53 +226,3 @@ def _read_text(path: Path) -> str:
     if "\0" in text:
         raise DataError(f"{path} contains NUL, which separates documents: remove it before giving the file to --data")
     return text
-
-
-def _read_rows(path: Path, column: str, cache: Path, progress: bool) -> list[str]:
-    # `datasets` recognises a changed file by its time stamp alone, so the content names its cache folder.
-    raw = _read_bytes(path)
-    if not raw.strip():
-        raise DataError(f"{path} is empty: give a file with rows to --data")
-    cache_dir = str(cache / "datasets" / hashlib.sha256(raw).hexdigest()[:32])
-    del raw
-    datasets = _import_datasets(progress)
-    read = datasets.Dataset.from_parquet if path.suffix.lower() == ".parquet" else datasets.Dataset.from_json
-    try:
-        table = read(str(path), cache_dir=cache_dir)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        kind = "Parquet" if path.suffix.lower() == ".parquet" else "JSON lines"
-        raise DataError(f"cannot read {path} as {kind} ({_reason(error)}): give another file with --data") from error
-    return _column(table, column, str(path))
-
-
-def _column(table: "Dataset", column: str, source: str) -> list[str]:
-    if column not in table.column_names:
-        raise DataError(
-            f"{source} has no column '{column}': choose one of {', '.join(table.column_names)} with --data.column"
-        )
-    values = table[column][:]
-    n_bad = sum(not isinstance(value, str) for value in values)
-    if n_bad:
-        raise DataError(
-            f"{source} has {n_bad} of {len(values)} rows without text in column '{column}': "
-            f"remove those rows or choose another column with --data.column"
-        )
-    return values
-
-
-def _import_datasets(progress: bool) -> ModuleType:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets  # takes 1 to 2 s
-
-    if progress and sys.stderr.isatty():
-        datasets.enable_progress_bars()
-    else:
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error that we raise
-    return datasets
-
-
-def _reason(error: BaseException) -> str:
-    """Returns the first line of what went wrong; `datasets` hides it behind a general error."""
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

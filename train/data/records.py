@@ -1,0 +1,222 @@
+"""Rows of named columns: JSON lines, JSON arrays, CSV, TSV and Parquet, also compressed, and sets of the hub.
+
+Only the columns asked for are read, and each as the string that it is: nothing is guessed from what others hold, so
+"2020-01-01" stays as it was written. A file ends in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, and then perhaps in
+.gz, .zst or .xz.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, cast
+
+from .cache import DataError
+
+__all__ = ["COMPRESSED", "ROW_SUFFIXES", "kind_of", "open_binary", "read_bytes", "read_hub", "read_rows"]
+
+ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
+"""Files that hold rows wherever they are found; .json does where it is the one file given."""
+
+COMPRESSED = frozenset({".gz", ".zst", ".xz"})
+
+Row = tuple[str, ...]
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, in lower case: that of a.jsonl.gz is .jsonl."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Opens a file for reading its bytes, decompressed where its last suffix says that it is compressed."""
+    match path.suffix.lower():
+        case ".gz":
+            return cast("IO[bytes]", gzip.open(path))
+        case ".xz":
+            return lzma.open(path)
+        case ".zst":
+            import pyarrow  # which brings Zstandard along; Python has it from 3.14 on
+
+            return pyarrow.input_stream(str(path), compression="zstd")
+        case _:
+            return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        with open_binary(path) as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise DataError(f"cannot read {path} ({reason}): give a readable file or folder with --data") from error
+
+
+def read_rows(path: Path, columns: Sequence[str], *, option: str) -> list[Row]:
+    """The wanted columns of a file, row by row.
+
+    Args:
+        path: a file of rows.
+        columns: names of the columns.
+        option: how a user chooses columns, for the messages.
+
+    Raises:
+        DataError: if the file cannot be read, lacks a column, or has a row in which one of them is no text.
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        return _texts(_parquet(path, columns, option), columns, str(path), option)
+    raw = read_bytes(path)
+    if not raw.strip():
+        raise DataError(f"{path} is empty: give a file with rows to --data")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}): "
+            f"convert it, for example with iconv -t utf-8, before giving it to --data"
+        ) from error
+    if kind in (".csv", ".tsv"):
+        rows = _delimited(path, text, "," if kind == ".csv" else "\t")
+    elif text.lstrip().startswith("["):
+        rows = _json_array(path, text)
+    else:
+        rows = _json_lines(path, text)
+    return _texts(list(rows), columns, str(path), option)
+
+
+def read_hub(source: str, columns: Sequence[str], *, option: str, cache: Path, progress: bool = False) -> list[Row]:
+    """The wanted columns of the train split of "hf:NAME[:CONFIG]", read by `datasets`.
+
+    Raises:
+        DataError: if the set cannot be loaded, lacks a column, or has a row in which one of them is no text.
+    """
+    name, _, config = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise DataError(f"--data {source} names no data set: write hf:NAME or hf:NAME:CONFIG")
+    datasets = _import_datasets(progress)
+    try:
+        table = datasets.load_dataset(name, config or None, split="train", cache_dir=str(cache / "datasets"))
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load the hub's data set {name} ({reason_of(error)}): "
+            f"check the name and the network, or give a local file or folder with --data"
+        ) from error
+    _check_columns(table.column_names, columns, source, option)
+    values = [table[column][:] for column in columns]
+    return _texts([dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)], columns, source, option)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what went wrong; `datasets` hides it behind a general error."""
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: str, option: str) -> list[Row]:
+    """The columns as text, after checking that every row has it."""
+    if not rows:
+        raise DataError(f"{source} is empty: give a file with rows to --data")
+    known = list(dict.fromkeys(key for row in rows for key in row))
+    _check_columns(known, columns, source, option)
+    for column in columns:
+        bad = [number for number, row in enumerate(rows, 1) if not isinstance(row.get(column), str)]
+        if bad:
+            raise DataError(
+                f"{source} has {len(bad)} of {len(rows)} rows without text in column '{column}', the first is row "
+                f"{bad[0]}: remove those rows or choose another column with {option}"
+            )
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+def _check_columns(known: Sequence[str], columns: Sequence[str], source: str, option: str) -> None:
+    for column in columns:
+        if column not in known:
+            raise DataError(f"{source} has no column '{column}': choose one of {', '.join(known)} with {option}")
+
+
+def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut inside strings, at U+2028 and others
+        if line.strip():
+            yield _object(lambda line=line: json.loads(line), f"line {number} of {path}")
+
+
+def _json_array(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"cannot read {path} as a JSON array ({error.msg} in line {error.lineno}): give another file with --data"
+        ) from error
+    for number, value in enumerate(values, 1):
+        yield _object(lambda value=value: value, f"row {number} of {path}")
+
+
+def _object(read: Callable[[], Any], where: str) -> dict[str, Any]:
+    try:
+        value = read()
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+        raise DataError(f"{where} is not JSON ({reason}): give another file with --data") from error
+    if not isinstance(value, dict):
+        raise DataError(f'{where} is not an object with named columns: write {{"COLUMN": "..."}} in each row')
+    return value
+
+
+def _delimited(path: Path, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"line {reader.line_num} of {path} has more fields than the header: quote fields that hold "
+                    f"{delimiter!r}"
+                )
+            yield row
+    except csv.Error as error:
+        raise DataError(
+            f"line {reader.line_num} of {path} is not CSV ({error}): give another file with --data"
+        ) from None
+
+
+def _parquet(path: Path, columns: Sequence[str], option: str) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open_binary(path) as file:
+            stream: Any = file if path.suffix.lower() == ".parquet" else io.BytesIO(file.read())
+            table = pyarrow.parquet.ParquetFile(stream)
+            _check_columns(table.schema_arrow.names, columns, str(path), option)
+            return table.read(columns=list(columns)).to_pylist()
+    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path} as Parquet ({reason_of(error)}): give another file with --data") from error
+
+
+def _import_datasets(progress: bool) -> ModuleType:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets  # takes 1 to 2 s
+
+    if progress and sys.stderr.isatty():
+        datasets.enable_progress_bars()
+    else:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is in the error that we raise
+    return datasets
