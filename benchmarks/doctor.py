@@ -16,10 +16,10 @@ import torch
 from ..archs.config import nearest
 from ..kernels import ops
 from ..train.files import write_json
-from ..train.health import identity, store_verdict, version
 from ..train.progress import duration
 from ..train.record import cpu_model
 from ..train.runtime import choose_precision
+from ..train.verdict import identity, store_verdict, version
 from .config import DoctorConfig
 from .operation_checks import Check, checks
 

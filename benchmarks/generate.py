@@ -17,8 +17,8 @@ from ..archs import LanguageModel, Seq2Seq, open_pretrained
 from ..archs.generation import NO_TOKEN
 from ..train.checkpoint import newest
 from ..train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
-from ..train.health import apply_verdict
 from ..train.runtime import choose_device
+from ..train.verdict import apply_verdict
 from .config import GenerateConfig
 
 __all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]

@@ -21,9 +21,9 @@ from ..archs.config import nearest
 from ..kernels import ops
 from ..kernels.dispatch import KernelFallbackWarning, record_backends
 from ..train.files import read_json_lines, write_text
-from ..train.health import apply_verdict
 from ..train.record import provenance
 from ..train.runtime import is_out_of_memory, keep_freed_memory
+from ..train.verdict import apply_verdict
 from .compare import folder_for
 from .config import KernelsConfig
 from .context import append_jsonl

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from ..archs import LanguageModel, build
 from ..archs.hf import to_hf
 from ..train.config import OptimConfig
-from ..train.health import apply_verdict
 from ..train.learner import Learner, Update
 from ..train.objectives.next_token import RandomTokens
 from ..train.optim import adamw
 from ..train.runtime import choose_precision, keep_freed_memory
+from ..train.verdict import apply_verdict
 from .context import events
 from .processes import Fork, last_line
 from .worker import repeat_in_time_box, timed

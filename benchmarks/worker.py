@@ -23,7 +23,6 @@ from ..archs import LanguageModel, ModelConfig
 from ..archs.mixer import State
 from ..kernels.dispatch import KernelFallbackWarning, record_backends
 from ..train.config import OptimConfig
-from ..train.health import apply_verdict
 from ..train.learner import Learner, Update
 from ..train.objectives.next_token import RandomTokens
 from ..train.optim import adamw
@@ -35,6 +34,7 @@ from ..train.runtime import (
     is_out_of_memory,
     keep_freed_memory,
 )
+from ..train.verdict import apply_verdict
 from ..train.warm_up import warm_up
 from .config import MeasureConfig
 

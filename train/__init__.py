@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, parse
-    from .trainer import Outcome, Trainer, train
+    from .run import train
+    from .trainer import Outcome, Trainer
 
 __all__ = [
     "DataConfig",
@@ -25,7 +26,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Outcome", "Trainer", "train"):
+    if name == "train":
+        from .run import train
+
+        return train
+    if name in ("Outcome", "Trainer"):
         from . import trainer
 
         return getattr(trainer, name)

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .files import read_json, write_json
+from .files import FormatError, read_json, write_json
 
 __all__ = ["CheckpointError", "newest", "read_state", "restore", "save", "verify"]
 
@@ -96,6 +96,7 @@ def newest(root: Path) -> Path | None:
 
     Raises:
         CheckpointError: if every checkpoint there is damaged: a run never starts again silently.
+        FormatError: if the newest was written by a newer version.
     """
     damaged: dict[Path, CheckpointError] = {}
     for path in _published(root):
@@ -147,6 +148,8 @@ def verify(path: Path) -> None:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except OSError as error:
         raise CheckpointError(f"{manifest_path} cannot be read ({error.strerror})") from None
+    except FormatError:  # it is whole, and not ours to judge
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{manifest_path} is damaged") from None
     for name, (size, digest) in files.items():

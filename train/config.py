@@ -27,7 +27,18 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from ..archs import ModelConfig
 
-__all__ = ["Count", "DataConfig", "ModelSpec", "OptimConfig", "RunConfig", "TrainConfig", "count", "flatten", "parse"]
+__all__ = [
+    "Count",
+    "DataConfig",
+    "ModelSpec",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "count",
+    "flatten",
+    "parse",
+    "plain",
+]
 
 CUSTOM = "custom"
 """Preset of a model that a [model] table describes from its pattern up."""
@@ -317,9 +328,35 @@ class RunConfig:
         """The run directory, OUT/NAME."""
         return self.out / (self.name or f"{self.model.preset}-s{self.seed}")
 
+    @property
+    def arch(self) -> str:
+        """Name of the architecture; a model of its own pattern goes by the name of its run."""
+        return self.directory.name if self.model.preset == CUSTOM else self.model.preset
+
+    @property
+    def label(self) -> str:
+        """The architecture's name as text writes it."""
+        from ..archs import presets
+
+        return self.arch if self.model.preset == CUSTOM else presets.find(self.model.preset).label
+
+    def peak_learning_rate(self) -> float:
+        """optim.lr, or the rate tuned for the preset.
+
+        Raises:
+            ValueError: if neither exists.
+        """
+        from ..archs import presets
+
+        if self.optim.lr is not None:
+            return self.optim.lr
+        if self.model.preset == CUSTOM:
+            raise ValueError("optim.lr must be given: a model described by its pattern has no tuned learning rate")
+        return presets.learning_rate(self.model.preset)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as nested tables of JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -329,6 +366,17 @@ class RunConfig:
             ValueError: for a key that no configuration has, with the dotted path and the nearest name.
         """
         return _from_dict(cls, values, "")
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON values: dataclasses as tables, tuples as lists, paths as text."""
+    if dataclasses.is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:

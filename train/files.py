@@ -1,4 +1,8 @@
-"""Small files of a run: written by rename, read with errors that name the file. Importing it is cheap."""
+"""Small files of a run: written by rename, read with errors that name the file. Importing it is cheap.
+
+Our JSON objects carry "format", a number that grows when older versions could no longer read them; without one they are
+of format 1.
+"""
 
 import json
 import os
@@ -6,7 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "read_json_lines", "write_json", "write_text"]
+__all__ = ["FORMAT", "FormatError", "check_format", "read_json", "read_json_lines", "write_json", "write_text"]
+
+FORMAT = 1
+"""The newest format that this version reads, and the one that it writes."""
+
+
+class FormatError(ValueError):
+    """A file was written by a newer version."""
+
+
+def check_format(values: Mapping[str, Any], path: Path) -> None:
+    """Raises FormatError if a JSON object of a file is of a newer format than FORMAT."""
+    found = values.get("format", 1)
+    if not isinstance(found, int) or found > FORMAT:
+        raise FormatError(
+            f"{path} has format {found}, and this version of crossover reads up to {FORMAT}: "
+            f"use the newer version that wrote it"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,19 +38,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes one JSON object, as `write_text` does."""
+    """Writes one JSON object with its format, as `write_text` does."""
+    value = {"format": FORMAT, **value}
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises ValueError naming the file if it is not one."""
+    """Reads a JSON object, and leaves its format out.
+
+    Raises:
+        ValueError: naming the file, if it is not one.
+        FormatError: if a newer version wrote it.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error.msg} in line {error.lineno})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__} where a JSON object was expected")
-    return value
+    check_format(value, path)
+    return {key: entry for key, entry in value.items() if key != "format"}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -134,9 +134,9 @@ class Objective(abc.ABC, Generic[Row, B]):
         """Entries of result.json that are found once, at the end; calls `poll` now and then, which may raise."""
         return {}
 
+    @abc.abstractmethod
     def experiment(self) -> dict[str, Any]:
-        """What must be the same before and after a resume, as JSON values."""
-        return {}
+        """What must be the same before and after a resume, as JSON values: its name as "kind", options, digests."""
 
     @property
     def forward_tokens(self) -> int:

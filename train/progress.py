@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from .score import BITS_PER_BYTE, Score
+
 __all__ = ["Display", "duration", "farewell", "greeting"]
 
 
@@ -29,8 +31,8 @@ def duration(seconds: float) -> str:
 class Display:
     """Shows a run of `steps` steps on standard output. A reader that goes away (`| head`) does not end the run."""
 
-    def __init__(self, steps: int, *, done: int = 0) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, score: Score = BITS_PER_BYTE, *, done: int = 0) -> None:
+        self._steps, self._score = steps, score
         self._quality = ""
         self._bar: Progress | None = None
         console = Console(highlight=False)
@@ -82,9 +84,9 @@ class Display:
 
     def validated(self, record: Mapping[str, Any]) -> None:
         """Shows a validation."""
-        quality = f"{record['val/bits_per_byte']:.3f} bits per byte"
+        quality = self._score.text(record[self._score.tag])
         self._quality = f"  {quality}"
-        self.say(f"step {record['step']}/{self._steps}  held-out text: {quality}")
+        self.say(f"step {record['step']}/{self._steps}  held out: {quality}")
 
 
 def greeting(record: Mapping[str, Any], directory: Path) -> str:
@@ -95,7 +97,7 @@ def greeting(record: Mapping[str, Any], directory: Path) -> str:
         f"{directory}: {record['arch']}, {record['n_params']:,} parameters{active}, "
         f"{record['flops_per_token'] / 1e6:.1f} MFLOPs per trained token",
         f"{corpus['name']}: {corpus['train_bytes'] / 1e6:.2f} MB to train on, "
-        f"{corpus['val_bytes'] / 1e6:.2f} MB held out ({_references(corpus)})",
+        f"{corpus['val_bytes'] / 1e6:.2f} MB held out{_references(record)}",
         f"{machine['device']}, {machine['threads']} threads, {machine['precision']} ({machine['precision_reason']})",
     ]
     if record["resumed_from_step"]:
@@ -109,13 +111,18 @@ def farewell(result: Mapping[str, Any], record: Mapping[str, Any], directory: Pa
         hint = "; the same command continues" if result["status"] == "interrupted" and result["steps"] else ""
         return f"{result['status'].replace('_', ' ')} at step {result['steps']}: {result['error']}{hint}"
     speed = f" at {result['tokens_per_second']:,.0f} tokens/s" if result["tokens_per_second"] else ""
+    score = Score.from_dict(record["score"])
     return (
-        f"{result['val_bits_per_byte']:.3f} bits per byte on held-out text ({_references(record['corpus'])}) after "
+        f"{result[score.key]:.3f} {score.words}{_references(record)} after "
         f"{duration(result['train_seconds'])} of training{speed}\n"
         f"results: {directory}    curves: tensorboard --logdir {directory.parent}"
     )
 
 
-def _references(corpus: Mapping[str, Any]) -> str:
-    parts = (f"{name} needs {value:.3f}" for name, value in corpus["reference_bits_per_byte"].items())
-    return f"{', '.join(parts)} bits per byte"
+def _references(record: Mapping[str, Any]) -> str:
+    """What compressors need, where the score is on their scale."""
+    score = Score.from_dict(record["score"])
+    if score != BITS_PER_BYTE:
+        return ""
+    parts = (f"{name} needs {value:.3f}" for name, value in record["corpus"]["reference_bits_per_byte"].items())
+    return f" ({', '.join(parts)} {score.unit})"

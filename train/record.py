@@ -20,32 +20,35 @@ from typing import Any
 import torch
 
 from .files import read_json_lines, write_text
+from .score import BITS_PER_BYTE, Score
 
-__all__ = ["MetricsLog", "cpu_model", "provenance"]
+__all__ = ["MetricsLog", "cpu_model", "layout", "provenance"]
 
-LAYOUT = {
-    "Quality": {
-        "training loss (nats per token)": ["Multiline", ["train/loss"]],
-        "held-out text (bits per byte)": ["Multiline", ["val/bits_per_byte"]],
-    },
-    "Cost": {
-        "speed (tokens per second)": ["Multiline", ["perf/tokens_per_second"]],
-        "peak memory (bytes)": ["Multiline", ["perf/peak_bytes"]],
-    },
-}
-"""TensorBoard's custom scalars page."""
+
+def layout(score: Score) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom scalars page of a run that is judged by a score."""
+    return {
+        "Quality": {
+            "training loss": ["Multiline", ["train/loss"]],
+            f"{score.words} ({score.better} is better)": ["Multiline", [score.tag]],
+        },
+        "Cost": {
+            "speed (tokens per second)": ["Multiline", ["perf/tokens_per_second"]],
+            "peak memory (bytes)": ["Multiline", ["perf/peak_bytes"]],
+        },
+    }
 
 
 class MetricsLog:
     """The metrics of one run: metrics.jsonl, and TensorBoard events of the same values under the same tags."""
 
-    def __init__(self, directory: Path, *, first_step: int = 0) -> None:
+    def __init__(self, directory: Path, score: Score = BITS_PER_BYTE, *, first_step: int = 0) -> None:
         """Continues the log of a run after `first_step` steps: what was recorded beyond it is dropped."""
         path = directory / "metrics.jsonl"
         kept = [record for record in read_json_lines(path) if record["step"] <= first_step]
         write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _TensorBoard(directory / "tb", purge_step=first_step + 1)
+        self._board = _TensorBoard(directory / "tb", score, purge_step=first_step + 1)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
@@ -66,7 +69,7 @@ def _line(record: Mapping[str, Any]) -> str:
 class _TensorBoard:
     """TensorBoard events, as long as they can be written."""
 
-    def __init__(self, directory: Path, *, purge_step: int) -> None:
+    def __init__(self, directory: Path, score: Score, *, purge_step: int) -> None:
         # Imported here: it takes a second, and the configuration and the tests of other modules do not need it.
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -74,7 +77,7 @@ class _TensorBoard:
         self._writer = None
         try:
             self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
-            self._writer.add_custom_scalars(LAYOUT)
+            self._writer.add_custom_scalars(layout(score))
         except OSError as error:
             self._give_up(error)
 

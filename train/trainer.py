@@ -1,37 +1,32 @@
-"""The trainer: the same experiment for every model. It never names an architecture.
+"""The trainer: the same experiment for every model and every objective. It names neither.
 
-The position in the data is the step number, so a run continues exactly from (step, weights, optimiser, generators).
+The position in the data is the step number, so a run continues exactly from (step, weights, optimizer, generators).
 Everything a run leaves is in its directory OUT/NAME; benchmarks read nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
-from .. import archs
+from ..archs import build
 from ..kernels.dispatch import record_backends
 from . import checkpoint
-from .config import CUSTOM, RunConfig, flatten
+from .config import RunConfig, plain
 from .evaluate import evaluate, evaluating
-from .files import read_json, write_json
-from .health import apply_verdict
 from .learner import Learner, NonFiniteError, Update, split_rows
 from .objective import Objective
-from .objectives import open_objective
 from .optim import adamw, learning_rate
 from .progress import Display, farewell, greeting
 from .record import MetricsLog, provenance
+from .run_directory import ResumeError, RunDirectory, RunState
 from .runtime import (
     Interrupted,
     PeakMemory,
@@ -42,13 +37,10 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
+from .verdict import apply_verdict
 from .warm_up import warm_up
 
-__all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer", "train"]
-
-
-class ResumeError(ValueError):
-    """The run directory does not allow what --resume asks for."""
+__all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +51,6 @@ class Outcome:
     """Content of result.json."""
     exit_code: int
     """0 done, 1 failed, 3 out of memory, 130 or 143 stopped by SIGINT or SIGTERM."""
-
-
-def train(run: RunConfig, *, command: Sequence[str] = ()) -> Outcome:
-    """Loads the data, trains and evaluates one model, and writes its run directory.
-
-    Raises:
-        ValueError: if the run cannot start as asked for; what the directory holds is left as it is.
-    """
-    return Trainer(run, open_objective(run, progress=sys.stderr.isatty()), command=command).fit()
 
 
 class Trainer:
@@ -98,30 +81,25 @@ class Trainer:
             torch.set_num_threads(run.train.threads)
         self.run = run
         self.objective = objective
+        self.peak_lr = run.peak_learning_rate()
         self.device = choose_device(run.train.device)
         self.precision = choose_precision(run.train.precision, self.device)
-        self.peak_lr = _peak_learning_rate(run)
-        self._command = command
-        self._clock = clock
-
-        sketch = archs.build(self.model_config, device="meta")
-        state = sketch.init_state(1, run.train.seq_len, device="meta")
+        self._directory = RunDirectory(run)
+        self._command, self._clock = command, clock
+        self._state, self._watch, self._first_step = RunState(), Stopwatch(clock=clock), 0
+        self._found: dict[str, Any] = {}
+        self._backends: Mapping[str, Sequence[str]] = {}
+        sketch = build(self.model_config, device="meta")
+        states = sketch.init_state(1, run.train.seq_len, device="meta")
         self._facts = {
-            **_names(run),
+            "arch": run.arch,
+            "label": run.label,
             "seed": run.seed,
             "n_params": sketch.n_params,
             "n_active_params": sketch.n_active_params,
             "flops_per_token": objective.flops_per_token(sketch),
-            "state_bytes": sum(part.nbytes for part in state if part is not None),
+            "state_bytes": sum(state.nbytes for state in states if state is not None),
         }
-        self._step = self._first_step = self._tokens = 0
-        self._saved_step = -1
-        self._validation: dict[str, Any] | None = None
-        self._sample: str | None = None
-        self._found: dict[str, Any] = {}
-        self._peak_bytes: int | None = None
-        self._doctor: dict[str, Any] | None = None
-        self._watch = Stopwatch(clock=clock)
 
     def fit(self) -> Outcome:
         """Trains to the last step, evaluates, and leaves result.json, whatever happens.
@@ -131,35 +109,40 @@ class Trainer:
         Raises:
             ResumeError, CheckpointError: if the directory is in use, or --resume does not fit what it holds.
         """
-        directory = self.run.directory
-        with _locked(directory):
-            start = self._resume_point()
+        steps = self.run.train.steps
+        with self._directory.locked():
+            start = self._directory.resume_point()
             if start is not None:
-                self._continue_from(checkpoint.read_state(start))
-            with Display(self.run.train.steps, done=self._step) as display:
-                if self._step == self.run.train.steps and (directory / "result.json").exists():
-                    result = read_json(directory / "result.json")
-                    if result["status"] == "done":
-                        display.say(f"{directory} is trained already, to step {self._step}")
-                        return Outcome(result=result, exit_code=0)
+                self._take_up(self._directory.state_at(start, self._experiment(), steps=steps))
+            with Display(steps, self.objective.score, done=self._first_step) as display:
+                result = self._directory.result()
+                if result is not None and result["status"] == "done" and self._first_step == steps:
+                    display.say(f"{self._directory.path} is trained already, to step {steps}")
+                    return Outcome(result=result, exit_code=0)
                 return self._fit(start, display)
 
+    def _take_up(self, state: RunState) -> None:
+        if state.tokens is None:
+            rows = map(self.objective.rows, range(state.step))
+            state = replace(state, tokens=sum(map(self.objective.n_tokens, rows)))
+        self._state, self._first_step = state, state.step
+        self._watch = Stopwatch(**state.stopwatch, clock=self._clock)
+
     def _fit(self, start: Path | None, display: Display) -> Outcome:
-        directory = self.run.directory
-        (directory / "result.json").unlink(missing_ok=True)
+        """Puts run.json before the work and result.json behind it."""
         keep_freed_memory()
-        self._doctor = apply_verdict()
+        verdict = apply_verdict()
         warm_up(self.model_config, self.objective, self.device)
         memory = PeakMemory(self.device)
-        record = self._run_record(memory.method)
-        write_json(directory / "run.json", record)
-        display.say(greeting(record, directory))
+        record = self._run_record(verdict, memory.method)
+        self._directory.begin(record)
+        display.say(greeting(record, self._directory.path))
 
         status, error, exit_code = "failed", None, 1
-        with record_backends() as backends:
+        with record_backends() as self._backends:
             try:
                 with stop_signals() as poll:
-                    self._work(start, memory, backends, display, poll)
+                    self._train(start, memory, display, poll)
                 status, exit_code = "done", 0
             except Interrupted as stop:
                 status, error, exit_code = "interrupted", str(stop), 128 + stop.signum
@@ -174,51 +157,59 @@ class Trainer:
                 if unexpected is not None and error is None:
                     status = "interrupted" if isinstance(unexpected, KeyboardInterrupt) else "failed"
                     error = f"{type(unexpected).__name__}: {unexpected}"
-                result = self._result(status, error, backends)
-                write_json(directory / "result.json", result)
-        display.say(farewell(result, record, directory))
+                result = self._result(status, error)
+                self._directory.end(result)
+        display.say(farewell(result, record, self._directory.path))
         return Outcome(result=result, exit_code=exit_code)
 
-    def _work(
-        self,
-        start: Path | None,
-        memory: PeakMemory,
-        backends: Mapping[str, Sequence[str]],
-        display: Display,
-        poll: Callable[[], None],
-    ) -> None:
-        run, directory = self.run, self.run.directory
-        self.objective.data.tokenizer.save(directory / "tokenizer.json")
+    def _train(self, start: Path | None, memory: PeakMemory, display: Display, poll: Callable[[], None]) -> None:
+        """Trains from a checkpoint, or from nothing, to the last step."""
+        run, objective = self.run, self.objective
+        objective.data.tokenizer.save(self._directory.path / "tokenizer.json")
         torch.manual_seed(run.seed)
-        model = self.objective.prepare(archs.build(self.model_config, device=self.device))
-        learner = Learner(model, self.objective)
+        model = objective.prepare(build(self.model_config, device=self.device))
+        learner = Learner(model, objective)
         optimizer = adamw(model, run.optim)
         if start is not None:
             checkpoint.restore(start, model=model, optimizer=optimizer)
-        update = Update(learner, self.objective, optimizer, precision=self.precision, clip=run.optim.clip)
-        with contextlib.closing(MetricsLog(directory, first_step=self._step)) as log:
+        update = Update(learner, objective, optimizer, precision=self.precision, clip=run.optim.clip)
+
+        def save() -> None:
+            self._state = replace(self._state, stopwatch=self._watch.state)
+            self._directory.save(self._state, experiment=self._experiment(), model=model, optimizer=optimizer)
+
+        log = MetricsLog(self._directory.path, objective.score, first_step=self._first_step)
+        with contextlib.closing(log):
             try:
                 while True:
-                    if self._due(run.train.eval_every) and (self._validation or {}).get("step") != self._step:
+                    if self._is_due(run.train.eval_every) and not self._is_validated():
                         self._validate(learner, log, display, poll)
-                    if self._due(run.train.checkpoint_every):
-                        self._save(model, optimizer)
-                    if self._step == run.train.steps:
+                    if self._is_due(run.train.checkpoint_every):
+                        save()
+                    if self._state.step == run.train.steps:
                         break
                     poll()
                     values = self._update(update)
-                    self._peak_bytes = max(self._peak_bytes or 0, memory.peak_bytes())
-                    if self._step == self._first_step + 1:
-                        record = read_json(directory / "run.json")
-                        write_json(directory / "run.json", record | {"backends": _lists(backends)})
-                    if self._step == 1 or self._due(run.train.log_every):
+                    self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
+                    if self._state.step == self._first_step + 1:
+                        self._directory.add(backends=self._backends_run())
+                    if self._state.step == 1 or self._is_due(run.train.log_every):
                         self._log(values, log, display)
                 display.doing("examining")
                 with evaluating(model, self.precision):
-                    self._found = self.objective.examine(model, poll=poll)
+                    self._found = objective.examine(model, poll=poll)
             except Interrupted:
-                self._save(model, optimizer)
+                save()
                 raise
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that happens each `every` steps (0: at the end only) happens now."""
+        step = self._state.step
+        return step == self.run.train.steps or bool(step and every and step % every == 0)
+
+    def _is_validated(self) -> bool:
+        """Whether the last validation is of this step."""
+        return self._state.validation is not None and self._state.validation["step"] == self._state.step
 
     def _update(self, update: Update) -> dict[str, float]:
         """Makes one update and returns its metrics.
@@ -226,138 +217,89 @@ class Trainer:
         Raises:
             NonFiniteError: before the update, if the loss or the gradient is not finite.
         """
-        run = self.run
-        lr = learning_rate(self._step, peak=self.peak_lr, steps=run.train.steps, config=run.optim)
+        run, step = self.run, self._state.step
+        lr = learning_rate(step, peak=self.peak_lr, steps=run.train.steps, config=run.optim)
         with self._watch.step() as count:
-            rows = self.objective.rows(self._step)
+            rows = self.objective.rows(step)
             n_tokens = self.objective.n_tokens(rows)
             count(n_tokens)
-            parts = split_rows(rows, run.train.grad_accumulation)
+            batches = [self.objective.collate(part) for part in split_rows(rows, run.train.grad_accumulation)]
             try:
-                values = update([self.objective.collate(part) for part in parts], lr)
+                values = update(batches, lr)
             except NonFiniteError as error:
                 raise NonFiniteError(
-                    f"step {self._step + 1}: {error} at learning rate {lr:.3g}; this update was not made: "
+                    f"step {step + 1}: {error} at learning rate {lr:.3g}; this update was not made: "
                     f"try a lower --optim.lr or a longer --optim.warmup"
                 ) from None
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        self._step += 1
-        self._tokens += n_tokens
+        self._state = replace(self._state, step=step + 1, tokens=(self._state.tokens or 0) + n_tokens)
         return {"train/lr": lr, **{f"train/{name}": value for name, value in values.items()}}
 
     def _log(self, values: Mapping[str, float], log: MetricsLog, display: Display) -> None:
-        rate = self._watch.lap()
+        rate, state = self._watch.lap(), self._state
         record = {
             **self._position(),
             **values,
             "perf/tokens_per_second": rate,
-            "perf/peak_bytes": self._peak_bytes,
+            "perf/peak_bytes": state.peak_bytes,
         }
         log.append(record)
-        tokens_left = (self.run.train.steps - self._step) * self._tokens / self._step
+        tokens_left = (self.run.train.steps - state.step) * (state.tokens or 0) / state.step
         display.trained(record, seconds_left=tokens_left / rate if rate else 0.0)
 
     def _validate(self, learner: Learner, log: MetricsLog, display: Display, poll: Callable[[], None]) -> None:
-        run, objective = self.run.train, self.objective
+        """Judges the model by held-out rows, and lets it write something."""
+        settings, objective, step = self.run.train, self.objective, self._state.step
         display.doing("validating")
-        rows = objective.held_out(run.final_eval_tokens if self._step == run.steps else run.eval_tokens)
-        rows_at_once = run.batch_size // run.grad_accumulation
+        rows = objective.held_out(settings.final_eval_tokens if step == settings.steps else settings.eval_tokens)
+        rows_at_once = settings.batch_size // settings.grad_accumulation
         found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
         # whole numbers, such as bytes read, are facts of the result and no curves
         curves = {f"val/{name}": value for name, value in found.items() if isinstance(value, float)}
         record = self._position() | curves
         log.append(record)
         display.validated(record)
-        self._validation = {"step": self._step, **found}
-        if run.sample_tokens:
+        self._state = replace(self._state, validation={"step": step, **found})
+        if settings.sample_tokens:
             with evaluating(learner, self.precision):
-                self._sample = objective.sample(learner.model)
-            log.append({"step": self._step, "sample": self._sample})
+                sample = objective.sample(learner.model)
+            if sample is not None:
+                self._state = replace(self._state, sample=sample)
+                log.append({"step": step, "sample": sample})
         display.doing("training")
 
-    def _save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self._step == 0 or self._step == self._saved_step:
-            return
-        state = {
-            "experiment": self._experiment(),
-            "validation": self._validation,
-            "sample": self._sample,
-            "peak_bytes": self._peak_bytes,
-            "stopwatch": self._watch.state,
-        }
-        root, keep = self.run.directory / "checkpoints", self.run.train.keep_checkpoints
-        checkpoint.save(root, self._step, model=model, optimizer=optimizer, state=state, keep=keep)
-        self._saved_step = self._step
-
-    def _due(self, every: int) -> bool:
-        """Whether something that happens each `every` steps (0: at the end only) happens now."""
-        return self._step == self.run.train.steps or bool(self._step and every and self._step % every == 0)
-
     def _position(self) -> dict[str, Any]:
-        return {"step": self._step, "tokens": self._tokens, "seconds": self._watch.seconds}
-
-    def _resume_point(self) -> Path | None:
-        run, directory = self.run, self.run.directory
-        if run.resume == "never":
-            if (directory / "run.json").exists():
-                raise ResumeError(
-                    f"{directory} already holds a run: choose another --name, remove it, or continue with --resume auto"
-                )
-            return None
-        path = checkpoint.newest(directory / "checkpoints")
-        if path is None and run.resume == "must":
-            raise ResumeError(f"{directory} has no checkpoint to continue from: leave --resume must out to start")
-        return path
+        """What every line of metrics begins with."""
+        return {"step": self._state.step, "tokens": self._state.tokens, "seconds": self._watch.seconds}
 
     def _experiment(self) -> dict[str, Any]:
         """What must be the same before and after a resume; logging, device and the like may change."""
-        run = self.run
+        run = self.run.to_dict()
         # a schedule that falls knows where it ends: with more steps it would have been another run from the start
-        length = {} if run.optim.schedule == "constant" else {"schedule_steps": run.train.steps}
-        experiment = {
-            "seed": run.seed,
-            "data": {"digest": self.objective.data.digest, "packing": run.data.packing},
-            "train": {"batch_size": run.train.batch_size, "seq_len": run.train.seq_len},
-            "optim": dataclasses.asdict(run.optim) | {"lr": self.peak_lr} | length,
-            "model": self.model_config.to_dict(),
-        }
-        return json.loads(json.dumps(experiment))  # as a checkpoint gives it back: lists for tuples
-
-    def _continue_from(self, state: Mapping[str, Any]) -> None:
-        """Takes up a checkpoint's trainer.json, or refuses to where it is of another experiment."""
-        before, now = flatten(state["experiment"]), flatten(self._experiment())
-        changed = [
-            f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ResumeError(
-                f"the run in {self.run.directory} was made with other settings ({', '.join(changed)}): "
-                f"give the same ones to continue it, or another --name to start a new run"
-            )
-        if state["step"] > self.run.train.steps:
-            raise ResumeError(
-                f"the run in {self.run.directory} is at step {state['step']} already, "
-                f"beyond train.steps={self.run.train.steps}: give more steps, or another --name"
-            )
-        self._step = self._first_step = self._saved_step = state["step"]
-        self._validation, self._sample, self._peak_bytes = state["validation"], state["sample"], state["peak_bytes"]
-        self._watch = Stopwatch(**state["stopwatch"], clock=self._clock)
-        self._tokens = sum(self.objective.n_tokens(self.objective.rows(step)) for step in range(self._step))
-
-    def _run_record(self, peak_memory_method: str) -> dict[str, Any]:
-        run = self.run
+        length = {} if self.run.optim.schedule == "constant" else {"schedule_steps": self.run.train.steps}
         return {
-            "name": run.directory.name,
+            "seed": self.run.seed,
+            "objective": self.objective.experiment(),
+            "data": {"digest": self.objective.data.digest},
+            "train": {key: run["train"][key] for key in ("batch_size", "seq_len")},
+            "optim": run["optim"] | {"lr": self.peak_lr} | length,
+            "model": plain(self.model_config.to_dict()),
+        }
+
+    def _run_record(self, verdict: Mapping[str, Any] | None, peak_memory_method: str) -> dict[str, Any]:
+        run = self.run.to_dict()
+        return {
+            "name": self._directory.path.name,
             **self._facts,
-            "config": run.to_dict() | {"optim": run.to_dict()["optim"] | {"lr": self.peak_lr}},
+            "objective": self.objective.experiment(),
+            "score": self.objective.score.to_dict(),
+            "config": run | {"optim": run["optim"] | {"lr": self.peak_lr}},
             "model": self.model_config.to_dict(),
             "corpus": self.objective.data.summary(),
             "resumed_from_step": self._first_step or None,
             "backends": None,
-            "doctor": self._doctor,
+            "doctor": verdict,
             "provenance": {
                 **provenance(self.device, self._command),
                 "precision": self.precision.name,
@@ -366,60 +308,28 @@ class Trainer:
             },
         }
 
-    def _result(self, status: str, error: str | None, backends: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        validation = self._validation or {}
-        position = self._position()
+    def _result(self, status: str, error: str | None) -> dict[str, Any]:
+        state, score = self._state, self.objective.score
+        metrics = {"loss": None, score.name: None, **(state.validation or {})}
         return {
             **self._facts,
             "status": status,
             "error": error,
-            **{f"val_{name}": validation.get(name) for name in ("bits_per_byte", "loss", "bytes")},
-            "tokens": position["tokens"],
-            "steps": position["step"],
-            "train_seconds": position["seconds"],
+            "score": score.name,
+            **{f"val_{name}": value for name, value in metrics.items() if name != "step"},
+            "tokens": state.tokens,
+            "steps": state.step,
+            "train_seconds": self._watch.seconds,
             "tokens_per_second": self._watch.tokens_per_second,
-            "peak_bytes": self._peak_bytes,
+            "peak_bytes": state.peak_bytes,
             "precision": self.precision.name,
             "device": self.device.type,
-            "backend": _lists(backends),
+            "backend": self._backends_run(),
             "corpus_digest": self.objective.data.digest,
-            "position_bits_per_byte": None,
+            "sample": state.sample,
             **self._found,
-            "sample": self._sample,
         }
 
-
-def _names(run: RunConfig) -> dict[str, str]:
-    """The architecture's name and how text writes it; a model of its own pattern goes by the name of its run."""
-    if run.model.preset == CUSTOM:
-        return {"arch": run.directory.name, "label": run.directory.name}
-    return {"arch": run.model.preset, "label": archs.presets.find(run.model.preset).label}
-
-
-def _peak_learning_rate(run: RunConfig) -> float:
-    if run.optim.lr is not None:
-        return run.optim.lr
-    if run.model.preset == CUSTOM:
-        raise ValueError("optim.lr must be given: a model described by its pattern has no tuned learning rate")
-    return archs.presets.learning_rate(run.model.preset)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    lock = filelock.FileLock(directory / ".lock", timeout=0)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        message = f"another process is training in {directory}: wait for it, or choose another --name"
-        raise ResumeError(message) from None
-    except OSError as error:
-        raise ResumeError(f"cannot write to {directory} ({error.strerror}): choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lists(backends: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    return {op: list(names) for op, names in sorted(backends.items())}
+    def _backends_run(self) -> dict[str, list[str]]:
+        """The backends that ran so far, by operation."""
+        return {op: list(names) for op, names in sorted(self._backends.items())}

@@ -13,7 +13,7 @@ from crossover.benchmarks.doctor import checks
 from crossover.kernels import dispatch, ops
 from crossover.kernels.dispatch import Unsupported, record_backends, switched_off
 from crossover.train import health
-from crossover.train.health import apply_verdict, store_verdict
+from crossover.train.verdict import apply_verdict, store_verdict
 
 OPS = ("linear_cross_entropy", "rms_norm")
 

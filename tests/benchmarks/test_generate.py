@@ -13,7 +13,7 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.generate import Printer
 from crossover.kernels import dispatch
 from crossover.train.data.tokenizer import BytesTokenizer
-from crossover.train.health import store_verdict
+from crossover.train.verdict import store_verdict
 
 Capture = pytest.CaptureFixture[str]
 

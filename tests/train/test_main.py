@@ -40,7 +40,7 @@ def test_the_command_trains_and_says_what_it_made(
     assert main([*options, "--train.steps", "4", "--train.log-every", "2"], prog="crossover train") == 0
     printed = capsys.readouterr().out
     assert "step 4/4" in printed
-    assert "bits per byte on held-out text (zlib needs" in printed
+    assert "bits per byte of held-out text (zlib needs" in printed
     record = read_json(tmp_path / "run" / "run.json")
     assert record["provenance"]["command"].startswith("crossover train --model.preset lstm")
 

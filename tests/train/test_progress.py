@@ -24,7 +24,7 @@ def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines() == [
         "[model] 100 %",
         "step 5/10  loss 1.250  1,234 tokens/s  1:05 min left",
-        "step 5/10  held-out text: 2.000 bits per byte",
+        "step 5/10  held out: 2.000 bits per byte",
     ]
 
 

@@ -17,11 +17,12 @@ from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig
 from crossover.train.data import Corpus, train_batch
 from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
-from crossover.train.health import store_verdict
 from crossover.train.learner import Learner
 from crossover.train.objectives.next_token import NextToken, Tokens
 from crossover.train.runtime import choose_precision
+from crossover.train.score import Score
 from crossover.train.trainer import Outcome, ResumeError, Trainer
+from crossover.train.verdict import store_verdict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -479,7 +480,7 @@ def test_a_run_stopped_in_its_last_evaluation_only_finishes_that(
         patch.setattr(NextToken, "by_position", stopped)
         before = fit(run, corpus)
     assert (before.exit_code, before.result["steps"]) == (143, 6)
-    assert before.result["position_bits_per_byte"] is None
+    assert "position_bits_per_byte" not in before.result
     after = fit(run, corpus).result
     assert after["status"] == "done"
     assert after["position_bits_per_byte"] is not None
@@ -518,7 +519,7 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path, cor
         ("optim", "lr", 1e-3, "optim.lr 0.003 -> 0.001"),
         ("optim", "betas", [0.5, 0.9], r"optim.betas [0.9, 0.95] -> [0.5, 0.9]"),
         ("model", "d_model", 64, "model.d_model 32 -> 64"),
-        ("data", "packing", "reset", "data.packing concat -> reset"),
+        ("data", "packing", "reset", "objective.packing concat -> reset"),
         (None, "seed", 1, "seed 0 -> 1"),
     ],
 )
@@ -625,3 +626,42 @@ def test_an_encoder_is_not_trained_to_predict_what_it_sees(
         ValueError, match="a token sees those to come, the answers to predicting the next one: train a c"
     ):
         fit(with_model(tmp_path, **model), corpus)
+
+
+@pytest.mark.parametrize("file", ["result.json", "checkpoints/step-00000006/manifest.json"])
+def test_what_a_newer_version_wrote_is_refused_in_one_sentence_and_left_alone(
+    file: str, tmp_path: Path, corpus: Corpus
+) -> None:
+    run = config(tmp_path)
+    fit(run, corpus)
+    path = run.directory / file
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    before = path.read_text()
+    with pytest.raises(ResumeError, match=rf"{file} has format 2, and this version of crossover reads up to 1:"):
+        fit(run, corpus)
+    assert path.read_text() == before
+
+
+class Guessing(NextToken):
+    """An objective that is judged by a share, of which more is better."""
+
+    score = Score(name="accuracy", unit="right", words="share of right guesses", better="higher")
+
+    def metrics(self, means: Any, rows: Any) -> dict[str, float]:
+        return {"accuracy": 0.25 + means["loss"] / 100}
+
+
+def test_an_objective_has_a_score_of_its_own(
+    tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = config(tmp_path)
+    result = Trainer(run, Guessing(corpus, seed=0, train=run.train)).fit().result
+    assert result["score"] == "accuracy"
+    assert 0.25 < result["val_accuracy"] < 0.35
+    assert "val_bits_per_byte" not in result
+    assert metrics(run, "val/accuracy") == [(6, result["val_accuracy"])]
+    assert read_json(run.directory / "run.json")["score"] == Guessing.score.to_dict()
+    printed = capsys.readouterr().out
+    assert f"held out: {result['val_accuracy']:.3f} right" in printed
+    assert f"{result['val_accuracy']:.3f} share of right guesses after" in printed
+    assert "zlib" not in printed

@@ -154,7 +154,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
 
     def experiment(self) -> dict[str, Any]:
         """See Objective.experiment."""
-        return {"packing": self.packing}
+        return {"kind": "next_token", "packing": self.packing}
 
     def _position_len(self, config: Any) -> int:
         """Longest window of the loss by position: a model is read as far as its positions go."""

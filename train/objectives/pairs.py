@@ -179,6 +179,10 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
             return model.training_flops_per_token(length) * length / n_target
         return model.training_flops_per_token(n_target, n_source)
 
+    def experiment(self) -> dict[str, Any]:
+        """See Objective.experiment."""
+        return {"kind": "pairs"}
+
     def sample(self, model: Any) -> str:
         """A held-out source and the most likely target, token by token; nothing is drawn."""
         stop, (source, _) = self.pairs.separator, self.pairs.val[0]

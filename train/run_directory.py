@@ -1,0 +1,187 @@
+"""What a run leaves in its directory, and how it is taken up again: lock, run.json, result.json, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import RunConfig, flatten
+from .files import FormatError, read_json, write_json
+
+__all__ = ["ResumeError", "RunDirectory", "RunState"]
+
+
+class ResumeError(ValueError):
+    """The run directory does not allow what --resume asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run has come: all that survives a resume besides weights, optimizer and generators."""
+
+    step: int = 0
+    """Updates made, which is the position in the data."""
+    tokens: int | None = 0
+    """Tokens trained on; None where a checkpoint of before December 2026 does not say."""
+    stopwatch: Mapping[str, Any] = field(default_factory=dict)
+    """What `Stopwatch` continues from."""
+    peak_bytes: int | None = None
+    """Most memory used so far."""
+    validation: Mapping[str, Any] | None = None
+    """Metrics of the last validation, with its "step"."""
+    sample: str | None = None
+    """Text written at the last validation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what trainer.json holds of it, as JSON values."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads trainer.json, which holds more than this."""
+        known: dict[str, Any] = {item.name: values.get(item.name) for item in dataclasses.fields(cls)}
+        validation = known["validation"]
+        if validation and "n_bytes" in validation:  # its name until December 2026
+            known["validation"] = {"bytes" if key == "n_bytes" else key: value for key, value in validation.items()}
+        return cls(**known)
+
+
+class RunDirectory:
+    """The directory OUT/NAME of one run."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.path = run.directory
+        self._resume = run.resume
+        self._checkpoints = self.path / "checkpoints"
+        self._keep = run.train.keep_checkpoints
+        self._saved_step: int | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the directory and holds its lock.
+
+        Raises:
+            ResumeError: if another process holds it, or nothing can be written there.
+        """
+        lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            message = f"another process is training in {self.path}: wait for it, or choose another --name"
+            raise ResumeError(message) from None
+        except OSError as error:
+            raise ResumeError(f"cannot write to {self.path} ({error.strerror}): choose another --out") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def resume_point(self) -> Path | None:
+        """The checkpoint to continue from, or None to start.
+
+        Raises:
+            ResumeError, CheckpointError: if --resume does not fit what the directory holds.
+        """
+        if self._resume == "never":
+            if (self.path / "run.json").exists():
+                raise ResumeError(
+                    f"{self.path} already holds a run: choose another --name, remove it, or continue with --resume auto"
+                )
+            return None
+        with _refusing_newer_formats():
+            path = checkpoint.newest(self._checkpoints)
+        if path is None and self._resume == "must":
+            raise ResumeError(f"{self.path} has no checkpoint to continue from: leave --resume must out to start")
+        return path
+
+    def state_at(self, start: Path, experiment: Mapping[str, Any], *, steps: int) -> RunState:
+        """The state of a checkpoint of this experiment, which is to have `steps` steps.
+
+        Raises:
+            ResumeError: if it is of another experiment, or beyond these steps already.
+        """
+        with _refusing_newer_formats():
+            stored = checkpoint.read_state(start)
+        before, now = flatten(_of_today(stored["experiment"])), flatten(experiment)
+        changed = [
+            f"{key} {before.get(key)} -> {now.get(key)}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ResumeError(
+                f"the run in {self.path} was made with other settings ({', '.join(changed)}): "
+                f"give the same ones to continue it, or another --name to start a new run"
+            )
+        state = RunState.from_dict(stored)
+        if state.step > steps:
+            raise ResumeError(
+                f"the run in {self.path} is at step {state.step} already, "
+                f"beyond train.steps={steps}: give more steps, or another --name"
+            )
+        self._saved_step = state.step
+        return state
+
+    def save(
+        self,
+        state: RunState,
+        *,
+        experiment: Mapping[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Publishes a checkpoint, unless nothing was trained since the last one."""
+        if state.step in (0, self._saved_step):
+            return
+        content = {"experiment": experiment, **state.to_dict()}
+        checkpoint.save(self._checkpoints, state.step, model=model, optimizer=optimizer, state=content, keep=self._keep)
+        self._saved_step = state.step
+
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds; None where the run has not ended yet."""
+        path = self.path / "result.json"
+        with _refusing_newer_formats():
+            return read_json(path) if path.exists() else None
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Writes run.json, and removes the result of an earlier attempt."""
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_json(self.path / "run.json", record)
+
+    def add(self, **entries: Any) -> None:
+        """Writes what is known by now into run.json."""
+        path = self.path / "run.json"
+        write_json(path, read_json(path) | entries)
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json."""
+        write_json(self.path / "result.json", result)
+
+
+@contextlib.contextmanager
+def _refusing_newer_formats() -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise ResumeError(str(error)) from None
+
+
+def _of_today(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint compares, in the words of today: until December 2026 [data] said what was learned."""
+    if "objective" in experiment:
+        return dict(experiment)
+    data = dict(experiment["data"])
+    packing = data.pop("packing", "concat")
+    reads_pairs = "source" in experiment["model"]
+    objective = {"kind": "pairs"} if reads_pairs else {"kind": "next_token", "packing": packing}
+    return {**experiment, "data": data, "objective": objective}
