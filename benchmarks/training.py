@@ -78,7 +78,7 @@ _NOT_THE_EXPERIMENT = frozenset(
 
 def _differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
     """Settings in which a recorded run is another experiment. None and 'auto' agree with what they were resolved to."""
-    recorded = flatten(found)
+    recorded = flatten(RunConfig.from_dict(found).to_dict())
     return [
         f"{path} {recorded.get(path)} instead of {value}"
         for path, value in flatten(run.to_dict()).items()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from crossover.benchmarks import cli
-from crossover.train.config import parse
+from crossover.train.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, parse
+    from .command_line import parse
+    from .config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
     from .run import train
     from .trainer import Outcome, Trainer
 
 __all__ = [
     "DataConfig",
     "ModelSpec",
+    "ObjectiveSpec",
     "OptimConfig",
     "Outcome",
     "RunConfig",
@@ -34,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "parse":
+        from .command_line import parse
+
+        return parse
     if name in __all__:
         from . import config
 

@@ -7,7 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from .config import RunConfig, parse
+from .command_line import parse
+from .config import RunConfig
 
 __all__ = ["main"]
 

@@ -1,22 +1,24 @@
-"""RunConfig: everything that decides a run, from TOML run files and the command line, as frozen plain data.
+"""RunConfig: everything that decides a run, as frozen plain data.
 
-Nothing here imports torch, so that `--help` and a typing mistake answer at once. A run file is turned into arguments
-and the command line is appended to them: one parser checks both, and the option typed last wins.
+Run files and run.json are read by `RunConfig.from_dict`, the command line by command_line.py, whose parser finds its
+metavars and aliases in the annotations here. Nothing imports torch, so that `--help` and a typing mistake answer at
+once.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import copy
 import dataclasses
 import difflib
 import json
 import math
 import re
-import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -31,12 +33,13 @@ __all__ = [
     "Count",
     "DataConfig",
     "ModelSpec",
+    "ObjectiveSpec",
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
     "count",
     "flatten",
-    "parse",
+    "from_plain",
     "plain",
 ]
 
@@ -95,6 +98,35 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _merged(options: Mapping[str, Any], entries: Sequence[str], section: str) -> dict[str, Any]:
+    """Nested tables of options with "dotted.key=TOML value" entries over them, the later over the earlier."""
+    merged: dict[str, Any] = copy.deepcopy(dict(options))
+    for given in entries:
+        _merge(merged, _read_entry(given, section), f"{section}.set {given!r}")
+    return merged
+
+
+def _read_entry(entry: str, section: str) -> dict[str, Any]:
+    key, equals, value = entry.partition("=")
+    _require(bool(equals) and bool(key.strip()), f"{section}.set {entry!r} is not of the form key=value")
+    for text in (entry, f"{key}={json.dumps(value, ensure_ascii=False)}"):  # a bare word is a string
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError:
+            continue
+    raise ValueError(f"{section}.set {entry!r} is not of the form key=value")
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
+    for key, value in new.items():
+        old = into.get(key, value)
+        _require(isinstance(old, dict) == isinstance(value, dict), f"{where} contradicts an earlier {key}")
+        if isinstance(value, dict):
+            _merge(into.setdefault(key, {}), value, where)
+        else:
+            into[key] = value
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The model: a preset and its size, or a [model] table of a run file that spells out the pattern."""
@@ -122,13 +154,15 @@ class ModelSpec:
     """Number of layers."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Any other option of the model or of its mixers and ffns, as key=TOML value: --model.set d_state=32."""
+    options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = field(default_factory=dict, hash=False)
+    """The same as nested tables, from the [model] table of a run file."""
 
     def __post_init__(self) -> None:
         _require(bool(self.preset), "model.preset must not be empty")
         for name in ("n_params", "d_model", "n_layers"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
-        options = self.options()
+        options = self.all_options()
         _require("vocab_size" not in options, "model.vocab_size comes from the tokenizer (--tokenizer): leave it out")
         for name in ("preset", "n_params", "d_model", "n_layers"):
             _require(name not in options, f"model.set {name}=...: use --model.{name.replace('_', '-')} instead")
@@ -139,12 +173,9 @@ class ModelSpec:
                 "model.n_params sizes a preset, and this model gives its own pattern: leave one of the two out",
             )
 
-    def options(self) -> dict[str, Any]:
-        """Returns `set` as nested tables; a later entry replaces an earlier one of the same key."""
-        merged: dict[str, Any] = {}
-        for entry in self.set:
-            _merge(merged, _read_option(entry), entry)
-        return merged
+    def all_options(self) -> dict[str, Any]:
+        """Returns `options` and, over them, `set` as nested tables."""
+        return _merged(self.options, self.set, "model")
 
     def configure(self, vocab_size: int) -> ModelConfig:
         """Returns the complete model configuration for a tokenizer of `vocab_size` tokens.
@@ -155,10 +186,31 @@ class ModelSpec:
         from .. import archs
 
         sizes = {name: getattr(self, name) for name in ("n_params", "d_model", "n_layers")}
-        options = {name: size for name, size in sizes.items() if size is not None} | self.options()
+        options = {name: size for name, size in sizes.items() if size is not None} | self.all_options()
         if self.preset == CUSTOM:
             return archs.ModelConfig.from_dict({**options, "vocab_size": vocab_size})
         return archs.configure(self.preset, vocab_size=vocab_size, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSpec:
+    """What a model learns from the data."""
+
+    kind: Annotated[str, tyro.conf.arg(aliases=("--objective",), metavar="NAME")] = "next_token"
+    """Name of the objective: next_token, or pairs (a target from its source, both columns of the data)."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Any option of the objective, as key=TOML value: --objective.set packing=reset (next_token: forget at the start of
+    each document in a window), --objective.set target=summary (pairs: the column)."""
+    options: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[str, Any]]] = field(default_factory=dict, hash=False)
+    """The same as tables, from the [objective] table of a run file."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.kind), "objective.kind must not be empty")
+        self.all_options()
+
+    def all_options(self) -> dict[str, Any]:
+        """Returns `options` and, over them, `set` as nested tables."""
+        return _merged(self.options, self.set, "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +218,14 @@ class DataConfig:
     """The text and how it becomes tokens."""
 
     source: Annotated[str, tyro.conf.arg(aliases=("--data",), metavar="stdlib|PATH|hf:NAME[:CONFIG]")] = "stdlib"
-    """The running Python's own library sources, a file or folder (text, JSONL, Parquet), or a Hugging Face data set."""
-    rows: Literal["documents", "pairs"] = "documents"
-    """What a model learns from: texts, or the pairs {"source": "...", "target": "..."} in the lines of a JSONL file."""
+    """The running Python's own library sources, a file or folder (text, JSON lines, CSV, Parquet, also compressed), or
+    a Hugging Face data set."""
     column: str = "text"
-    """Column that holds the text in JSONL, Parquet and Hugging Face data sets."""
+    """Column that holds the text in JSON lines, CSV, Parquet and Hugging Face data sets."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=("--tokenizer",), metavar="bytes|bpe:SIZE|FILE")] = "bytes"
     """Bytes as they are, a byte-level BPE trained on the training split, or a tokenizer.json."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation."""
-    packing: Literal["concat", "reset"] = "concat"
-    """Whether a model sees across the end of a document in its window, or forgets at each start."""
     cache: Annotated[
         Path | None,
         _value(Path, "PATH", optional=True),
@@ -312,6 +361,7 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     """Continue from the newest checkpoint if there is one; only so; or refuse a directory that holds a run."""
     model: ModelSpec = ModelSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -360,12 +410,29 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`, also of earlier versions. In [model] and [objective], other keys are their options.
 
         Raises:
-            ValueError: for a key that no configuration has, with the dotted path and the nearest name.
+            ValueError: for a key that no configuration has, with the dotted path and the nearest name, or for a value
+                of another type.
         """
-        return _from_dict(cls, values, "")
+        tables = _upgraded(values)
+        for name, spec in (("model", ModelSpec), ("objective", ObjectiveSpec)):
+            if isinstance(tables.get(name), Mapping):
+                tables[name] = _with_options(spec, tables[name])
+        return from_plain(cls, tables)
+
+
+def _with_options(spec: type[Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table whose keys that are no fields of the spec stand under its field `options`."""
+    own = {item.name for item in dataclasses.fields(spec)}
+    others = {key: value for key, value in table.items() if key not in own}
+    values = {key: value for key, value in table.items() if key in own}
+    if others:
+        values["options"] = {**values.get("options", {}), **others}
+    if spec is ModelSpec and "preset" not in values and "pattern" in values.get("options", {}):
+        values["preset"] = CUSTOM
+    return values
 
 
 def plain(value: Any) -> Any:
@@ -387,144 +454,71 @@ def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return leaves
 
 
-def parse(argv: Sequence[str], prog: str) -> RunConfig:
-    """Reads `[RUN.toml] [--option value ...]`; the options override the file.
+def from_plain(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Makes a frozen dataclass of JSON or TOML values.
 
-    A mistake prints one message with the nearest valid option and raises SystemExit(2); `--help` raises SystemExit(0).
+    Args:
+        cls: the dataclass; its fields may be dataclasses.
+        values: values of its fields by name. A count may be text, such as "1M".
+        path: where they stand, for messages: "optim.".
+
+    Raises:
+        ValueError: for a key that there is not, with the nearest one, or a value of another type.
     """
-    path = _run_file(argv)
-    try:
-        command = tyro.cli(
-            _CommandLine,
-            prog=prog if path is None else f"{prog} {path}",
-            description="Trains one language model and writes its weights, metrics and result to OUT/NAME.",
-            args=[*([] if path is None else _arguments(_read_toml(path))), *argv],
-            config=(),
-        )
-    except ValueError as error:  # of the file, or of RunConfig itself; tyro shows those of its parts
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    run = command.run
-    if path is not None and not run.name:
-        run = dataclasses.replace(run, name=path.stem)
-    return run
-
-
-@dataclass(frozen=True)
-class _CommandLine:
-    run_file: Annotated[
-        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN.toml]", help_behavior_hint="(optional)")
-    ] = None
-    """Run file: the options below as TOML, in the tables [model], [data], [optim] and [train]."""
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
-
-
-def _run_file(argv: Sequence[str]) -> Path | None:
-    """Finds the run file before the parser runs, because its content is part of what is parsed."""
-    for index, argument in enumerate(argv):
-        is_value = index > 0 and argv[index - 1].startswith("-") and "=" not in argv[index - 1]
-        if not argument.startswith("-") and not is_value and (index == 0 or argument.endswith(".toml")):
-            return Path(argument)
-    return None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the run file {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-
-
-def _arguments(table: Mapping[str, Any]) -> list[str]:
-    """Turns the content of a run file into command-line arguments."""
-    arguments = []
-    for key, value in table.items():
-        if key == "model" and isinstance(value, Mapping):
-            arguments += _model_arguments(value)
-        elif isinstance(value, Mapping):
-            for inner, inner_value in value.items():
-                arguments += _argument(f"{key}.{inner}", inner_value)
-        else:
-            arguments += _argument(key, value)
-    return arguments
-
-
-def _model_arguments(table: Mapping[str, Any]) -> list[str]:
-    own = {field.name for field in dataclasses.fields(ModelSpec)}
-    arguments = [] if "preset" in table or "pattern" not in table else [f"--model.preset={CUSTOM}"]
-    for key, value in table.items():
-        if key == "set":
-            arguments += [f"--model.set={entry}" for entry in value]
-        elif key in own:
-            arguments += _argument(f"model.{key}", value)
-        else:
-            arguments += [f"--model.set={entry}" for entry in _flatten(key, value)]
-    return arguments
-
-
-def _argument(path: str, value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        raise ValueError(f"[{path}] is a table where a value is expected")
-    option = "--" + path.replace("_", "-")
-    if isinstance(value, list):
-        return [option, *map(str, value)]
-    return [f"{option}={value}"]  # one word, so that a negative number is not taken for an option
-
-
-def _flatten(path: str, value: Any) -> Iterable[str]:
-    """Yields "dotted.path=TOML value" for each leaf of a table."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flatten(f"{path}.{_toml_key(key)}", inner)
-        return
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)  # of these values, JSON is TOML
-    except (TypeError, ValueError):
-        raise ValueError(f"model.{path}={value!r} is neither a number, a string, a truth value nor a list") from None
-    yield f"{path}={text}"
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
-
-
-def _read_option(entry: str) -> dict[str, Any]:
-    key, equals, value = entry.partition("=")
-    _require(bool(equals) and bool(key.strip()), f"model.set {entry!r} is not of the form key=value")
-    for text in (entry, f"{key}={json.dumps(value, ensure_ascii=False)}"):  # a bare word is a string
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
-            continue
-    raise ValueError(f"model.set {entry!r} is not of the form key=value")
-
-
-def _merge(into: dict[str, Any], new: Mapping[str, Any], entry: str) -> None:
-    for key, value in new.items():
-        old = into.get(key, value)
-        _require(isinstance(old, dict) == isinstance(value, dict), f"model.set {entry!r} contradicts an earlier {key}")
-        if isinstance(value, dict):
-            _merge(into.setdefault(key, {}), value, entry)
-        else:
-            into[key] = value
-
-
-def _from_dict(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {path}{key}: perhaps you meant {path}{nearest}")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}.") for key, value in values.items()})
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            remedy = f": perhaps you meant {path}{nearest[0]}" if nearest else ", as it has no options"
+            raise ValueError(f"unknown key {path}{key}{remedy}")
+    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Gives a JSON value the type of its field, where JSON has lost it."""
+    """A JSON or TOML value as the type of its field."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return None if value is None and len(kinds) < len(typing.get_args(hint)) else _convert(kinds[0], value, path)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, path)
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if Path in kinds and value is not None:
+        _require(isinstance(value, Mapping), f"{path}={value!r} is a value where a table is expected")
+        return from_plain(hint, value, f"{path}.")
+    origin = typing.get_origin(hint) or hint
+    if origin is Mapping or origin is collections.abc.Mapping:
+        _require(isinstance(value, Mapping), f"{path}={value!r} is a value where a table is expected")
+        return dict(value)
+    _require(not isinstance(value, Mapping), f"[{path}] is a table where a value is expected")
+    if origin is Literal:
+        known = typing.get_args(hint)
+        _require(value in known, f"{path}={value!r} is none of {', '.join(map(repr, known))}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{path}={value!r} is no list")
+        kinds = typing.get_args(hint)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        _require(len(kinds) == len(value), f"{path}={list(value)} should have {len(kinds)} entries")
+        return tuple(_convert(kind, entry, path) for kind, entry in zip(kinds, value, strict=True))
+    if hint is int and isinstance(value, str):
+        try:
+            return count(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if hint is Path and isinstance(value, str):
         return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and (hint is bool) == isinstance(value, bool)):
+        return value
+    raise ValueError(f"{path}={value!r} should be of type {hint.__name__}")
+
+
+def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in the words of today: until December 2026, [data] said what was learned."""
+    data = values.get("data")
+    if not isinstance(data, Mapping) or not {"rows", "packing"} & set(data):
+        return dict(values)
+    data = dict(data)
+    rows, packing = data.pop("rows", "documents"), data.pop("packing", None)
+    objective: dict[str, Any] = {"kind": "pairs" if rows == "pairs" else "next_token"}
+    if rows != "pairs" and packing not in (None, "concat"):
+        objective["options"] = {"packing": packing}
+    return {**values, "data": data, "objective": objective | dict(values.get("objective", {}))}

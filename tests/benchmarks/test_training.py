@@ -17,7 +17,8 @@ from crossover.benchmarks.training import (
     size,
     train_runs,
 )
-from crossover.train.config import RunConfig, parse
+from crossover.train.command_line import parse
+from crossover.train.config import RunConfig
 
 from .fake_runs import append_line, write_json
 

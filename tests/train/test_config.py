@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from crossover.archs import ModelConfig, build, configure
-from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig, count, parse
+from crossover.train.command_line import parse
+from crossover.train.config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig, count
+from crossover.train.objectives import open_objective
 
 
 def run_of(*argv: str) -> RunConfig:
@@ -69,10 +72,9 @@ def test_options_override_the_run_file_and_the_file_the_defaults(tmp_path: Path)
     )
 
 
-def test_a_run_file_may_stand_behind_the_options(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("seed = 3\n")
-    assert run_of("--train.steps", "7", str(file)) == run_of(str(file), "--train.steps", "7")
+def test_a_run_file_is_the_first_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text("seed = 3\n")
+    assert "mine.toml" in error_of(capsys, "--train.steps", "7", str(tmp_path / "mine.toml"))
 
 
 def test_a_tokenizer_file_is_not_taken_for_the_run_file(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_options_of_a_preset_reach_its_layers() -> None:
 
 def test_option_values_are_toml_and_bare_words_are_strings() -> None:
     spec = ModelSpec(set=("a=1", "b=[1, 2]", "c.d=true", "e=word", 'f="x=y"', "a=2"))
-    assert spec.options() == {"a": 2, "b": [1, 2], "c": {"d": True}, "e": "word", "f": "x=y"}
+    assert spec.all_options() == {"a": 2, "b": [1, 2], "c": {"d": True}, "e": "word", "f": "x=y"}
 
 
 @pytest.mark.parametrize(
@@ -159,12 +161,17 @@ def test_a_mistake_is_answered_in_words(options: list[str], expected: str, capsy
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("[train]\nstepz = 3", "--train.steps"),
+        ("[train]\nstepz = 3", "unknown key train.stepz: perhaps you meant train.steps"),
         ("[train]\nsteps = 'many'", "'many' is not a whole number"),
         ("[optim]\nschedule = 'cosin'", "'wsd'"),
         ("[optim]\nlr = -1.0", "optim.lr must be positive"),
         ("steps == 3", "is not valid TOML"),
-        ("[train.deep]\nx = 1", "[train.deep] is a table"),
+        ("[train.steps]\nx = 1", "[train.steps] is a table"),
+        ("train = 3", "train=3 is a value where a table is expected"),
+        ("[train]\nsteps = 3.5", "train.steps=3.5 should be of type int"),
+        ("[train]\nsteps = true", "train.steps=True should be of type int"),
+        ("[optim]\nbetas = [0.9]", "should have 2 entries"),
+        ("[data]\nsource = 3", "data.source=3 should be of type str"),
         ("[model]\npattern = ['mamba']\nn_params = 5", "leave one of the two out"),
     ],
 )
@@ -185,6 +192,7 @@ def test_a_run_file_is_checked_like_the_command_line(
             name="x",
             out=Path("elsewhere"),
             model=ModelSpec(preset="custom", set=('pattern=["mamba"]',)),
+            objective=ObjectiveSpec(kind="pairs", set=("source=a",), options={"target": "b"}),
             data=DataConfig(cache=Path("cache")),
             optim=OptimConfig(lr=1e-3, betas=(0.5, 0.6)),
         ),
@@ -213,3 +221,41 @@ def test_help_explains_every_option_and_imports_no_torch() -> None:
         for field in dataclasses.fields(section):
             assert field.name.replace("_", "-") in printed
     assert "--params" in printed
+
+
+def test_an_objective_and_its_options_come_from_the_file_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[objective]\nkind = "pairs"\nsource = "question"\n')
+    run = run_of(str(file), "--objective.set", "target=answer")
+    assert run.objective.kind == "pairs"
+    assert run.objective.all_options() == {"source": "question", "target": "answer"}
+    assert run_of("--objective", "pairs").objective == ObjectiveSpec(kind="pairs")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--objective", "pears"], "unknown objective 'pears'; did you mean 'pairs'?"),
+        (["--objective.set", "packin=reset"], "unknown key objective.packin: perhaps you meant objective.packing"),
+        (["--objective.set", "packing=both"], "objective.packing='both' is none of 'concat', 'reset'"),
+    ],
+)
+def test_an_objective_that_there_is_not_is_named_with_the_nearest(options: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        open_objective(run_of(*options))
+
+
+def test_the_configuration_of_an_earlier_version_is_read() -> None:
+    old = RunConfig().to_dict()
+    del old["objective"]
+    old["data"] |= {"rows": "documents", "packing": "reset"}
+    assert RunConfig.from_dict(old).objective == ObjectiveSpec(options={"packing": "reset"})
+    old["data"] |= {"rows": "pairs", "packing": "concat"}
+    assert RunConfig.from_dict(old).objective == ObjectiveSpec(kind="pairs")
+
+
+def test_help_shows_the_values_of_the_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text("[train]\nsteps = 12345\n")
+    with pytest.raises(SystemExit):
+        run_of(str(tmp_path / "mine.toml"), "--help")
+    assert "12345" in capsys.readouterr().out

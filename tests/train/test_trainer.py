@@ -13,7 +13,7 @@ import torch
 from crossover.archs import LanguageModel, build, presets
 from crossover.kernels import dispatch
 from crossover.train.checkpoint import newest
-from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from crossover.train.config import ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import Corpus, train_batch
 from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
@@ -52,7 +52,7 @@ def config(tmp_path: Path, arch: str = "lstm", schedule: Any = "cosine", **train
 
 
 def objective(run: RunConfig, corpus: Corpus) -> NextToken:
-    return NextToken(corpus, seed=run.seed, train=run.train, packing=run.data.packing)
+    return NextToken(corpus, seed=run.seed, train=run.train, **run.objective.options)
 
 
 def fit(run: RunConfig, corpus: Corpus, **options: Any) -> Outcome:
@@ -319,7 +319,7 @@ def test_documents_are_forgotten_at_their_start_only_if_packing_says_so(
         return original(self, model, batch)
 
     monkeypatch.setattr(NextToken, "terms", terms)
-    run = RunConfig.from_dict(config(tmp_path).to_dict() | {"data": DataConfig(packing=packing).__dict__})  # pyright: ignore
+    run = replace(config(tmp_path), objective=ObjectiveSpec(options={"packing": packing}))
     fit(run, corpus)
     assert set(seen) == {packing == "reset"}
 
@@ -519,7 +519,7 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path: Path, cor
         ("optim", "lr", 1e-3, "optim.lr 0.003 -> 0.001"),
         ("optim", "betas", [0.5, 0.9], r"optim.betas [0.9, 0.95] -> [0.5, 0.9]"),
         ("model", "d_model", 64, "model.d_model 32 -> 64"),
-        ("data", "packing", "reset", "objective.packing concat -> reset"),
+        ("objective", "options", {"packing": "reset"}, "objective.packing concat -> reset"),
         (None, "seed", 1, "seed 0 -> 1"),
     ],
 )
@@ -606,7 +606,7 @@ def with_model(tmp_path: Path, **model: Any) -> RunConfig:
 
 
 def test_models_with_a_source_are_not_trained_on_text(tmp_path: Path, corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match=r"reads a source and writes a target: give pairs with --data\.rows pairs"):
+    with pytest.raises(ValueError, match=r"reads a source and writes a target: learn --objective pairs"):
         fit(with_model(tmp_path, preset="seq2seq", d_model=32), corpus)
 
 

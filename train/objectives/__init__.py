@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import RunConfig
+from ...archs.registry import nearest
+from ..config import RunConfig, from_plain
 from ..objective import Objective
 from .next_token import NextToken
 from .pairs import Pairs
@@ -23,6 +24,8 @@ def open_objective(run: RunConfig, *, progress: bool = False) -> Objective[Any, 
     Raises:
         ValueError: if the objective or one of its options does not exist, or the data cannot be used.
     """
-    if run.data.rows == "pairs":
-        return Pairs.load(run, Pairs.Config(), progress=progress)
-    return NextToken.load(run, NextToken.Config(packing=run.data.packing), progress=progress)
+    if run.objective.kind not in OBJECTIVES:
+        raise ValueError(f"unknown objective {run.objective.kind!r}{nearest(run.objective.kind, OBJECTIVES)}")
+    cls = OBJECTIVES[run.objective.kind]
+    options = from_plain(cls.Config, run.objective.all_options(), "objective.")
+    return cls.load(run, options, progress=progress)

@@ -39,10 +39,6 @@ class NextTokenConfig:
     packing: Literal["concat", "reset"] = "concat"
     """Whether a model sees across the end of a document in its window, or forgets at each start."""
 
-    def __post_init__(self) -> None:
-        if self.packing not in ("concat", "reset"):
-            raise ValueError(f"packing={self.packing!r} must be 'concat' or 'reset'")
-
 
 class NextToken(Objective[np.ndarray, Tokens]):
     """Language modelling, judged by bits per byte of held-out windows."""
@@ -61,7 +57,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
     def check(self, config: Any) -> None:
         """See Objective.check."""
         if config.kind == "seq2seq":
-            raise ValueError("this model reads a source and writes a target: give pairs with --data.rows pairs")
+            raise ValueError("this model reads a source and writes a target: learn --objective pairs")
         if config.kind == "encoder":
             raise ValueError(
                 "this model is an encoder, in which a token sees those to come, the answers to predicting the next "

@@ -11,7 +11,7 @@ import torch
 from crossover.archs import ModelConfig, build
 from crossover.archs.seq2seq import Seq2SeqConfig
 from crossover.train.checkpoint import newest
-from crossover.train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from crossover.train.config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import DataError
 from crossover.train.evaluate import evaluate
 from crossover.train.files import read_json, read_json_lines
@@ -31,7 +31,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def load(path: Path, **options: Any) -> PairData:
-    return load_pairs(DataConfig(source=str(path), rows="pairs", **{"val_fraction": 0.25, **options}))
+    return load_pairs(DataConfig(source=str(path), **{"val_fraction": 0.25, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def config(tmp_path: Path, arch: str = "seq2seq", **train: Any) -> RunConfig:
         name="run",
         out=tmp_path,
         model=ModelSpec(preset=arch, d_model=32, n_layers=2),
-        data=DataConfig(rows="pairs"),
+        objective=ObjectiveSpec(kind="pairs"),
         optim=OptimConfig(lr=3e-3),
         train=TrainConfig(**(settings | train)),
     )
