@@ -82,36 +82,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: object, words: Sequence[str]) -> int:
     match command:
         case CompareConfig():
-            from .compare import compare
+            from .comparison.compare import compare
 
             return compare(command, command=words)
         case ContextConfig():
-            from .compare import bench_context
+            from .comparison.compare import bench_context
 
             return bench_context(command, command=words)
         case LearningRateConfig():
-            from .learning_rate import bench_lr
+            from .comparison.learning_rate import bench_lr
 
             return bench_lr(command, command=words)
         case KernelsConfig():
-            from .kernels import bench_kernels
+            from .operations.race import bench_kernels
 
             return bench_kernels(command, command=words)
         case DoctorConfig():
-            from .doctor import doctor
+            from .operations.doctor import doctor
 
             return doctor(command)
         case ReportConfig(folder=folder):
-            from .report import write_report
+            from .report.write import write_report
 
             print(write_report(folder))
             return 0
         case GenerateConfig():
-            from .generate import generate
+            from .trained.generate import generate
 
             return generate(command)
         case ConvertConfig():
-            from .convert import convert
+            from .trained.convert import convert
 
             return convert(command)
         case _:

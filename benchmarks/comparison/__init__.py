@@ -1,0 +1,1 @@
+"""The main job: train every architecture at one budget, and tune learning rates."""

@@ -1,0 +1,297 @@
+"""The main job: train every architecture at one budget, measure it against the context length, write the report."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ...train.files import write_json
+from ..config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
+from ..context.cells import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
+from ..harness.processes import Stopped, module_command, stop_on_signals
+from ..harness.progress import Progress, Schedule
+from ..report.write import write_report
+from .runs import Sized, arguments, check_resumable, share, size, train_runs, training_tasks
+
+__all__ = ["bench_context", "check_archs", "compare", "folder_for", "open_corpus", "print_table", "run_configs"]
+
+
+def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
+    """Runs a comparison and returns the exit code: 0, 1 if a run did not finish, 130 or 143 if stopped.
+
+    Raises:
+        ValueError: before any work is done, if the configuration cannot be run.
+    """
+    check_archs(config.archs)
+    with folder_for(config.out, fresh=config.fresh) as logs:
+        corpus = open_corpus(
+            DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer), config.seq_len
+        )
+        sizes = {
+            arch: size(arch, n_params=config.params, vocab_size=corpus.tokenizer.vocab_size, seq_len=config.seq_len)
+            for arch in config.archs
+        }
+        print_sizes(list(sizes.values()))
+        n_runs = len(config.archs) * config.seeds
+        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        runs = run_configs(config, sizes, longest=len(corpus.val) - 1, threads=threads)
+        check_resumable(runs, corpus.digest)
+        provenance = _provenance(config, command)
+        jobs = context_jobs(config, list(sizes.values()), provenance)
+        reusable_cells(config.out / "context.jsonl", jobs)
+        print("\nEach run can be repeated by hand, for example:")
+        print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
+
+        labels = {one.arch: one.label for one in sizes.values()}
+        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        write_json(config.out / "compare.json", record)
+        tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
+        schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
+        progress = Progress(schedule)
+        try:
+            with stop_on_signals():
+                record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
+                write_json(config.out / "compare.json", record)
+                failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
+        except Stopped as stopped:
+            return _stopped(stopped, config.out, command, progress)
+        page = write_report(config.out)
+        _print_headline(config.out)
+        print(f"\nReport: {page}")
+        for name, reason in record["failures"].items():
+            print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
+        _print_failures(failed)
+        return 1 if record["failures"] or failed else 0
+
+
+def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
+    """Measures speed and memory against the context length alone; returns the exit code.
+
+    Raises:
+        ValueError: before any work is done, if the configuration cannot be run.
+    """
+    check_archs(config.archs)
+    with folder_for(config.out, fresh=config.fresh) as logs:
+        sizes = [
+            size(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
+            for arch in config.archs
+        ]
+        provenance = _provenance(config, command)
+        jobs = context_jobs(config, sizes, provenance)
+        reusable_cells(config.out / "context.jsonl", jobs)
+        labels = {one.arch: one.label for one in sizes}
+        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        write_json(config.out / "compare.json", record)
+        progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
+        try:
+            with stop_on_signals():
+                failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
+        except Stopped as stopped:
+            return _stopped(stopped, config.out, command, progress)
+        page = write_report(config.out)
+        _print_headline(config.out)
+        print(f"\nReport: {page}")
+        _print_failures(failed)
+        return 1 if failed else 0
+
+
+def check_archs(archs: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest valid name, if an architecture does not exist."""
+    from ...archs.presets import find
+
+    for arch in archs:
+        find(arch)
+
+
+@contextlib.contextmanager
+def folder_for(out: Path, *, fresh: bool) -> Iterator[Path]:
+    """Makes the output folder and holds its lock; yields the folder for logs. `fresh` moves old content aside first."""
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another command is working in {out}; wait for it or give another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {out} ({error.strerror}); give another --out") from error
+    try:
+        if fresh:
+            _move_aside(out)
+        logs = out / "logs"
+        logs.mkdir(exist_ok=True)
+        yield logs
+    finally:
+        lock.release()
+
+
+def _move_aside(out: Path) -> None:
+    content = [path for path in out.iterdir() if path.name != ".lock"]
+    if not content:
+        return
+    number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
+    aside = out.with_name(f"{out.name}.{number}")
+    aside.mkdir()
+    for path in content:
+        path.rename(aside / path.name)
+    print(f"Moved what was in {out} to {aside}.")
+
+
+def open_corpus(data: DataConfig, seq_len: int) -> Any:
+    """Loads the corpus, which the runs then find prepared, and prints what it is."""
+    from ...train.data import check_lengths, load_corpus
+
+    corpus = load_corpus(data, progress=sys.stderr.isatty())
+    check_lengths(corpus, seq_len)
+    references = ", ".join(f"{name} {value:.2f}" for name, value in corpus.reference_bits_per_byte.items())
+    print(
+        f"Data: {corpus.name}, {corpus.n_documents:,} documents, {corpus.train_bytes / 1e6:.1f} MB to train on, "
+        f"{corpus.val_bytes / 1e6:.2f} MB held out (digest {corpus.digest[:12]})."
+    )
+    print(f"Compressors on the held-out text, in bits per byte: {references}.\n", flush=True)
+    return corpus
+
+
+def run_configs(
+    config: CompareConfig, sizes: Mapping[str, Sized], *, longest: int, threads: int | None = None
+) -> list[RunConfig]:
+    """The training runs of a comparison, seed by seed, so that an unfinished one has every architecture once.
+
+    `longest` is the longest window that the held-out text has; loss by position stays within it.
+
+    Raises:
+        ValueError: if the position length asked for is longer.
+    """
+    if config.position_len is not None and config.position_len > longest:
+        raise ValueError(f"--position-len {config.position_len} is more than the {longest} tokens of held-out text")
+    position_len = min(longest, 4 * config.seq_len) if config.position_len is None else config.position_len
+    archs = config.archs[::-1]  # the baseline, mostly the quickest, then fills the gap beside the last of the slow ones
+    return [
+        RunConfig(
+            name=f"{arch}-s{seed}",
+            seed=seed,
+            out=config.out,
+            model=ModelSpec(preset=arch, n_params=config.params),
+            data=DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer),
+            optim=OptimConfig(lr=sizes[arch].lr),
+            train=TrainConfig(
+                steps=config.steps,
+                batch_size=config.batch_size,
+                seq_len=config.seq_len,
+                precision=config.precision,
+                eval_every=max(1, config.steps // 5),
+                eval_tokens=config.eval_tokens,
+                final_eval_tokens=8 * config.eval_tokens,
+                position_len=position_len,
+                checkpoint_every=max(1, config.steps // 4),
+                device=config.device,
+                threads=threads,
+            ),
+        )
+        for seed in range(config.seeds)
+        for arch in archs
+    ]
+
+
+def context_jobs(
+    config: CompareConfig | ContextConfig, sizes: Sequence[Sized], provenance: Mapping[str, Any]
+) -> list[ContextJob]:
+    """The measurements of a comparison, short lengths first, so that an unfinished one can be compared."""
+    tokens = config.measure.tokens_per_batch or max(config.context)
+    measure = dataclasses.replace(config.measure, tokens_per_batch=tokens)
+    settings = measure_settings(measure, config.precision, config.device, config.threads)
+    return [
+        ContextJob(
+            arch=sized.arch,
+            label=sized.label,
+            context_len=context_len,
+            model=json.loads(json.dumps(sized.config.to_dict())),
+            n_params=sized.n_params,
+            n_active_params=sized.n_active_params,
+            settings=settings,
+            provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
+        )
+        for context_len in config.context
+        for sized in sizes
+    ]
+
+
+def measure_settings(measure: MeasureConfig, precision: str, device: str, threads: int | None) -> dict[str, Any]:
+    """What every cell of a comparison must share, with 'auto' resolved on this machine."""
+    import torch
+
+    from ...train.runtime import choose_device, choose_precision
+
+    chosen = choose_device(device)
+    return {
+        **dataclasses.asdict(measure),
+        "precision": choose_precision(precision, chosen).name,
+        "device": str(chosen),
+        "threads": threads if threads is not None else torch.get_num_threads(),
+        "allocator": "freed memory is kept for reuse (glibc mallopt), for every model alike",
+    }
+
+
+def print_sizes(sizes: Sequence[Sized]) -> None:
+    """Prints what the same number of parameters means in each architecture."""
+    print_table(
+        ("arch", "d_model", "layers", "params", "active", "training FLOPs/token", "state", "lr"),
+        [
+            (
+                one.label,
+                str(one.config.d_model),
+                str(one.config.n_layers),
+                f"{one.n_params:,}",
+                f"{one.n_active_params:,}",
+                f"{one.flops_per_token:.3g}",
+                format_bytes(one.state_bytes),
+                f"{one.lr:g}",
+            )
+            for one in sizes
+        ],
+    )
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table whose first column is words and whose others are numbers."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        first, *others = (cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
+        print("  ".join([first, *others]))
+    sys.stdout.flush()
+
+
+def _stopped(stopped: Stopped, out: Path, command: Sequence[str], progress: Progress) -> int:
+    progress.say("")
+    with contextlib.suppress(ValueError):  # nothing was finished: there is nothing to report yet
+        print(f"Report of what exists: {write_report(out)}")
+    print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
+    return stopped.exit_code
+
+
+def _print_headline(out: Path) -> None:
+    print()
+    for paragraph in json.loads((out / "summary.json").read_text())["headline"]:
+        print(paragraph)
+
+
+def _print_failures(failed: Sequence[Failure]) -> None:
+    for one in failed:
+        print(f"crossover: {one.name}: failed: {one.reason} (log: {one.log})", file=sys.stderr)
+
+
+def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -> dict[str, Any]:
+    from ...train.record import provenance
+    from ...train.runtime import choose_device
+
+    return provenance(choose_device(config.device), command=command)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -1,0 +1,146 @@
+"""Tunes the peak learning rate of each architecture under one rule, the one behind the rates in the presets."""
+
+import csv
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ..config import LearningRateConfig
+from ..harness.processes import Stopped, stop_on_signals
+from ..harness.progress import Progress, Schedule
+from ..report.results import load_run
+from .compare import check_archs, folder_for, open_corpus, print_table
+from .runs import check_resumable, share, size, train_runs, training_tasks
+
+__all__ = ["bench_lr", "best_rates", "rate_rows"]
+
+
+def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
+    """Trains every architecture at every rate, writes lr.csv, prints the table; returns the exit code.
+
+    Raises:
+        ValueError: before any work is done, if the configuration cannot be run.
+    """
+    check_archs(config.archs)
+    with folder_for(config.out, fresh=config.fresh) as logs:
+        data = DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer)
+        corpus = open_corpus(data, config.seq_len)
+        vocab_size = corpus.tokenizer.vocab_size
+        sizes = {
+            arch: size(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
+            for arch in config.archs
+        }
+        n_runs = len(config.archs) * len(config.rates) * config.seeds
+        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        runs = _runs(config, data, threads)
+        check_resumable(runs, corpus.digest)
+        progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
+        try:
+            with stop_on_signals():
+                failures = train_runs(runs, progress, logs=logs, jobs=at_once)
+        except Stopped as stopped:
+            _conclude(runs, config.out)
+            print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
+            return stopped.exit_code
+        _conclude(runs, config.out)
+        for name, reason in failures.items():
+            print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
+        return 1 if failures else 0
+
+
+def _runs(config: LearningRateConfig, data: DataConfig, threads: int | None = None) -> list[RunConfig]:
+    train = TrainConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        precision=config.precision,
+        eval_every=max(1, config.steps // 4),
+        eval_tokens=config.eval_tokens,
+        final_eval_tokens=config.eval_tokens,
+        position_len=0,
+        sample_tokens=0,
+        checkpoint_every=0,
+        device=config.device,
+        threads=threads,
+    )
+    return [
+        RunConfig(
+            name=f"{arch}-lr{rate:g}-s{seed}",
+            seed=seed,
+            out=config.out,
+            model=ModelSpec(preset=arch, n_params=config.params),
+            data=data,
+            optim=OptimConfig(lr=rate),
+            train=train,
+        )
+        for arch in config.archs
+        for rate in config.rates
+        for seed in range(config.seeds)
+    ]
+
+
+def rate_rows(results: Sequence[tuple[str, float, float | None]]) -> list[dict[str, Any]]:
+    """Summarizes (arch, rate, bits per byte or None where the run did not finish) to one row per arch and rate.
+
+    A rate at which any seed did not finish has no score: the mean of those that survived would flatter it.
+    """
+    scores: dict[tuple[str, float], list[float | None]] = {}
+    for arch, rate, score in results:
+        scores.setdefault((arch, rate), []).append(score)
+    rows = []
+    for (arch, rate), found in scores.items():
+        finished = [score for score in found if score is not None]
+        mean = statistics.fmean(finished) if len(finished) == len(found) else None
+        rows.append({"arch": arch, "lr": rate, "val_bits_per_byte": mean, "n_seeds": len(finished)})
+    best = best_rates(rows)
+    return [{**row, "best": best.get(row["arch"]) == row["lr"]} for row in rows]
+
+
+def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate with the lowest bits per byte of each architecture."""
+    scored = [row for row in rows if row["val_bits_per_byte"] is not None]
+    worst_first = sorted(scored, key=lambda row: row["val_bits_per_byte"], reverse=True)
+    return {row["arch"]: row["lr"] for row in worst_first}
+
+
+def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
+    rows = rate_rows([(run.model.preset, run.optim.lr, _score(run)) for run in runs if run.optim.lr is not None])
+    with (out / "lr.csv").open("w", encoding="utf-8", newline="") as file:
+        columns: list[str] = ["arch", "lr", "val_bits_per_byte", "n_seeds", "best"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    from ...archs.presets import find
+
+    tried = {arch: sorted(row["lr"] for row in rows if row["arch"] == arch) for arch in {row["arch"] for row in rows}}
+    print()
+    print_table(
+        ("arch", "lr", "bits per byte", "seeds", ""),
+        [
+            (
+                find(row["arch"]).label,
+                f"{row['lr']:g}",
+                "-" if row["val_bits_per_byte"] is None else f"{row['val_bits_per_byte']:.4f}",
+                str(row["n_seeds"]),
+                _mark(row, tried[row["arch"]]),
+            )
+            for row in rows
+        ],
+    )
+    print(f"\nWritten to {out / 'lr.csv'}.")
+
+
+def _score(run: RunConfig) -> float | None:
+    """Final bits per byte of a run; None where it has not finished or not begun."""
+    return load_run(run.directory).bits_per_byte if (run.directory / "run.json").exists() else None
+
+
+def _mark(row: Mapping[str, Any], tried: Sequence[float]) -> str:
+    if not row["best"]:
+        return ""
+    at_the_end = len(tried) > 1 and row["lr"] in (tried[0], tried[-1])
+    return "best, at the end of the list: try further" if at_the_end else "best"

@@ -1,0 +1,230 @@
+"""Trains a list of runs, each in a process of its own, some at once, and leaves out those that are done."""
+
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...train.config import RunConfig, flatten
+from ..harness.processes import last_line, module_command, start, stop
+from ..harness.progress import Progress, Task
+from ..report.results import load_run
+
+if TYPE_CHECKING:
+    from ...archs import ModelConfig
+
+__all__ = ["Sized", "arguments", "check_resumable", "is_done", "share", "size", "train_runs", "training_tasks"]
+
+_SAVE_SECONDS = 60.0  # given to a stopped run for its checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """An architecture at the size of the comparison."""
+
+    arch: str
+    label: str
+    """The architecture's name as written in text."""
+    config: "ModelConfig"
+    n_params: int
+    n_active_params: int
+    flops_per_token: float
+    """Training FLOPs (three times the forward pass), mean over a sequence."""
+    state_bytes: int
+    """State of one sequence of the trained length."""
+    lr: float
+    """Peak learning rate tuned for this architecture."""
+
+
+def size(arch: str, *, n_params: int, vocab_size: int, seq_len: int) -> Sized:
+    """Solves the architecture for a number of parameters and says what it costs, without allocating it.
+
+    Raises:
+        ValueError: if no legal size comes within 2 %.
+    """
+    from ...archs import build, configure, presets
+
+    config = configure(arch, n_params=n_params, vocab_size=vocab_size)
+    lm = build(config, device="meta")
+    return Sized(
+        arch=arch,
+        label=presets.find(arch).label,
+        config=config,
+        n_params=lm.n_params,
+        n_active_params=lm.n_active_params,
+        flops_per_token=3 * lm.mean_flops_per_token(seq_len),
+        state_bytes=sum(state.nbytes for state in lm.init_state(1, seq_len, device="meta")),
+        lr=presets.learning_rate(arch),
+    )
+
+
+def arguments(run: RunConfig) -> list[str]:
+    """The command line of `python -m crossover.train` for a run: every option that is not the default."""
+    words = []
+    for path, value in flatten(run.to_dict()).items():
+        if value != flatten(RunConfig().to_dict())[path]:
+            assert not isinstance(value, list), f"{path} is not set by a comparison"
+            words += [f"--{path.replace('_', '-')}", str(value)]
+    return words
+
+
+_NOT_THE_EXPERIMENT = frozenset(
+    {"out", "resume", "data.cache", "train.threads", "train.checkpoint_every", "train.keep_checkpoints"}
+)
+
+
+def _differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
+    """Settings in which a recorded run is another experiment. None and 'auto' agree with what they were resolved to."""
+    recorded = flatten(RunConfig.from_dict(found).to_dict())
+    return [
+        f"{path} {recorded.get(path)} instead of {value}"
+        for path, value in flatten(run.to_dict()).items()
+        if path not in _NOT_THE_EXPERIMENT and value not in (None, "auto", recorded.get(path))
+    ]
+
+
+def check_resumable(runs: Sequence[RunConfig], digest: str) -> None:
+    """Raises ValueError if a folder holds a run of other settings or other data, which must not be overwritten."""
+    for run in runs:
+        if not (run.directory / "run.json").exists():
+            continue
+        found = load_run(run.directory)
+        differing = _differences(run, found.info["config"])
+        if found.info["corpus"]["digest"] != digest:
+            differing.append(f"data with digest {found.info['corpus']['digest'][:12]} instead of {digest[:12]}")
+        if differing:
+            raise ValueError(
+                f"{run.directory} holds another run ({'; '.join(differing)}); "
+                "give the same options, another --out, or --fresh to start over"
+            )
+
+
+def is_done(run: RunConfig) -> bool:
+    """Whether the run has finished; `check_resumable` tells whether it is the same run."""
+    return (run.directory / "run.json").exists() and load_run(run.directory).status == "done"
+
+
+def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, Sized]) -> list[Task]:
+    """The runs as tasks of a schedule, with their FLOPs as cost."""
+    return [
+        Task(
+            name=run.name,
+            kind="train",
+            cost=sizes[run.model.preset].flops_per_token * run.train.steps * run.train.batch_size * run.train.seq_len,
+        )
+        for run in runs
+    ]
+
+
+def share(jobs: int | None, threads: int | None, *, device: str, n_runs: int) -> tuple[int, int]:
+    """How many runs train at once, and with how many CPU threads each."""
+    import torch
+
+    from ...train.runtime import choose_device
+
+    cores = threads or torch.get_num_threads()
+    at_once = jobs or (1 if choose_device(device).type == "cuda" else cores)
+    at_once = min(at_once, n_runs)
+    return at_once, max(1, cores // at_once)
+
+
+def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, jobs: int = 1) -> dict[str, str]:
+    """Trains every run that is not done yet, `jobs` at once.
+
+    Returns:
+        For each run that did not finish, its name and the reason.
+    """
+    failures: dict[str, str] = {}
+    running: list[_Training] = []
+    waiting = list(runs)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                if is_done(run):
+                    progress.skip(run.name, "trained before")
+                else:
+                    progress.begin(run.name)
+                    running.append(_Training(run, logs / f"{run.name}.log"))
+            for training in list(running):
+                name = training.run.name
+                if training.child.poll() is None:
+                    progress.update(name, *training.progress())
+                    continue
+                running.remove(training)
+                reason = training.failure()
+                if reason is None:
+                    progress.finish(name, f"{load_run(training.run.directory).bits_per_byte:.3f} bits per byte")
+                else:
+                    failures[name] = reason
+                    progress.finish(name, reason)
+            if running:
+                time.sleep(0.25)
+    except KeyboardInterrupt:
+        for training in running:  # ask all first, so that they save their checkpoints side by side
+            training.child.send_signal(signal.SIGINT)
+        for training in running:
+            stop(training.child, grace=_SAVE_SECONDS)
+        raise
+    return failures
+
+
+class _Training:
+    """A training process."""
+
+    def __init__(self, run: RunConfig, log: Path) -> None:
+        (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
+        log.unlink(missing_ok=True)
+        self.run, self._log = run, log
+        self.child = start(module_command("crossover.train", *arguments(run)), threads=run.train.threads, log=log)
+        self._metrics = _Tail(run.directory / "metrics.jsonl")
+
+    def progress(self) -> tuple[float, str]:
+        """The fraction done, and the same in words."""
+        step, detail = self._metrics.read()
+        return step / self.run.train.steps, f"step {step}/{self.run.train.steps}{detail}"
+
+    def failure(self) -> str | None:
+        """Why the ended process did not finish its run, or None if it did."""
+        if is_done(self.run):
+            return None
+        result = self.run.directory / "result.json"
+        recorded = json.loads(result.read_text()) if result.exists() else {}
+        if self.child.returncode == -signal.SIGKILL:
+            return "out of memory (killed by the system)"
+        reason = str(recorded.get("status", "failed")).replace("_", " ")
+        ended = f"ended with code {self.child.returncode}"
+        return f"{reason}: {recorded.get('error') or last_line(self._log) or ended}"
+
+
+class _Tail:
+    """Reads what is appended to a metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._step = 0
+        self._quality = ""
+
+    def read(self) -> tuple[int, str]:
+        """The last step recorded and the last validation, as text."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(min(self._offset, self._path.stat().st_size))
+                whole, _, _ = file.read().rpartition(b"\n")
+                self._offset += len(whole) + 1 if whole else 0
+            for line in whole.splitlines():
+                self._look(line)
+        return self._step, self._quality
+
+    def _look(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            return  # the tail of a line that a resumed run has rewritten
+        self._step = record.get("step", self._step)
+        if "val/bits_per_byte" in record:
+            self._quality = f", {record['val/bits_per_byte']:.2f} bits per byte"

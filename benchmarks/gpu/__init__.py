@@ -1,0 +1,1 @@
+"""Every kernel on an NVIDIA GPU: checked, and timed against floor and peers."""

@@ -1,0 +1,257 @@
+"""What comes before the clock: every kernel compiled and checked on the GPU, many at a time, each in its own process.
+
+A kernel that reads beyond its memory takes the GPU away from its process for good. Here it takes one job with it; what
+it was to tell is then missing, and the run goes on. What is compiled stays in the caches of Triton and torch.compile on
+disk, where the process that measures finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import ops
+from ...kernels.check import relative_error
+from ...kernels.dispatch import KernelFallbackWarning
+from ..harness.processes import last_line, module_command, start, stop
+from ..operations.checks import EXAMPLES, Check, checks_of, device_works, explained, finite
+from ..operations.race_cases import one_pass
+from .cases import Spec, build, specs_of
+from .peers import backend_of, one_line, racing
+
+__all__ = ["DTYPES", "Job", "carry_out", "free_memory", "jobs", "run_jobs"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+REPEATS = 5
+"""Runs that must agree in every bit."""
+NEAR = 3e-2
+"""Relative difference between our kernel and plain PyTorch that is allowed at standard sizes, in 16 bits."""
+
+# the doctor's examples fit into one block of most kernels: these take several, one of them partial
+_BLOCKS = (
+    {"L": 300, "E": 200, "N": 16, "optional": True},
+    {"L": 256, "E": 64, "N": 16, "optional": False},
+)
+# wider heads, the usual number of taps, more classes than a block
+_BLOCKS_OF = {
+    "attention": ({"L": 300, "N": 64, "optional": True}, {"L": 256, "N": 32, "optional": False}),
+    "ssd": ({"L": 300, "E": 64, "N": 128, "optional": True}, {"L": 256, "E": 64, "N": 64, "optional": False}),
+    "causal_conv1d": ({"L": 300, "E": 200, "N": 4, "optional": True}, {"L": 256, "E": 64, "N": 4, "optional": False}),
+    "linear_cross_entropy": ({"L": 300, "E": 200, "N": 999, "optional": True},),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does."""
+
+    op: str
+    dtype: str | None
+    """Of the checks; None to try out everything that is to be timed."""
+    device: str
+    backend: str
+    timed_dtype: str
+    quick: bool
+    with_peers: bool
+
+
+def jobs(names: Sequence[str], **shared: Any) -> list[Job]:
+    """All jobs of these operations; what they share is given once."""
+    return [Job(op=name, dtype=dtype, **shared) for name in names for dtype in (None, *DTYPES)]
+
+
+def carry_out(job: Job) -> Iterator[dict[str, Any]]:
+    """Does a job here and now, and yields what it finds: rows of kind "check" and "ready"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", KernelFallbackWarning)
+        if job.dtype is None:
+            for spec in specs_of(job.op, quick=job.quick):
+                yield from _try_out(spec, job)
+                if not device_works(job.device):
+                    return  # what is left would fail for no fault of its own
+        elif job.backend in ops.OPS[job.op].backends:
+            examples = EXAMPLES[:1] if job.quick else (*EXAMPLES, *_BLOCKS_OF.get(job.op, _BLOCKS))
+            dtype = getattr(torch, job.dtype)
+            for check in checks_of(
+                job.op, job.backend, job.device, dtype, examples=examples, repeats=2 if job.quick else REPEATS
+            ):
+                yield _check_row(check)
+
+
+def _check_row(check: Check, shape: str = "") -> dict[str, Any]:
+    return {"kind": "check", **dataclasses.asdict(check), "shape": shape}
+
+
+def _try_out(spec: Spec, job: Job) -> Iterator[dict[str, Any]]:
+    """Runs every contestant of a spec once, and compares ours with plain PyTorch on what is to be timed."""
+    device = torch.device(job.device)
+    workload = build(spec, device, getattr(torch, job.timed_dtype))
+    contestants = racing(workload.case, job.backend, with_peers=job.with_peers)
+    for name in workload.counts:
+        results: dict[str, Sequence[Tensor]] = {}
+        for who, contestant in contestants.items():
+            if isinstance(contestant, str):
+                continue
+            error, is_ours = None, who in ("ours", "torch")
+            try:
+                result = one_pass(contestant, name != "fwd")()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if is_ours:
+                    results[who] = [t for t in _several(result) if t is not None]
+            except torch.OutOfMemoryError:
+                continue  # others are at work on the same GPU: alone it may well fit
+            except Exception as raised:  # whatever it is, the others go on
+                error = raised
+            finally:
+                result = None
+                free_memory()
+            reason = None if error is None else one_line(error)
+            yield {"kind": "ready", "op": spec.op, "shape": spec.shape, "pass": name, "who": who, "error": reason}
+            if who == "ours" and error is not None:
+                where = _where(job)
+                yield _check_row(Check(**where, **explained(error)), f"{spec.shape}, {name}")
+            if error is not None and not device_works(job.device):
+                return
+        if len(results) == 2:
+            yield _check_row(_agreement(results["ours"], results["torch"], _where(job)), f"{spec.shape}, {name}")
+
+
+def _where(job: Job) -> dict[str, Any]:
+    dtype = job.dtype or job.timed_dtype
+    return {"op": job.op, "backend": backend_of(job.op, job.backend), "device": job.device, "dtype": dtype}
+
+
+def _several(result: Any) -> Sequence[Tensor]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _agreement(ours: Sequence[Tensor], plain: Sequence[Tensor], where: dict[str, Any]) -> Check:
+    errors = [relative_error(a, b) for a, b in zip(ours, plain, strict=True)]
+    worst = max(range(len(errors)), key=lambda i: errors[i])
+    is_ok = errors[worst] <= NEAR
+    return Check(
+        **where,
+        outputs=finite(errors[worst]),
+        allowed=NEAR,
+        status="ok" if is_ok else "failed",
+        reason=None if is_ok else f"number {worst} of the results differs from plain PyTorch's by {errors[worst]:.1e}",
+    )
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more on the GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost already
+            torch.cuda.empty_cache()
+
+
+def run_jobs(todo: Sequence[Job], *, parallel: int, folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
+    """Does the jobs in processes of their own and yields their rows as they end.
+
+    A job that dies, or does not end in time, becomes a failed check or one that was left out.
+
+    Args:
+        todo: the jobs, in the order in which they begin.
+        parallel: processes at a time; 0 does everything in this one.
+        folder: gets a file of rows and a log for each process, which stay where one does not end well.
+        deadline: of time.monotonic(); processes still at work then are killed.
+    """
+    if parallel == 0:
+        for job in todo:
+            if time.monotonic() > deadline:
+                yield _not_done(job, "not checked", "no time left")
+            else:
+                yield from carry_out(job)
+        return
+    waiting, running = list(todo), []
+    try:
+        while waiting or running:
+            late = time.monotonic() > deadline
+            while waiting and not late and len(running) < parallel:
+                running.append(_Process(waiting.pop(0), folder))
+            for process in [one for one in running if late or one.has_ended()]:
+                running.remove(process)
+                yield from process.rows(late=late)
+            if late:
+                for job in waiting:
+                    yield _not_done(job, "not checked", "no time left")
+                return
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+
+
+def _not_done(job: Job, status: str, reason: str) -> dict[str, Any]:
+    return _check_row(
+        Check(**_where(job), status=status, reason=reason), "" if job.dtype else "at the sizes that are timed"
+    )
+
+
+class _Process:
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job = job
+        name = f"{job.op}-{job.dtype or 'timed'}"
+        self._rows, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
+        for path in (self._rows, self._log):
+            path.unlink(missing_ok=True)
+        words = (json.dumps(dataclasses.asdict(job)), str(self._rows))
+        self._child = start(module_command(__spec__.name, *words), threads=1, log=self._log)
+
+    def has_ended(self) -> bool:
+        return self._child.poll() is not None
+
+    def kill(self) -> None:
+        stop(self._child, grace=0)
+
+    def rows(self, *, late: bool) -> Iterator[dict[str, Any]]:
+        """What the process found, and what became of it if it did not end well."""
+        ended = self.has_ended()
+        self.kill()
+        lines = self._rows.read_text(encoding="utf-8").splitlines() if self._rows.exists() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                yield json.loads(line)
+        if not ended:
+            yield _not_done(self.job, "not checked", "did not end in time" if late else "stopped")
+        elif self._child.returncode != 0:
+            yield _not_done(self.job, "failed", f"its process died: {last_line(self._log)}")
+        else:
+            for path in (self._rows, self._log):
+                path.unlink(missing_ok=True)
+
+
+def main(words: Sequence[str]) -> None:
+    """Does one job, as a process of its own: arguments are the job as JSON and the file that gets the rows."""
+    job, path = Job(**json.loads(words[0])), Path(words[1])
+    with path.open("w", encoding="utf-8") as file:
+        for row in carry_out(job):
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # a GPU that is lost may hang the usual way out
+    os._exit(0)

@@ -1,0 +1,1 @@
+"""What all benchmarks stand on: processes, progress, timing, folders, formats."""

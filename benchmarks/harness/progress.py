@@ -1,0 +1,152 @@
+"""Progress over a list of tasks of different kinds: how much is done, and when the rest will be."""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from ...train.progress import duration
+
+__all__ = ["Progress", "Schedule", "Task"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A piece of work whose cost is known up to a factor that all tasks of its kind share."""
+
+    name: str
+    kind: str
+    cost: float
+    """Expected seconds, or anything proportional to them."""
+
+
+class Schedule:
+    """Estimates the remaining seconds of a list of tasks from those that have run."""
+
+    def __init__(
+        self, tasks: Sequence[Task], *, known: frozenset[str] = frozenset(), at_once: Mapping[str, int] | None = None
+    ) -> None:
+        """Takes the tasks in their order.
+
+        Args:
+            tasks: what is to be done.
+            known: kinds whose cost is already in seconds; others wait for the first measurement.
+            at_once: how many tasks of a kind run side by side, where it is more than one.
+        """
+        self._at_once = at_once or {}
+        self._left = {task.name: task for task in tasks}
+        self._total = len(tasks)
+        self._known = known
+        self._spent: dict[str, float] = {}
+        self._paid: dict[str, float] = {}
+        self._running: dict[str, tuple[Task, float, float]] = {}
+
+    @property
+    def done(self) -> str:
+        """Tasks finished, of all."""
+        return f"{self._total - len(self._left)}/{self._total}"
+
+    def skip(self, name: str) -> None:
+        """Takes out a task that needs no time."""
+        self._left.pop(name)
+
+    def update(self, name: str, seconds: float, fraction: float) -> None:
+        """Says that a task has run for `seconds` and that `fraction` of it is done."""
+        self._running[name] = (self._left[name], seconds, fraction)
+
+    def finish(self, name: str, seconds: float) -> None:
+        """Says that a task ended after `seconds`."""
+        task = self._left.pop(name)
+        self._running.pop(name, None)
+        self._spent[task.kind] = self._spent.get(task.kind, 0.0) + seconds
+        self._paid[task.kind] = self._paid.get(task.kind, 0.0) + task.cost
+
+    def remaining(self) -> float | None:
+        """Seconds until everything is done; None while some kind of task has never been seen."""
+        spent, paid = dict(self._spent), dict(self._paid)
+        open_cost: dict[str, float] = {}
+        for task in self._left.values():
+            open_cost[task.kind] = open_cost.get(task.kind, 0.0) + task.cost
+        for task, seconds, fraction in self._running.values():
+            spent[task.kind] = spent.get(task.kind, 0.0) + seconds
+            paid[task.kind] = paid.get(task.kind, 0.0) + task.cost * fraction
+            open_cost[task.kind] -= task.cost * fraction
+        total = 0.0
+        for kind, cost in open_cost.items():
+            if paid.get(kind):
+                total += cost * spent[kind] / paid[kind] / self._at_once.get(kind, 1)
+            elif kind in self._known:
+                total += cost / self._at_once.get(kind, 1)
+            else:
+                return None
+        return total
+
+
+class Progress:
+    """Shows a schedule: one line that renews itself on a terminal, plain lines now and then elsewhere."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        every: float = 30.0,
+    ) -> None:
+        self.schedule = schedule
+        self._stream = sys.stderr if stream is None else stream
+        self._is_terminal = self._stream.isatty()
+        self._clock = clock
+        self._every = every
+        self._begin = self._last = clock()
+        self._begins: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        self._clear()
+        print(text, file=self._stream, flush=True)
+
+    def skip(self, name: str, why: str) -> None:
+        """Takes a task out of the schedule and says so."""
+        self.schedule.skip(name)
+        self.say(f"{self.schedule.done:>7}  {name}: {why}")
+
+    def begin(self, name: str) -> None:
+        """Starts the clock of one task."""
+        self._begins[name] = self._clock()
+        self.update(name, 0.0, "")
+
+    def update(self, name: str, fraction: float, detail: str) -> None:
+        """Renews the line; away from a terminal, writes one every `every` seconds."""
+        now = self._clock()
+        self.schedule.update(name, now - self._begins[name], fraction)
+        if self._is_terminal:
+            self._clear()
+            line = f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}"
+            self._stream.write(line[: _columns()])
+            self._stream.flush()
+        elif now - self._last >= self._every:
+            self._last = now
+            print(f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}", file=self._stream, flush=True)
+
+    def finish(self, name: str, result: str) -> None:
+        """Ends a task with a line that stays."""
+        now = self._clock()
+        self.schedule.finish(name, now - self._begins.pop(name))
+        self._last = now
+        self.say(f"{self.schedule.done:>7}  {name}: {result}  {self._times(now)}")
+
+    def _times(self, now: float) -> str:
+        left = self.schedule.remaining()
+        ahead = "" if left is None else f", about {duration(left)} left" if left >= 0.5 else ""
+        return f"[{duration(now - self._begin)}{ahead}]"
+
+    def _clear(self) -> None:
+        if self._is_terminal:
+            self._stream.write("\r\x1b[2K")
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns - 1

@@ -1,0 +1,1 @@
+"""Operations on this machine: checked, and raced against their peers."""

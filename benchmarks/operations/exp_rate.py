@@ -1,0 +1,33 @@
+"""How fast this processor takes exponentials: the floor of a selective scan, which needs one per state and token."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from ...kernels.simd import TILE, Floats1, exp2, kernel, load_tile, store
+
+__all__ = ["seconds_per_exp"]
+
+_N = 16 * TILE  # at most 8 KB in and out: stays in the first-level cache
+
+
+@kernel
+def _exponentials(x: Floats1, y: Floats1, repeats: int) -> None:
+    for _ in range(repeats):
+        for i in range(0, len(x), TILE):
+            store(y, i, exp2(load_tile(x, i)))
+
+
+def seconds_per_exp(*, seconds: float = 0.2) -> float:
+    """Seconds for one exponential of float32 in registers, on one thread: the best of many short runs."""
+    x, y = np.linspace(-8, 0, _N, dtype=np.float32), np.empty(_N, np.float32)
+    repeats = 1000
+    _exponentials(x, y, 1)  # the first call loads the code
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        _exponentials(x, y, repeats)
+        best = min(best, (time.perf_counter() - start) / (repeats * _N))
+    return best

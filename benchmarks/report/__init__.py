@@ -1,0 +1,1 @@
+"""Results of a folder as a report: tables, figures and statements."""

@@ -1,0 +1,380 @@
+"""Reads the files of a comparison: run folders written by the trainer, context cells written by the benchmark."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...train.files import read_json, read_json_lines
+from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
+
+__all__ = [
+    "METRICS",
+    "Check",
+    "Comparison",
+    "Metric",
+    "Run",
+    "budget_checks",
+    "crossovers_of",
+    "load_comparison",
+    "load_run",
+    "mean_and_spread",
+    "quality",
+    "tokens_per_step",
+]
+
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A measured quantity of a context cell whose crossovers are reported."""
+
+    name: str
+    phase: str
+    key: str
+    direction: Direction
+    verbs: tuple[str, str]
+    """Verb for one model and for several: "Mamba trains", "Mamba and Jamba train"."""
+    better: str
+    """What the better one is: "faster"."""
+
+
+METRICS = (
+    Metric(
+        name="training tokens/s",
+        phase="train",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("trains", "train"),
+        better="faster",
+    ),
+    Metric(
+        name="prefill tokens/s",
+        phase="prefill",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("reads a prompt", "read a prompt"),
+        better="faster",
+    ),
+    Metric(
+        name="decode tokens/s",
+        phase="decode",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("generates", "generate"),
+        better="faster",
+    ),
+    Metric(
+        name="peak training memory",
+        phase="train",
+        key="peak_bytes",
+        direction="lower",
+        verbs=("trains", "train"),
+        better="in less memory",
+    ),
+    Metric(
+        name="decoding state",
+        phase="decode",
+        key="state_bytes",
+        direction="lower",
+        verbs=("carries", "carry"),
+        better="less state",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run as its folder tells it."""
+
+    folder: Path
+    info: Mapping[str, Any]
+    """run.json"""
+    result: Mapping[str, Any]
+    """result.json; empty while the run has none"""
+    metrics: Sequence[Mapping[str, Any]]
+    """metrics.jsonl"""
+
+    @property
+    def arch(self) -> str:
+        """Architecture."""
+        return self.info["arch"]
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and data order."""
+        return self.info["seed"]
+
+    @property
+    def status(self) -> str:
+        """done, out_of_memory, failed, interrupted, or unfinished where no result.json was written."""
+        return self.result.get("status", "unfinished")
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Final bits per byte on the held-out text, of a finished run."""
+        return self.result.get("val_bits_per_byte") if self.status == "done" else None
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Peak learning rate: the resolved one of run.json."""
+        return self.info["config"]["optim"]["lr"]
+
+    def curve(self) -> list[Mapping[str, Any]]:
+        """Validation records by step; where a resumed run passed a step twice, the later record."""
+        return [by for _, by in sorted({line["step"]: line for line in self.metrics if "val/loss" in line}.items())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that is known about a comparison, from its folder."""
+
+    folder: Path
+    info: Mapping[str, Any]
+    """compare.json; empty for a folder of runs that no comparison made"""
+    runs: Sequence[Run]
+    cells: Sequence[Cell]
+    """The latest cell of each architecture, phase and length"""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Runs that left no run.json, with the reason, from compare.json"""
+
+    @property
+    def archs(self) -> list[str]:
+        """Architectures in the order of the command (the baseline first), others after them."""
+        asked = self.info.get("config", {}).get("archs", [])
+        found = [*(run.arch for run in self.runs), *(cell["arch"] for cell in self.cells)]
+        return [arch for arch in dict.fromkeys([*asked, *found]) if arch in found]
+
+    @property
+    def corpus(self) -> Mapping[str, Any] | None:
+        """Summary of the corpus that all runs share."""
+        return self.runs[0].info["corpus"] if self.runs else None
+
+    def label(self, arch: str) -> str:
+        """The architecture's name as written in text; the plain name where no file tells."""
+        labels = {source["arch"]: source["label"] for source in (*self.cells, *(run.info for run in self.runs))}
+        return {**labels, **self.info.get("labels", {})}.get(arch, arch)
+
+    def runs_of(self, arch: str) -> list[Run]:
+        """Runs of one architecture by seed."""
+        return sorted((run for run in self.runs if run.arch == arch), key=lambda run: run.seed)
+
+    def cells_of(self, arch: str, phase: str) -> list[Cell]:
+        """Cells of one architecture and phase by length."""
+        cells = (cell for cell in self.cells if cell["arch"] == arch and cell["phase"] == phase)
+        return sorted(cells, key=lambda cell: cell["context_len"])
+
+
+def load_run(folder: Path) -> Run:
+    """Reads a run folder; result.json and metrics.jsonl may be missing."""
+    result = folder / "result.json"
+    return Run(
+        folder=folder,
+        info=read_json(folder / "run.json"),
+        result=read_json(result) if result.exists() else {},
+        metrics=read_json_lines(folder / "metrics.jsonl"),
+    )
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Reads a comparison folder, a folder of runs, or one run.
+
+    Raises:
+        ValueError: if there is nothing to report, or the runs were made on different data.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
+    homes = [folder] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
+    runs = [load_run(home) for home in homes]
+    cells = {
+        (cell["arch"], cell["phase"], cell["context_len"]): cell for cell in read_json_lines(folder / "context.jsonl")
+    }
+    if not runs and not cells:
+        raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
+    for run in runs[1:]:
+        ours, first = run.info["corpus"]["digest"], runs[0].info["corpus"]["digest"]
+        if ours != first:
+            raise ValueError(
+                f"{runs[0].folder.name} and {run.folder.name} were trained on different data "
+                f"(corpus digests {first[:12]} and {ours[:12]}) and cannot be compared; report them apart"
+            )
+    settings = {json.dumps(cell["settings"], sort_keys=True) for cell in cells.values()}
+    if len(settings) > 1:
+        raise ValueError(f"{folder / 'context.jsonl'} mixes measurements made with different settings; start it over")
+    info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
+    return Comparison(
+        folder=folder, info=info, runs=runs, cells=list(cells.values()), failures=info.get("failures", {})
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None instead of a deviation where there is one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def quality(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row per architecture with runs: sizes, costs and bits per byte (mean and spread over the finished seeds)."""
+    rows = []
+    for arch in comparison.archs:
+        runs = comparison.runs_of(arch)
+        if not runs:
+            continue
+        done = [run for run in runs if run.bits_per_byte is not None]
+        scores = [run.bits_per_byte for run in done if run.bits_per_byte is not None]
+        mean, spread = mean_and_spread(scores) if scores else (None, None)
+        info, first = runs[0].info, (done or runs)[0]
+        statuses = sorted({run.status for run in runs})
+        rows.append(
+            {
+                "arch": arch,
+                "label": comparison.label(arch),
+                "d_model": info["model"].get("d_model"),
+                "n_layers": info["model"].get("n_layers"),
+                "n_params": info["n_params"],
+                "n_active_params": info["n_active_params"],
+                "flops_per_token": info["flops_per_token"],
+                "state_bytes": info["state_bytes"],
+                "lr": runs[0].learning_rate,
+                "tokens": first.result.get("tokens"),
+                "train_seconds": statistics.fmean(run.result["train_seconds"] for run in done) if done else None,
+                "val_bits_per_byte": mean,
+                "val_bits_per_byte_std": spread,
+                "n_seeds": len(done),
+                "seeds": " ".join(str(run.seed) for run in done),
+                "status": ", ".join(statuses),
+            }
+        )
+    return rows
+
+
+def crossovers_of(comparison: Comparison) -> list[Crossover]:
+    """Crossovers of every metric and ordered pair of architectures, from the context cells."""
+    found = []
+    for metric in METRICS:
+        curves = {arch: _curve(comparison.cells_of(arch, metric.phase), metric) for arch in comparison.archs}
+        found += all_crossovers(metric.name, {arch: curve for arch, curve in curves.items() if curve}, metric.direction)
+    return found
+
+
+def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
+    """Points of one model. What ran out of memory, or of time where speed is asked, is worse than any value; cells that
+    failed, or are beyond the positions that the model was built with, say nothing."""
+    points = []
+    for cell in cells:
+        if cell["status"] == "done":
+            low, high = cell["spread"] if metric.key == "tokens_per_second" else (None, None)
+            points.append(Point(context_len=cell["context_len"], value=max(cell[metric.key], 1e-9), low=low, high=high))
+        elif metric.key == "state_bytes" and cell.get("state_bytes"):
+            points.append(Point(context_len=cell["context_len"], value=cell["state_bytes"]))
+        elif cell["status"] == "out_of_memory" or (cell["status"] == "timeout" and metric.key == "tokens_per_second"):
+            seconds = cell["settings"]["timeout"] if cell["status"] == "timeout" else None
+            points.append(Point(context_len=cell["context_len"], value=None, stopped_after=seconds))
+    return points
+
+
+def tokens_per_step(comparison: Comparison) -> str:
+    """Says how many tokens the measured training steps took, from their own batches; empty where none is known."""
+    cells = (cell for cell in comparison.cells if cell["phase"] == "train" and cell["batch_size"])
+    counts = sorted({cell["batch_size"] * cell["context_len"] for cell in cells})
+    if not counts:
+        return ""
+    if len(counts) == 1:
+        return f"{counts[0]:,} tokens per step at every length"
+    return f"{counts[0]:,} to {counts[-1]:,} tokens per step, depending on the length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One part of the equal-budget statement."""
+
+    name: str
+    equal: bool
+    statement: str
+
+
+def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check]:
+    """Verifies from the run folders that every run had the same budget.
+
+    Parameters may differ by `tolerance` from the size asked for, or where no size was asked from their mean. Tokens and
+    steps are compared among finished runs only; unfinished ones are listed elsewhere.
+    """
+    runs = comparison.runs
+    if not runs:
+        return []
+    done = [run for run in runs if run.status == "done"]
+    sizes = {run.arch: run.info["n_params"] for run in runs}
+    asked = comparison.info.get("config", {}).get("params")
+    target = asked if asked is not None else statistics.fmean(sizes.values())
+    worst = max(sizes, key=lambda arch: abs(sizes[arch] - target))
+    off = sizes[worst] / target - 1
+    checks = [
+        Check(
+            name="parameters",
+            equal=abs(off) <= tolerance,
+            statement=f"{target:,.0f} {'on average' if asked is None else 'asked for'}; the furthest is "
+            f"{comparison.label(worst)} with {sizes[worst]:,} ({off:+.1%})",
+        )
+    ]
+    for name, key in (("tokens", "tokens"), ("steps", "steps")):
+        values = sorted({run.result[key] for run in done})
+        checks.append(Check(name=name, equal=len(values) <= 1, statement=_list(f"{value:,}" for value in values)))
+    read = {
+        key: _distinct(run.info["config"]["train"].get(key) for run in runs)
+        for key in ("eval_tokens", "final_eval_tokens")
+    }
+    checks.append(
+        Check(
+            name="held-out text",
+            equal=all(len(values) == 1 for values in read.values()),
+            statement="; ".join(f"{key} {_list(map(str, values))}" for key, values in read.items()),
+        )
+    )
+    train = {key: _distinct(run.info["config"]["train"].get(key) for run in runs) for key in ("batch_size", "seq_len")}
+    digests = _distinct(run.info["corpus"]["digest"][:12] for run in runs)
+    packing = _distinct(run.info["config"]["data"].get("packing") for run in runs)
+    seeds = {arch: sorted(run.seed for run in comparison.runs_of(arch)) for arch in comparison.archs}
+    same_seeds = len(_distinct(str(s) for s in seeds.values() if s)) <= 1
+    checks.append(
+        Check(
+            name="data and its order",
+            equal=all(len(values) == 1 for values in (*train.values(), digests, packing)) and same_seeds,
+            statement=f"corpus {_list(digests)}; {_list(map(str, train['batch_size']))} sequences of "
+            f"{_list(map(str, train['seq_len']))} tokens per step, drawn from (seed, step) alone"
+            + ("" if same_seeds else "; not every architecture has the same seeds"),
+        )
+    )
+    optim = [{k: v for k, v in run.info["config"]["optim"].items() if k != "lr"} for run in runs]
+    differing = sorted({key for one in optim for key in one if one[key] != optim[0].get(key)})
+    checks.append(
+        Check(
+            name="optimizer and schedule",
+            equal=not differing,
+            statement=f"{optim[0].get('schedule')} schedule, weight decay {optim[0].get('weight_decay')}, "
+            f"clip {optim[0].get('clip')}; the peak learning rate is each architecture's own"
+            if not differing
+            else f"runs differ in {_list(differing)}",
+        )
+    )
+    machine = {
+        key: _distinct(str(run.info["provenance"].get(key)) for run in runs)
+        for key in ("precision", "device", "threads")
+    }
+    checks.append(
+        Check(
+            name="arithmetic and machine",
+            equal=all(len(values) == 1 for values in machine.values()),
+            statement="; ".join(f"{key} {_list(values)}" for key, values in machine.items()),
+        )
+    )
+    return checks
+
+
+def _distinct(values: Any) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _list(words: Any) -> str:
+    return ", ".join(words)

@@ -1,0 +1,166 @@
+"""Continues prompts with the model of a run folder, a checkpoint or a saved model, and prints text as it comes.
+
+An encoder-decoder takes a prompt as a source and writes its target.
+"""
+
+import codecs
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...archs import LanguageModel, Seq2Seq, open_pretrained
+from ...archs.generation import NO_TOKEN
+from ...train.checkpoint import newest
+from ...train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from ...train.runtime import choose_device
+from ...train.verdict import apply_verdict
+from ..config import GenerateConfig
+
+__all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]
+
+
+def generate(config: GenerateConfig) -> int:
+    """Prints each prompt and its continuation, or the target of each source; returns 0.
+
+    Raises:
+        ValueError: if the folder holds no model, or no tokenizer for it; if a prompt is no text, or there is none for a
+            model that needs a source; if a text of --stop is not one token.
+    """
+    apply_verdict()
+    weights = weights_of(config.folder)
+    device = choose_device(config.device)
+    lm = open_pretrained(weights, device=device).eval()
+    tokenizer = tokenizer_of(config.folder, weights, lm.config.vocab_size)
+    texts = _prompts(config)
+    stops = [_token(tokenizer, text) for text in config.stop]
+    openings, write = _opened(lm, texts, tokenizer, prefill_chunk=config.prefill_chunk)
+    printer = Printer(openings, tokenizer, silent={tokenizer.separator} - set(stops) if config.stop_at_end else set())
+    try:
+        write(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            stop_tokens=[*stops, tokenizer.separator] if config.stop_at_end else stops,
+            on_token=printer,
+            generator=torch.Generator(device=device).manual_seed(config.seed),
+        )
+    finally:  # Ctrl-C too keeps what there is
+        printer.finish()
+    return 0
+
+
+def _opened(
+    lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, *, prefill_chunk: int
+) -> tuple[list[str], Callable[..., object]]:
+    """What is printed before each text grows, and the model's `generate`, which still takes what all models share."""
+    end = tokenizer.separator
+    if lm.config.kind == "seq2seq":
+        if not texts:
+            raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
+        # each ends as in training, and the target begins as there (train/pairs.py)
+        sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
+        return [""] * len(texts), functools.partial(lm.generate, sources, start_token=end)
+    texts = texts or [""]
+    # without a prompt as at the start of a document
+    prompts = [torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([end]) for text in texts]
+    titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
+    openings = [title + text for title, text in zip(titles, texts, strict=True)]
+    return openings, functools.partial(lm.generate, prompts, prefill_chunk=prefill_chunk)
+
+
+class Printer:
+    """Prints texts that grow side by side one after the other: the first that has not ended appears as it grows.
+
+    A character may take several tokens; it is printed when its last byte is there. Bytes that are no UTF-8, as
+    untrained models write, become U+FFFD.
+    """
+
+    def __init__(self, openings: Sequence[str], tokenizer: Tokenizer, *, silent: set[int]) -> None:
+        """Takes what each text begins with, and the tokens that end a text without being part of it."""
+        self._tokenizer, self._silent = tokenizer, silent
+        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in openings]
+        self._waiting = list(openings)
+        self._current = 0
+        self._print()
+
+    def __call__(self, step: int, tokens: Tensor) -> None:
+        """Takes one token of each text, as LanguageModel.generate calls it."""
+        found = tokens.tolist()
+        for i, token in enumerate(found):
+            if token != NO_TOKEN and token not in self._silent:
+                self._waiting[i] += self._decoders[i].decode(self._tokenizer.to_bytes([token]))
+        while found[self._current] == NO_TOKEN and self._current + 1 < len(found):
+            self._next()
+        self._print()
+
+    def finish(self) -> None:
+        """Prints the rest of every text."""
+        while self._current + 1 < len(self._waiting):
+            self._next()
+        self._end_text()
+
+    def _next(self) -> None:
+        self._end_text()
+        self._current += 1
+
+    def _end_text(self) -> None:
+        self._waiting[self._current] += self._decoders[self._current].decode(b"", final=True) + "\n"
+        self._print()
+
+    def _print(self) -> None:
+        sys.stdout.write(self._waiting[self._current])
+        sys.stdout.flush()
+        self._waiting[self._current] = ""
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    """The texts given, in the order of the command line, files last."""
+    texts = [_read_stdin() if text == "-" else text for text in config.prompt]
+    for path in config.prompt_file:
+        try:
+            texts.append(path.read_bytes().decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a prompt: byte {error.start} is not UTF-8") from error
+    return texts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not a prompt: byte {error.start} is not UTF-8") from error
+
+
+def _token(tokenizer: Tokenizer, text: str) -> int:
+    """The one token of a text."""
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ValueError(f"--stop {text!r} is {len(ids)} tokens of {tokenizer.name}: give texts of one token each")
+    return int(ids[0])
+
+
+def weights_of(folder: Path) -> Path:
+    """The folder with the model itself."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+    if checkpoint is None:
+        raise ValueError(f"{folder} holds no model: give a run folder with checkpoints, or one with model.safetensors")
+    return checkpoint
+
+
+def tokenizer_of(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer saved beside the model, in its run folder, or bytes where the vocabulary is theirs."""
+    for home in (folder, weights, *weights.parents[:2]):
+        if (home / "tokenizer.json").exists():
+            return load_tokenizer(home)
+    if vocab_size == BytesTokenizer().vocab_size:
+        return BytesTokenizer()
+    raise ValueError(f"{folder} has no tokenizer.json, and {vocab_size} tokens are not plain bytes")

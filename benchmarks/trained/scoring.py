@@ -1,0 +1,126 @@
+"""How likely a text is after another, and greedy continuations: what evaluation harnesses ask of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ...archs import LanguageModel
+from ...train.data.tokenizer import Tokenizer
+
+__all__ = ["complete", "encode_pair", "loglikelihoods", "windows"]
+
+Pair = tuple[list[int], list[int]]
+"""Ids of a context, at least one, and of its continuation."""
+
+_HEAD_TOKENS = 4096
+"""Tokens whose logits are in memory at once."""
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """The ids of both texts, split where the tokens of `context` end in those of the two together.
+
+    Spaces at the end of the context go to the continuation, as tokens have their space before the word. An empty
+    context is the separator of documents.
+    """
+    stripped = context.rstrip(" ")
+    continuation = context[len(stripped) :] + continuation
+    if not stripped:
+        return [tokenizer.separator], tokenizer.encode(continuation).tolist()
+    head = tokenizer.encode(stripped).tolist()
+    return head, tokenizer.encode(stripped + continuation).tolist()[len(head) :]
+
+
+def windows(ids: list[int], prefix: int, max_len: int | None) -> Iterator[Pair]:
+    """Splits a text into pairs that predict each token once and show at most `max_len` (None: all) to the model.
+
+    The first token is predicted from `prefix`; every later window but the last one from the token before it, and the
+    last one has as much context as fits.
+    """
+    size = max_len or len(ids)
+    known = [prefix, *ids]
+    for start in range(0, len(ids), max(size, 1)):
+        stop = min(start + size, len(ids))
+        yield known[max(0, stop - size) : start + 1], ids[start:stop]
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    lm: LanguageModel, pairs: Sequence[Pair], *, max_len: int | None = None, batch_size: int = 8
+) -> list[tuple[float, bool]]:
+    """The log-probability in nats of each continuation, and whether greedy decoding gives just that.
+
+    Args:
+        lm: a decoder, in evaluation mode.
+        pairs: contexts and continuations; contexts lose their beginning where both are longer than max_len.
+        max_len: most tokens that the model reads at once; None means all.
+        batch_size: sequences of one forward pass. Shorter ones are padded on the right, which no causal model sees.
+
+    Raises:
+        ValueError: if a continuation alone is longer than max_len.
+    """
+    device = lm.embedding.weight.device
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    ids = [context + continuation for context, continuation in pairs]
+    order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -len(ids[i]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        inputs = [torch.tensor(ids[i][:-1] if max_len is None else ids[i][:-1][-max_len:]) for i in rows]
+        targets = [torch.tensor(pairs[i][1], device=device) for i in rows]
+        sizes = [len(predicted) for predicted in targets]
+        if any(size > len(seen) for size, seen in zip(sizes, inputs, strict=True)):
+            raise ValueError(f"a continuation of {max(sizes)} tokens is longer than max_len={max_len}")
+        tokens = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
+        x, _, _ = lm.hidden(tokens)
+        outputs = [row[len(seen) - size : len(seen)] for row, seen, size in zip(x, inputs, sizes, strict=True)]
+        scores, greedy = _score(lm, torch.cat(outputs), torch.cat(targets))
+        for i, score, best in zip(rows, scores.split(sizes), greedy.split(sizes), strict=True):
+            results[i] = (score.sum(dtype=torch.float64).item(), bool(best.all()))
+    return results
+
+
+def _score(lm: LanguageModel, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, (T,), and whether it is the most likely token, from outputs (T, D)."""
+    scores, greedy = [], []
+    for part, wanted in zip(x.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
+        logits = lm.logits(part).float()
+        scores.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
+        greedy.append(logits.argmax(-1) == wanted)
+    return torch.cat(scores), torch.cat(greedy)
+
+
+@torch.inference_mode()
+def complete(
+    lm: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    stops: Sequence[str] = (),
+    max_new_tokens: int = 256,
+    max_len: int | None = None,
+) -> str:
+    """The most likely continuation, token by token, up to the first of `stops` (left out) or the end of the document.
+
+    The prompt loses its beginning where it and max_new_tokens are longer than max_len.
+
+    Raises:
+        ValueError: if max_new_tokens leave no room for the prompt.
+    """
+    if max_len is not None and max_new_tokens >= max_len:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leave no room for a prompt in max_len={max_len}")
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.separator]
+    ids = ids if max_len is None else ids[-(max_len - max_new_tokens) :]
+    step = torch.tensor([ids], device=lm.embedding.weight.device)
+    state, new, text = lm.init_state(1, len(ids) + max_new_tokens), [], ""
+    for _ in range(max_new_tokens):
+        logits, state, _ = lm(step, state)
+        step = logits[:, -1].argmax(-1, keepdim=True)
+        if (token := int(step)) == tokenizer.separator:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if found := [text.index(stop) for stop in stops if stop in text]:
+            return text[: min(found)]
+    return text

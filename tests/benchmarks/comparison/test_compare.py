@@ -1,0 +1,134 @@
+"""The main job at toy size: real training, real measurements, real interruption."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from crossover.benchmarks.comparison import compare
+from crossover.benchmarks.config import CompareConfig
+from crossover.benchmarks.context.cells import Failure
+
+from ..fake_runs import write_comparison
+
+OPTIONS = shlex.split(
+    "--archs transformer mamba --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256 --threads 1 "
+    "--context 16 32 --time-box 0.02 --min-repeats 2 --decode-tokens 2 --tokens-per-batch 32"
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"Document {i} says that {i * i} is the square of {i}. " * 12)
+    return folder
+
+
+def command(text: Path, out: Path, *more: str) -> list[str]:
+    main = "import sys; from crossover.benchmarks.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", main, "compare", "--data", str(text), "--out", str(out), *OPTIONS, *more]
+
+
+@pytest.mark.slow
+def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(text, tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for said in ("zlib", "training FLOPs/token", "crossover.train --name mamba-s0", "report.html"):
+        assert said in done.stdout
+    out = tmp_path / "out"
+    for name in ("report.html", "report.md", "context.csv", "quality.csv", "summary.json", "compare.json"):
+        assert (out / name).stat().st_size > 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["arch"] for row in summary["quality"]] == ["transformer", "mamba"]
+    assert all(0 < row["val_bits_per_byte"] < 8.5 for row in summary["quality"])
+    assert all(check["equal"] for check in summary["equal_budget"]), summary["equal_budget"]
+    cells = [json.loads(line) for line in (out / "context.jsonl").read_text().splitlines()]
+    assert [(cell["status"], cell["error"]) for cell in cells] == [("done", None)] * (2 * 2 * 3)
+    page = (out / "report.html").read_text()
+
+    again = subprocess.run(command(text, out), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("before") == 2 + 2 * 2
+    assert len((out / "context.jsonl").read_text().splitlines()) == 2 * 2 * 3
+    assert (out / "report.html").read_text().count("<img") == page.count("<img")
+
+    other = subprocess.run(command(text, out, "--steps", "20"), capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "train.steps 10 instead of 20" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_keeps_what_exists_reports_it_and_the_same_command_goes_on(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    endless = command(text, out, "--steps", "100000", "--jobs", "2")
+    child = subprocess.Popen(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    runs = [out / "transformer-s0", out / "mamba-s0"]
+    deadline = time.monotonic() + 120
+    try:
+        while not all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in runs):
+            assert time.monotonic() < deadline
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.1)
+    finally:
+        os.kill(child.pid, signal.SIGINT)
+        said, complained = child.communicate(timeout=120)
+    assert child.returncode == 130, complained
+    assert "Traceback" not in complained
+    assert "The same command goes on from here: crossover compare" in said
+    page = (out / "report.html").read_text()
+    for run in runs:
+        assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+        assert list((run / "checkpoints").glob("step-*"))
+        assert f"{run.name}: interrupted" in page
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_recorded_and_the_others_go_on(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "transformer-s0").mkdir(parents=True)
+    (out / "transformer-s0" / "checkpoints").touch()  # a file where the trainer needs a folder
+    done = subprocess.run(command(text, out, "--context", "16"), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "transformer-s0 did not finish" in done.stderr
+    assert "Traceback" not in done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    status = {row["arch"]: row["status"] for row in summary["quality"]}
+    assert status["mamba"] == "done"
+    assert status.get("transformer", "failed") == "failed"
+    assert "transformer-s0: " in (out / "report.html").read_text()
+
+
+def test_a_measurement_that_fails_makes_the_comparison_fail(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = Failure(name="Mamba at 16 tokens, train", reason="no such thing", log=tmp_path / "some.log")
+
+    def nothing_but_a_failure(*_: object, **__: object) -> list[Failure]:
+        write_comparison(tmp_path, archs=["mamba"], seeds=1, context=[128])
+        return [failure]
+
+    monkeypatch.setattr(compare, "train_runs", lambda *_, **__: {})
+    monkeypatch.setattr(compare, "measure_cells", nothing_but_a_failure)
+    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=str(text), out=tmp_path, threads=1)
+    assert compare.compare(config, command=["crossover", "compare"]) == 1
+    assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_lr_names_the_best_rate(text: Path, tmp_path: Path) -> None:
+    main = "import sys; from crossover.benchmarks.cli import main; sys.exit(main())"
+    options = "--archs mamba --rates 1e-6 3e-3 --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256"
+    words = ["bench", "lr", *options.split(), "--threads", "1", "--data", str(text), "--out", str(tmp_path / "lr")]
+    done = subprocess.run([sys.executable, "-c", main, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "lr" / "lr.csv").read_text().splitlines()
+    assert [line.split(",")[-1] for line in lines] == ["best", "False", "True"]
+    assert "best, at the end of the list: try further" in done.stdout

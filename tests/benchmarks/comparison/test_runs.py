@@ -1,0 +1,144 @@
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from crossover.benchmarks.comparison import runs as training
+from crossover.benchmarks.comparison.compare import run_configs
+from crossover.benchmarks.comparison.runs import (
+    _Tail,
+    arguments,
+    check_resumable,
+    is_done,
+    share,
+    size,
+    train_runs,
+)
+from crossover.benchmarks.config import ARCHS, CompareConfig
+from crossover.benchmarks.harness.progress import Progress, Schedule, Task
+from crossover.train.command_line import parse
+from crossover.train.config import RunConfig
+
+from ..fake_runs import append_line, write_json
+
+DIGEST = "c0ffee" * 10 + "abcd"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunConfig]:
+    config = CompareConfig(archs=("mamba", "lstm"), params=100_000, seeds=2, steps=20, out=tmp_path, threads=1)
+    sizes = {arch: size(arch, n_params=100_000, vocab_size=256, seq_len=64) for arch in config.archs}
+    return run_configs(config, sizes, longest=10_000)
+
+
+def record(run: RunConfig, *, status: str = "done", digest: str = DIGEST) -> None:
+    corpus = {"digest": digest}
+    info = {"arch": run.model.preset, "seed": run.seed, "config": run.to_dict(), "corpus": corpus}
+    write_json(run.directory / "run.json", info)
+    write_json(run.directory / "result.json", {"status": status})
+
+
+def test_the_printed_command_makes_exactly_the_run(runs: list[RunConfig]) -> None:
+    for run in runs:
+        assert parse(arguments(run), "train") == run
+
+
+def test_a_comparison_has_every_architecture_once_before_the_second_seed(runs: list[RunConfig]) -> None:
+    assert [run.name for run in runs] == ["lstm-s0", "mamba-s0", "lstm-s1", "mamba-s1"]
+
+
+def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunConfig]) -> None:
+    same = {replace(run, name="", seed=0, model=runs[0].model, optim=runs[0].optim) for run in runs}
+    assert len(same) == 1
+    assert len({replace(run.optim, lr=None) for run in runs}) == 1
+
+
+def test_loss_by_position_stays_within_the_held_out_text(tmp_path: Path) -> None:
+    config = CompareConfig(archs=("mamba",), seq_len=64, out=tmp_path)
+    sizes = {"mamba": size("mamba", n_params=100_000, vocab_size=256, seq_len=64)}
+    assert run_configs(config, sizes, longest=10_000)[0].train.position_len == 256
+    assert run_configs(config, sizes, longest=100)[0].train.position_len == 100
+    with pytest.raises(ValueError, match="--position-len 500 is more than the 100 tokens"):
+        run_configs(replace(config, position_len=500), sizes, longest=100)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_is_sized_within_two_percent(arch: str) -> None:
+    sized = size(arch, n_params=300_000, vocab_size=256, seq_len=128)
+    assert abs(sized.n_params / 300_000 - 1) <= 0.02
+    assert 0 < sized.n_active_params <= sized.n_params
+    assert sized.flops_per_token > 3 * sized.n_active_params  # at least a multiply-add per weight, three passes
+    assert sized.state_bytes > 0
+
+
+def test_finished_runs_are_recognized(runs: list[RunConfig]) -> None:
+    assert not is_done(runs[0])
+    record(runs[0], status="interrupted")
+    assert not is_done(runs[0])
+    record(runs[0])
+    assert is_done(runs[0])
+    check_resumable(runs, DIGEST)
+
+
+def test_a_run_of_other_settings_is_not_overwritten(runs: list[RunConfig]) -> None:
+    record(replace(runs[0], train=replace(runs[0].train, steps=999)))
+    with pytest.raises(ValueError, match=r"lstm-s0 holds another run \(train.steps 999 instead of 20\).*--fresh"):
+        check_resumable(runs, DIGEST)
+
+
+def test_a_run_on_other_data_is_not_overwritten(runs: list[RunConfig]) -> None:
+    record(runs[0], digest="f00d" * 16)
+    with pytest.raises(ValueError, match="data with digest f00df00df00d instead of c0ffeec0ffee"):
+        check_resumable(runs, DIGEST)
+
+
+def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = _Tail(path)
+    assert tail.read() == (0, "")
+    append_line(path, json.dumps({"step": 10, "train/loss": 2.0}) + '\n{"step": 2')
+    assert tail.read() == (10, "")
+    append_line(path, '0, "val/bits_per_byte": 2.5}\n')
+    assert tail.read() == (20, ", 2.50 bits per byte")
+    assert tail.read() == (20, ", 2.50 bits per byte")
+
+
+def test_threads_are_shared_among_runs_that_train_at_once() -> None:
+    assert share(None, 8, device="cpu", n_runs=5) == (5, 1)
+    assert share(2, 8, device="cpu", n_runs=5) == (2, 4)
+    assert share(1, 8, device="cpu", n_runs=5) == (1, 8)
+    assert share(4, 2, device="cpu", n_runs=5) == (4, 1)
+
+
+def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    class Training:
+        def __init__(self, run: RunConfig, log: Path) -> None:
+            started.append(run.name)
+            self.run, self.child, self.left = run, self, 2
+            assert len(started) - len(ended) <= 2
+
+        def poll(self) -> int | None:
+            self.left -= 1
+            if self.left <= 0:
+                ended.append(self.run.name)
+            return None if self.left > 0 else 1
+
+        def progress(self) -> tuple[float, str]:
+            return 0.5, ""
+
+        def failure(self) -> str:
+            return "failed: on purpose"
+
+    ended: list[str] = []
+    monkeypatch.setattr(training, "_Training", Training)
+    monkeypatch.setattr(training, "is_done", lambda run: run.name == "b")
+    runs = [RunConfig(name=name, out=tmp_path) for name in "abcde"]
+    tasks = [Task(name=name, kind="train", cost=1.0) for name in "abcde"]
+    progress = Progress(Schedule(tasks, at_once={"train": 2}), stream=io.StringIO())
+    failures = train_runs(runs, progress, logs=tmp_path, jobs=2)
+    assert started == ended == ["a", "c", "d", "e"]
+    assert failures == dict.fromkeys("acde", "failed: on purpose")
+    assert progress.schedule.done == "5/5"

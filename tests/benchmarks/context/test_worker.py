@@ -1,0 +1,133 @@
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from crossover.archs import State, configure
+from crossover.benchmarks.config import MeasureConfig
+from crossover.benchmarks.context import worker
+from crossover.benchmarks.context.worker import _Bench, limit_memory, measure, repeat_in_time_box
+from crossover.train.runtime import choose_precision
+
+CPU = torch.device("cpu")
+
+
+def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> _Bench:
+    settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
+    config = configure(arch, d_model=32, n_layers=1)
+    return _Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
+
+
+@pytest.mark.parametrize(("seconds", "n_repeats"), [(2.0, 5), (3.0, 4), (100.0, 3)])
+def test_repeats_fill_the_time_box_and_slow_phases_get_the_fewest(seconds: float, n_repeats: int) -> None:
+    now = 0.0
+
+    def run() -> float:
+        nonlocal now
+        now += seconds
+        return seconds
+
+    assert repeat_in_time_box(run, time_box=10, min_repeats=3, clock=lambda: now) == [seconds] * n_repeats
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> None:
+    one = bench("transformer", precision=precision)
+    found = measure(one, phase)
+    assert found["status"] == "done", found
+    with torch.no_grad():
+        state = one._prefilled(one._tokens(1, 16), 16)
+    assert found["state_bytes"] == sum(storages(state).values())
+
+
+def storages(state: Sequence[State]) -> dict[int, int]:
+    """Bytes that tensors of a state hold, by address."""
+    tensors = [value for layer in state for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+
+
+@pytest.mark.parametrize(("warm_up", "repeats"), [(0.1, 2), (0.001, 3)])
+def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
+    warm_up: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([warm_up, 0.25, 0.5, 0.5, 0.5])
+
+    def fill_the_box(device: torch.device, work: object) -> float:
+        time.sleep(0.01)
+        return next(seconds)
+
+    monkeypatch.setattr(worker, "timed", fill_the_box)
+    found = measure(bench(), "train")
+    assert (found["status"], found["repeats"]) == ("done", repeats)
+    if repeats == 2:
+        assert found["spread"] == [32 / 0.5, 32 / 0.25]
+
+
+def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "timed", lambda device, work: 100.0)
+    assert measure(bench(), "decode")["repeats"] >= 3
+
+
+def test_an_unexpected_error_leaves_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = bench()
+    monkeypatch.setattr(one, "_declared_bytes", lambda batch_size: 1)
+    assert measure(one, "prefill")["status"] == "failed"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_state_that_is_not_what_init_state_says_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench()
+    monkeypatch.setattr(one, "_declared_bytes", lambda batch_size: 1)
+    found = measure(one, "prefill")
+    assert found["status"] == "failed"
+    assert "init_state says 1" in found["error"]
+
+
+def test_decoding_starts_every_repeat_from_the_same_context() -> None:
+    one, lengths = bench("transformer"), []
+    forward = one.lm.forward
+
+    def spy(tokens: torch.Tensor, state: list) -> object:
+        lengths.append(state[0].length)
+        return forward(tokens, state)
+
+    one.lm.forward = spy  # pyright: ignore[reportAttributeAccessIssue]
+    assert measure(one, "decode")["status"] == "done"
+    assert set(lengths) == {16, 17}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory"),
+        (MemoryError(), "out_of_memory"),
+        (RuntimeError("std::bad_alloc"), "out_of_memory"),
+        (RuntimeError("shapes do not fit"), "failed"),
+    ],
+)
+def test_errors_are_told_apart(error: Exception, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench()
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(one, "train", fail)
+    found = measure(one, "train")
+    assert found["status"] == status
+    assert found["error"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits allocations on Linux only")
+def test_the_limit_is_never_above_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (100, 200))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: set_limits.append((kind, limits)))
+    limit_memory(150, CPU)
+    limit_memory(300, CPU)
+    assert set_limits == [(resource.RLIMIT_DATA, (150, 200)), (resource.RLIMIT_DATA, (200, 200))]

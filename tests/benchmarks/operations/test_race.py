@@ -1,0 +1,156 @@
+"""The race of operations: who takes part, that they take turns, and what is written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crossover.benchmarks.cli import main
+from crossover.benchmarks.config import KernelsConfig
+from crossover.benchmarks.operations import peers
+from crossover.benchmarks.operations import race as kernels
+from crossover.benchmarks.operations import race_cases as kernel_cases
+from crossover.benchmarks.operations.exp_rate import seconds_per_exp
+from crossover.benchmarks.operations.race import bench_kernels, race
+from crossover.benchmarks.operations.race_cases import Compiler, case_at, cases, contestants
+from crossover.kernels import ops
+from crossover.train.files import read_json_lines
+
+TINY = {"lengths": (16,), "batch_size": 2, "channels": 16, "time_box": 0.001, "compile_box": 0.0}
+SIZES = (("selective_scan", 16), ("selective_scan", 32), ("rms_norm", 16))
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = KernelsConfig(**TINY, models=False, threads=2, out=tmp_path)
+    assert bench_kernels(config, command=["crossover", "bench", "kernels"]) == 0
+    rows = read_json_lines(tmp_path / "kernels.jsonl")
+    assert {(row["op"], row["pass"], row["threads"]) for row in rows} == {
+        (op, one, threads) for op in ops.OPS for one in ("fwd", "fwd+bwd") for threads in (1, 2)
+    }
+    for row in rows:
+        assert row["provenance"]["command"] == "crossover bench kernels"
+        assert row["seconds"]["ours"] > 0
+        assert set(row["seconds"]) <= {"ours", "torch", "definition", "peer"}
+        assert ("torch" in row["seconds"]) == (row["backend"] != "torch")
+        assert ("peer" in row["seconds"]) == (row["op"] == "lstm_scan")
+        assert (row["times_floor"] is not None) == (row["op"] == "selective_scan" and row["threads"] == 1)
+    table = (tmp_path / "kernels.md").read_text()
+    assert table.count("fwd+bwd") == len(rows) / 2
+    assert capsys.readouterr().out.count("\n") > len(rows)
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_all_contestants_compute_the_same(name: str) -> None:
+    (case,) = cases(name, KernelsConfig(**TINY))
+    racing = contestants(case)
+    racing.pop("peer", None)  # has weights of its own
+    expected, *others = (out if isinstance(out := one.run(), tuple) else (out,) for one in racing.values())
+    for other in others:
+        torch.testing.assert_close(other[0], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_compiled_loop_is_the_selective_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_at("selective_scan", 32, KernelsConfig(**TINY))
+    monkeypatch.setattr(kernel_cases, "_compiled_chunk", lambda: kernel_cases._chunk)
+    loop = kernel_cases.compiled(case)
+    assert loop is not None
+    torch.testing.assert_close(loop.run(), contestants(case)["ours"].run(), rtol=1e-4, atol=1e-4)
+
+
+def test_contestants_take_turns_until_the_box_is_full() -> None:
+    order: list[str] = []
+    works: dict[str, Any] = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = race(works, time_box=0.01)
+    assert order[:6] == list("abcabc")
+    assert len({len(one) for one in seconds.values()}) == 1
+    assert all(len(one) == 2 for one in race(works, time_box=0.0).values())
+
+
+def test_a_definition_that_would_take_too_long_is_left_out_and_said_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "_SHORT", 4)
+    config = KernelsConfig(**TINY, ops=("selective_scan",), models=False, threads=1, out=tmp_path)
+    assert bench_kernels(config, command=["crossover"]) == 0
+    for row in read_json_lines(tmp_path / "kernels.jsonl"):
+        assert row["skipped"]["definition"].startswith("too slow: ")
+        assert "definition" not in row["seconds"]
+    assert "definition too slow" in (tmp_path / "kernels.md").read_text()
+
+
+def test_compiling_ends_with_its_seconds_but_not_for_what_is_compiled_already() -> None:
+    scan, longer, norm = (case_at(name, L, KernelsConfig(**TINY)) for name, L in SIZES)
+    compiler = Compiler(1e-9)
+    assert compiler.first_call(scan, False, lambda: None) is None
+    assert compiler.first_call(longer, False, lambda: None) is None
+    for case, backward in ((scan, True), (norm, False)):
+        assert compiler.first_call(case, backward, lambda: None) == "no time left to compile (--compile-box)"
+
+    def fail() -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    assert Compiler(1.0).first_call(scan, False, fail) == "does not compile: no C++ compiler"
+
+
+def test_a_stopped_race_leaves_the_table_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        yield from rows(("rms_norm",), *args[1:], **kwargs)
+        raise KeyboardInterrupt
+
+    rows = kernels.operation_rows
+    monkeypatch.setattr(kernels, "operation_rows", stop)
+    options = ["--lengths", "16", "--channels", "16", "--time-box", "0.001", "--compile-box", "0", "--threads", "1"]
+    assert main(["bench", "kernels", *options, "--out", str(tmp_path)]) == 130
+    assert (tmp_path / "kernels.md").read_text().count("rms\\_norm") == 2
+
+
+def test_an_exponential_takes_a_fraction_of_a_nanosecond_or_little_more() -> None:
+    assert 1e-12 < seconds_per_exp(seconds=0.01) < 1e-7
+
+
+def test_without_transformers_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    (row,) = peers.model_rows(threads=1, time_box=0.1, logs=tmp_path)
+    assert row["text"] == "whole models: transformers is not installed (pip install 'crossover[hf]')"
+
+
+def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--ops", "rms_morn"]) == 2
+    for words in (["--lengths", "64", "32"], ["--channels", "20"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", "kernels", *words])
+    shown = capsys.readouterr()
+    text = " ".join((shown.out + shown.err).replace("│", " ").split())
+    assert "did you mean 'rms_norm'?" in text
+    assert "--lengths must be increasing" in text
+    assert "--channels must be a multiple of 16, got 20" in text
+
+
+@pytest.mark.slow
+def test_the_loop_is_compiled_once_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(kernel_cases, "_CHUNK", 2)
+    kernel_cases._compiled_chunk.cache_clear()
+    graphs = []
+    for L in (4, 8, 16):
+        inputs = {name: torch.randn(2, L, 3) for name in ("u", "delta", "z")}
+        inputs |= {name: torch.randn(2, L, 2) for name in ("B", "C")}
+        inputs |= {"A": -torch.rand(3, 2), "D": torch.randn(3), "delta_bias": torch.randn(3)}
+        leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+        with torch.no_grad():
+            kernel_cases._compiled_loop(**leaves)
+        y, _ = kernel_cases._compiled_loop(**leaves)
+        y.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+    kernel_cases._compiled_chunk.cache_clear()

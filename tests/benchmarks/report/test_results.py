@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+
+import pytest
+from crossover.benchmarks.report.results import (
+    budget_checks,
+    crossovers_of,
+    load_comparison,
+    load_run,
+    quality,
+    tokens_per_step,
+)
+
+from ..fake_runs import SETTINGS, append_line, cell, corpus, write_comparison, write_json, write_run
+
+
+def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba")
+    before = len(load_run(home).curve())
+    append_line(
+        home / "metrics.jsonl", '{"step": 50, "tokens": 1, "seconds": 1, "val/loss": 1, "val/bits_per_byte": 9}\n'
+    )
+    curve = load_run(home).curve()
+    assert len(curve) == before
+    assert next(point for point in curve if point["step"] == 50)["val/bits_per_byte"] == 9
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba")
+    write_run(tmp_path, "transformer", digest="f00d" * 16)
+    with pytest.raises(ValueError, match=r"trained on different data .*c0ffeec0ffee and f00df00df00d"):
+        load_comparison(tmp_path)
+
+
+def test_cells_with_different_settings_are_not_compared(tmp_path: Path) -> None:
+    other = {**cell("mamba", "train", 512), "settings": {**SETTINGS, "threads": 1}}
+    for one in (cell("mamba", "train", 128), other):
+        append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    with pytest.raises(ValueError, match="different settings"):
+        load_comparison(tmp_path)
+
+
+def test_a_folder_without_results_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.json"):
+        load_comparison(tmp_path)
+    with pytest.raises(ValueError, match="not a folder"):
+        load_comparison(tmp_path / "missing")
+
+
+def test_a_later_cell_replaces_an_earlier_one(tmp_path: Path) -> None:
+    for status in ("failed", "done"):
+        append_line(tmp_path / "context.jsonl", json.dumps(cell("mamba", "train", 128, status=status)) + "\n")
+    assert [c["status"] for c in load_comparison(tmp_path).cells] == ["done"]
+
+
+def test_quality_is_the_mean_over_finished_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba", seed=0)
+    write_run(tmp_path, "mamba", seed=1)
+    write_run(tmp_path, "mamba", seed=2, status="failed")
+    scores = [load_run(tmp_path / f"mamba-s{seed}").result["val_bits_per_byte"] for seed in (0, 1)]
+    (row,) = quality(load_comparison(tmp_path))
+    assert row["val_bits_per_byte"] == pytest.approx(sum(scores) / 2)
+    assert row["val_bits_per_byte_std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert (row["n_seeds"], row["status"]) == (2, "done, failed")
+
+
+def test_an_architecture_whose_runs_all_failed_keeps_its_row(tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba", status="out_of_memory")
+    (row,) = quality(load_comparison(tmp_path))
+    assert (row["val_bits_per_byte"], row["n_seeds"], row["status"]) == (None, 0, "out_of_memory")
+
+
+def test_equal_budgets_are_recognized(tmp_path: Path) -> None:
+    checks = budget_checks(load_comparison(write_comparison(tmp_path)))
+    assert all(check.equal for check in checks), [check for check in checks if not check.equal]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"n_params": 1_030_000}, "parameters"),
+        ({"steps": 300}, "tokens"),
+        ({"steps": 300}, "steps"),
+        ({"seq_len": 256}, "data and its order"),
+        ({"eval_tokens": 4096}, "held-out text"),
+    ],
+)
+def test_an_unequal_budget_is_found(tmp_path: Path, change: dict[str, int], name: str) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1)
+    write_run(tmp_path, "mamba", **change)  # pyright: ignore[reportArgumentType]
+    unequal = {check.name for check in budget_checks(load_comparison(tmp_path)) if not check.equal}
+    assert name in unequal
+
+
+def test_another_schedule_is_an_unequal_budget_but_another_learning_rate_is_not(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1)
+    path = tmp_path / "mamba-s0" / "run.json"
+    info = json.loads(path.read_text())
+    info["config"]["optim"]["schedule"] = "wsd"
+    write_json(path, info)
+    unequal = [check for check in budget_checks(load_comparison(tmp_path)) if not check.equal]
+    assert [check.name for check in unequal] == ["optimizer and schedule"]
+    assert "schedule" in unequal[0].statement
+
+
+def test_out_of_memory_cells_decide_crossovers(tmp_path: Path) -> None:
+    comparison = load_comparison(write_comparison(tmp_path, archs=["mamba", "lstm"], seeds=1))
+    found = {(c.metric, c.a, c.b): c for c in crossovers_of(comparison)}
+    assert found["training tokens/s", "lstm", "mamba"].verdict == "always"
+    memory = found["peak training memory", "lstm", "mamba"]
+    assert (memory.verdict, memory.context_len, memory.out_of_memory) == ("beyond", 8192, "lstm")
+
+
+def test_a_failed_cell_says_nothing_about_speed(tmp_path: Path) -> None:
+    for arch, status in (("mamba", "failed"), ("lstm", "done")):
+        append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", 128, status=status)) + "\n")
+    speeds = [c for c in crossovers_of(load_comparison(tmp_path)) if c.metric == "training tokens/s"]
+    assert speeds == []
+
+
+def test_a_length_beyond_the_positions_of_a_model_says_nothing_about_it(tmp_path: Path) -> None:
+    for context_len, status in ((128, "done"), (512, "beyond_positions")):
+        for arch in ("transformer", "mamba"):
+            one = cell(arch, "train", context_len, status=status if arch == "transformer" else "done")
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
+    one = found["training tokens/s", "mamba", "transformer"]
+    assert (one.verdict, one.context_len, one.out_of_memory) == ("always", None, None)  # by the one length of both
+
+
+def test_a_model_stopped_for_time_is_not_said_to_have_run_out_of_memory(tmp_path: Path) -> None:
+    for arch, status in (("lstm", "timeout"), ("mamba", "done")):
+        for context_len in (128, 512):
+            one = cell(arch, "train", context_len, status="done" if context_len == 128 else status)
+            one["tokens_per_second"] = {"lstm": 9.0, "mamba": 5.0}[arch]
+            one["spread"] = [one["tokens_per_second"]] * 2
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
+    one = found["training tokens/s", "lstm", "mamba"]
+    assert (one.verdict, one.context_len, one.out_of_memory, one.stopped_after) == ("beyond", 512, None, 300.0)
+
+
+def test_labels_come_from_the_comparison_else_from_runs_and_cells_else_the_name_stands(tmp_path: Path) -> None:
+    append_line(tmp_path / "context.jsonl", json.dumps({**cell("s4d", "train", 128), "label": "S4D of a cell"}) + "\n")
+    assert load_comparison(tmp_path).label("s4d") == "S4D of a cell"
+    assert load_comparison(tmp_path).label("retnet") == "retnet"
+    write_run(tmp_path, "mamba")
+    assert load_comparison(tmp_path).label("mamba") == "Mamba"
+    write_json(tmp_path / "compare.json", {"labels": {"s4d": "S4D of the comparison"}})
+    assert load_comparison(tmp_path).label("s4d") == "S4D of the comparison"
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ((64, 16), "8,192 tokens per step at every length"),
+        ((16, 16), "2,048 to 8,192 tokens per step, depending on the length"),
+    ],
+)
+def test_tokens_per_step_are_those_of_the_cells(batches: tuple[int, int], said: str, tmp_path: Path) -> None:
+    for context_len, batch_size in zip((128, 512), batches, strict=True):
+        one = {**cell("mamba", "train", context_len), "batch_size": batch_size}
+        append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    assert tokens_per_step(load_comparison(tmp_path)) == said
+
+
+def test_references_come_from_the_corpus(tmp_path: Path) -> None:
+    found = load_comparison(write_comparison(tmp_path, seeds=1)).corpus
+    assert found is not None
+    assert found["reference_bits_per_byte"] == corpus()["reference_bits_per_byte"]

@@ -1,0 +1,237 @@
+import base64
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from crossover.benchmarks.report.write import write_report
+
+from ..fake_runs import ARCHS, CONTEXT, append_line, cell, write_comparison, write_json, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of five architectures with its report."""
+    home = write_comparison(tmp_path_factory.mktemp("compare"))
+    write_report(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class _Elements(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def words(page: str) -> str:
+    """The text of a page without its markup."""
+    return re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
+
+
+def test_first_paragraph_states_crossovers_with_uncertainty_and_the_best_model(page: str) -> None:
+    first = re.search(r'<div class="lead"><p>(.*?)</p>', page)
+    assert first is not None
+    text = first[1]
+    assert re.search(r"Mamba beyond \d+ \(\d+-\d+\)", text)
+    assert "trains faster than Transformer" in text
+    assert re.search(r"Mamba predicts held-out text best, at 2\.1\d ± 0\.01 bits per byte", text)
+    assert "zlib 1.86 and xz 1.47" in text
+
+
+def test_page_has_no_script_and_no_outside_reference(page: str) -> None:
+    elements = _Elements(page).found
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in elements}
+    for tag, attributes in elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_every_picture_is_an_svg_with_a_description(page: str) -> None:
+    pictures = [attributes for tag, attributes in _Elements(page).found if tag == "img"]
+    assert len(pictures) == 9
+    for attributes in pictures:
+        assert len(attributes["alt"] or "") > 20
+        head, _, content = (attributes["src"] or "").partition("base64,")
+        assert head == "data:image/svg+xml;"
+        assert ElementTree.fromstring(base64.b64decode(content)).tag.endswith("svg")
+
+
+def test_same_files_give_the_same_bytes(folder: Path, page: str) -> None:
+    write_report(folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_out_of_memory_is_shown_and_not_left_out(page: str) -> None:
+    assert "Transformer out of memory at 8,192" in page
+    assert re.search(r"<td>Transformer</td><td>train</td>.*?8,192.*?out of memory", page)
+
+
+def test_lengths_beyond_the_positions_of_a_model_are_shown_and_are_no_failure(tmp_path: Path) -> None:
+    for arch in ("transformer", "mamba"):
+        for context_len in (512, 2048):
+            beyond = arch == "transformer" and context_len == 2048
+            one = cell(arch, "train", context_len, status="beyond_positions" if beyond else "done")
+            limits = {"model": {"max_positions": 1024}, "batch_size": None} if beyond else {}
+            append_line(tmp_path / "context.jsonl", json.dumps({**one, **limits}) + "\n")
+    text = words(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "Transformer was built with 1,024 positions, and is not compared beyond." in text
+    assert "Crosses: Transformer beyond its positions at 2,048." in text
+    assert re.search(r"Transformer\s+train\s+2,048(\s+-)+\s+beyond its positions", text)
+    assert "What is missing" not in text
+
+
+def test_text_of_samples_is_escaped(page: str) -> None:
+    assert "&lt;b&gt;if&lt;/b&gt; name is None" in page
+    assert "<b>if</b>" not in page
+    assert "\x00" not in page
+
+
+def test_quality_table_says_what_is_equal_and_what_is_not(page: str) -> None:
+    text = words(page)
+    for column in ("Parameters", "Active", "FLOPs/token", "State", "Learning rate", "Seeds"):
+        assert column in text
+    assert "614,606" in text  # active parameters of the mixture of experts
+    assert "Verified from the files of the runs" in text
+
+
+def test_provenance_names_machine_versions_backends_and_digest(page: str) -> None:
+    text = words(page)
+    for fact in ("AMD EPYC 9R45", "2.13.0+cpu", "selective_scan", "c0ffeec0ffee", "crossover compare", "freed memory"):
+        assert fact in text
+
+
+def test_markdown_has_the_same_findings_and_links_its_figures(folder: Path, page: str) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    first = re.search(r'<div class="lead"><p>(.*?)</p>', page)
+    assert first is not None
+    assert first[1] in text.replace("\\", "")
+    links = re.findall(r"\]\((figures/[^)]*)\)", text)
+    assert len(links) == 9
+    assert all((folder / link).exists() for link in links)
+
+
+def test_csv_has_every_cell_with_its_keys(folder: Path) -> None:
+    with (folder / "context.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(ARCHS) * len(CONTEXT) * 3
+    assert {"arch", "phase", "context_len", "batch_size", "tokens_per_second", "peak_bytes", "state_bytes", "status",
+            "backend", "dtype", "repeats"} <= rows[0].keys()  # fmt: skip
+    failed = [row for row in rows if row["status"] == "out_of_memory"]
+    assert len(failed) == 2
+    assert failed[0]["tokens_per_second"] == ""
+
+
+def test_quality_csv_has_one_row_per_architecture(folder: Path) -> None:
+    with (folder / "quality.csv").open() as file:
+        rows = {row["arch"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(ARCHS)
+    assert float(rows["mamba"]["val_bits_per_byte"]) == pytest.approx(2.135, abs=0.001)
+    assert {"n_params", "n_active_params", "tokens", "flops_per_token", "status", "seeds"} <= rows["mamba"].keys()
+
+
+def test_summary_lists_every_crossover(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["crossovers"]) == 5 * 5 * 4
+    one = next(
+        c
+        for c in summary["crossovers"]
+        if (c["metric"], c["a"], c["b"]) == ("training tokens/s", "transformer", "mamba")
+    )
+    assert one["low"] < one["context_len"] < one["high"]
+
+
+def test_runs_alone_make_a_report(tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba")
+    page = write_report(tmp_path).read_text()
+    assert "the whole held-out text: zlib 1.86" in words(page)
+    assert "Against context length" not in page
+
+
+def test_measurements_alone_make_a_report(tmp_path: Path) -> None:
+    for arch in ("transformer", "mamba"):
+        for context_len in CONTEXT:
+            append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", context_len)) + "\n")
+    text = words(write_report(tmp_path).read_text())
+    assert "Mamba trains faster than Transformer beyond" in text
+    assert "Equal budgets" not in text
+
+
+def test_what_is_missing_stands_before_the_results(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, context=(128,))
+    write_run(tmp_path, "transformer", status="failed")
+    info = json.loads((tmp_path / "compare.json").read_text())
+    info["config"] |= {"archs": ["transformer", "mamba", "lstm"], "context": [128, 512]}
+    write_json(tmp_path / "compare.json", info)
+    text = words(write_report(tmp_path).read_text())
+    assert text.index("What is missing") < text.index("Quality")
+    assert "transformer-s0: failed (the loss is nan)" in text
+    assert "lstm-s0: not run yet" in text
+    assert "Mamba: not measured yet at 512 tokens" in text
+
+
+def test_a_timeout_is_called_a_timeout(tmp_path: Path) -> None:
+    for arch in ("transformer", "mamba"):
+        for context_len in (128, 512):
+            slow = arch == "transformer" and context_len == 512
+            one = cell(arch, "train", context_len, status="timeout" if slow else "done")
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    text = words(write_report(tmp_path).read_text())
+    assert "from 512 tokens on, where Transformer was stopped after 300 s" in text
+    assert "no longer runs" not in text
+
+
+def test_a_difference_within_the_noise_is_not_claimed(tmp_path: Path) -> None:
+    for arch, speed in (("transformer", 100.0), ("mamba", 101.0)):
+        for context_len in CONTEXT:
+            one = {**cell(arch, "train", context_len, status="done"), "tokens_per_second": speed}
+            one["spread"] = [0.95 * speed, 1.05 * speed]
+            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    text = words(write_report(tmp_path).read_text())
+    assert "Mamba is within the noise at every length measured" in text
+    assert "trains faster" not in text
+
+
+def test_report_says_on_which_text_the_learning_rates_were_chosen(page: str) -> None:
+    assert "same held-out split that is reported here" in words(page)
+
+
+def test_report_says_how_many_tokens_a_training_step_takes(page: str) -> None:
+    assert "Training takes 8,192 tokens per step at every length." in words(page)
+
+
+def test_unequal_budgets_are_stated_loudly(tmp_path: Path) -> None:
+    write_run(tmp_path, "transformer")
+    write_run(tmp_path, "mamba", n_params=2_000_000)
+    page = write_report(tmp_path).read_text()
+    assert "unequal budgets" in words(page).splitlines()[0] + words(page)
+    assert re.search(r'<li class="warn">Parameters: NOT EQUAL', page)
+
+
+def test_an_architecture_unknown_to_the_report_is_shown_all_the_same(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba")
+    home.rename(tmp_path / "retnet-s0")
+    path = tmp_path / "retnet-s0" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"arch": "retnet", "label": "RetNet"})
+    assert "RetNet" in words(write_report(tmp_path).read_text())
+
+
+def test_report_says_where_the_final_validation_reads_more_than_those_on_the_way(tmp_path: Path) -> None:
+    said = "The last point of a run reads more of the held-out text than those before it."
+    assert said not in words(write_report(write_run(tmp_path, "mamba", eval_tokens=262_144)).read_text())
+    assert said in words(write_report(write_run(tmp_path, "mamba", eval_tokens=65_536)).read_text())
