@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import format_bytes
+from ..harness.format import count, format_bytes
 from .document import Figure
 from .results import Comparison, Metric, tokens_per_step
 
@@ -109,12 +109,9 @@ def _svg(paint: Callable[["Axes", _Theme], None], theme: _Theme) -> bytes:
     return buffer.getvalue()
 
 
-def _tokens(value: float, _: object = None) -> str:
-    """Tick label of a token count: 128, 2k, 3.1M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+def _count_tick(value: float, _: object = None) -> str:
+    """Tick label of a count: 128, 2k, 3.1M."""
+    return count(value, gap="")
 
 
 def _context_tick(value: float, _: object = None) -> str:
@@ -139,7 +136,7 @@ def _log_speed(axes: "Axes") -> None:
     low, high = axes.get_ylim()
     steps = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.yaxis.set_major_formatter(FuncFormatter(_count_tick))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -243,7 +240,7 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
             axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         axes.set_xlim(left=0)
         if x == "tokens":
-            axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+            axes.xaxis.set_major_formatter(FuncFormatter(_count_tick))
         axes.set_xlabel("training tokens" if x == "tokens" else "seconds of training")
         axes.set_ylabel("bits per byte")
 

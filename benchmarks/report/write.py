@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.files import write_json, write_text
-from ..config import format_bytes
+from ..harness.format import count, format_bytes, whole
 from .crossovers import Crossover
 from .document import (
     Block,
@@ -304,7 +304,7 @@ def _read(comparison: Comparison) -> str:
     read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
     if len(read) != 1:
         return ""
-    return f"Every model reads the same {_count(read.pop())}B of it, in windows spread evenly."
+    return f"Every model reads the same {count(read.pop())}B of it, in windows spread evenly."
 
 
 def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -318,20 +318,10 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
     beside = _and([f"{name} {value:.2f}" for name, value in references.items()])
     lead = "predicts held-out text best" if len(scored) > 1 else "reaches"
     return (
-        f"After {_count(best['tokens'])} training tokens {best['label']} {lead}"
+        f"After {count(best['tokens'])} training tokens {best['label']} {lead}"
         + (f", at {score} bits per byte" if len(scored) > 1 else f" {score} bits per byte on held-out text")
         + (f"; compressors on the whole held-out text: {beside}." if beside else ".")
     )
-
-
-def _count(value: float | None) -> str:
-    """A count with three digits: 1.02 M, 512 k, 87."""
-    if value is None:
-        return "-"
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
 
 
 def _title(comparison: Comparison) -> tuple[str, str]:
@@ -343,7 +333,7 @@ def _title(comparison: Comparison) -> tuple[str, str]:
     parts = [", ".join(map(comparison.label, comparison.archs))]
     corpus = comparison.corpus
     if corpus:
-        parts.append(f"trained on {corpus['name']} ({_count(corpus['train_bytes'])}B)")
+        parts.append(f"trained on {corpus['name']} ({count(corpus['train_bytes'])}B)")
     provenance = _provenance(comparison)
     if provenance:
         parts.append(f"{provenance.get('cpu') if provenance.get('device') == 'cpu' else provenance.get('device')}")
@@ -438,7 +428,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
         Heading(text="Quality"),
         Paragraph(
             text=f"Bits per byte of held-out text, which do not depend on the tokenizer. {_read(comparison)} "
-            f"Compressors on all {_count(corpus.get('val_bytes'))}B: "
+            f"Compressors on all {count(corpus.get('val_bytes'))}B: "
             + ", ".join(f"{name} {value:.2f}" for name, value in references.items())
             + "."
         ),
@@ -473,12 +463,12 @@ def _quality_cells(row: Mapping[str, Any]) -> list[str]:
         row["label"],
         score,
         str(row["n_seeds"]),
-        _count(row["tokens"]),
-        "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.0f}",
+        count(row["tokens"]),
+        whole(row["train_seconds"]),
         f"{row['d_model']} x {row['n_layers']}",
         f"{row['n_params']:,}",
         f"{row['n_active_params']:,}",
-        _count(row["flops_per_token"]),
+        count(row["flops_per_token"]),
         format_bytes(row["state_bytes"]),
         "-" if row["lr"] is None else f"{row['lr']:g}",
     ]
@@ -627,11 +617,11 @@ def _cells_table(comparison: Comparison) -> Table:
                 cell["phase"],
                 f"{cell['context_len']:,}",
                 "-" if cell["batch_size"] is None else str(cell["batch_size"]),
-                f"{cell['tokens_per_second']:,.0f}" if done else "-",
+                whole(cell["tokens_per_second"]),
                 spread,
                 str(cell["repeats"]) if done else "-",
-                format_bytes(cell["peak_bytes"]) if done else "-",
-                format_bytes(cell["state_bytes"]) if cell.get("state_bytes") is not None else "-",
+                format_bytes(cell["peak_bytes"]),
+                format_bytes(cell.get("state_bytes")),
                 "done" if done else _STATUS.get(cell["status"], cell["status"]),
             ]
         )

@@ -1,0 +1,40 @@
+"""Numbers as tables, figures and sentences show them. A dash stands for what was not measured."""
+
+from ...train.progress import duration
+
+__all__ = ["DASH", "count", "duration", "format_bytes", "number", "whole"]
+
+DASH = "-"
+
+
+def count(value: float | None, *, gap: str = " ") -> str:
+    """Writes a count with three digits in powers of 1000: 1.02 M, 512 k, 87. `gap` stands before the unit."""
+    if value is None:
+        return DASH
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{gap}{unit}"
+    return f"{value:.3g}"
+
+
+def number(value: float | None) -> str:
+    """Writes a measured number with three digits, a large one with all of its whole part: 0.0123, 4.56, 12,345."""
+    if value is None:
+        return DASH
+    return f"{value:.3g}" if abs(value) < 999.5 else whole(value)
+
+
+def whole(value: float | None) -> str:
+    """Writes a number rounded to a whole one: 12,345."""
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def format_bytes(n_bytes: float | None) -> str:
+    """Writes a size with three digits in powers of 1024: 3 GiB, 1.5 MiB, 132 KiB."""
+    if n_bytes is None:
+        return DASH
+    size, units = float(n_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while abs(size) >= 999.5 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.3g} {unit}"
