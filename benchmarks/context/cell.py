@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
-__all__ = ["FORMAT", "Cell", "Status"]
+from ...train.files import read_json_lines
+
+__all__ = ["FORMAT", "Cell", "Status", "read_cells"]
 
 FORMAT = 1
 """Format of the lines that are written; lines without one have format 1."""
@@ -84,3 +87,15 @@ class Cell:
         known = {key.name: values[key.name] for key in dataclasses.fields(cls) if key.name in values}
         spread = known.get("spread")
         return cls(**{**known, "label": values.get("label", values["arch"]), "spread": spread and tuple(spread)})
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Reads context.jsonl; no cells where there is no file.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read.
+    """
+    try:
+        return [Cell.from_dict(line) for line in read_json_lines(path)]
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

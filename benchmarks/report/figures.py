@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..context.cell import Cell
 from ..harness.format import count, format_bytes
 from .document import Figure
 from .results import Comparison, Metric, tokens_per_step
@@ -320,8 +321,8 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     """One metric against the context length, with the lengths that could not run as crosses; None without cells."""
     archs = [arch for arch in comparison.archs if comparison.cells_of(arch, metric.phase)]
     cells = {arch: comparison.cells_of(arch, metric.phase) for arch in archs}
-    lengths = sorted({cell["context_len"] for several in cells.values() for cell in several})
-    done = {arch: [cell for cell in several if cell["status"] == "done"] for arch, several in cells.items()}
+    lengths = sorted({cell.context_len for several in cells.values() for cell in several})
+    done = {arch: [cell for cell in several if cell.done] for arch, several in cells.items()}
     if not any(done.values()):
         return None
     is_bytes = metric.key.endswith("bytes")
@@ -330,11 +331,11 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
         pens = _pens(comparison, theme)
         for arch in archs:
             pen = pens[arch]
-            x = [cell["context_len"] for cell in done[arch]]
-            y = [cell[metric.key] for cell in done[arch]]
+            x = [cell.context_len for cell in done[arch]]
+            y = [getattr(cell, metric.key) for cell in done[arch]]
             axes.plot(x, y, color=pen.color, linestyle=pen.dashes, marker=pen.marker, label=pen.label)
             if not is_bytes:
-                spread = [cell["spread"] for cell in done[arch]]
+                spread = [cell.spread for cell in done[arch] if cell.spread]
                 axes.fill_between(
                     x, [s[0] for s in spread], [s[1] for s in spread], color=pen.color, alpha=0.16, linewidth=0
                 )
@@ -350,10 +351,10 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
         axes.set_ylabel(_LABELS[metric.name])
 
     failed = [
-        f"{comparison.label(arch)} {_STATUS[cell['status']]} at {cell['context_len']:,}"
+        f"{comparison.label(arch)} {_STATUS[cell.status]} at {cell.context_len:,}"
         for arch in archs
         for cell in cells[arch]
-        if cell["status"] != "done"
+        if not cell.done
     ]
     return draw(
         f"context-{metric.phase}-{'memory' if metric.key == 'peak_bytes' else 'state' if is_bytes else 'speed'}",
@@ -402,14 +403,14 @@ def _make_room(axes: "Axes", *, at_top: bool) -> None:
 
 
 def _mark_failures(
-    axes: "Axes", theme: _Theme, pens: Mapping[str, _Pen], cells: Mapping[str, Sequence[Mapping]], *, at_top: bool
+    axes: "Axes", theme: _Theme, pens: Mapping[str, _Pen], cells: Mapping[str, Sequence[Cell]], *, at_top: bool
 ) -> None:
     """Draws every cell that could not run as a cross at the bad edge, stacked where several share a length."""
     failed: dict[int, list[tuple[_Pen, str]]] = {}
     for arch, several in cells.items():
         for cell in several:
-            if cell["status"] != "done":
-                failed.setdefault(cell["context_len"], []).append((pens[arch], _STATUS[cell["status"]]))
+            if not cell.done:
+                failed.setdefault(cell.context_len, []).append((pens[arch], _STATUS[cell.status]))
     step = 0.065
     for context_len, marks in failed.items():
         for i, (pen, _) in enumerate(marks):

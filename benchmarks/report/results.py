@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.files import read_json, read_json_lines
+from ..context.cell import Cell, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "quality",
     "tokens_per_step",
 ]
-
-Cell = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ class Comparison:
     def archs(self) -> list[str]:
         """Architectures in the order of the command (the baseline first), others after them."""
         asked = self.info.get("config", {}).get("archs", [])
-        found = [*(run.arch for run in self.runs), *(cell["arch"] for cell in self.cells)]
+        found = [*(run.arch for run in self.runs), *(cell.arch for cell in self.cells)]
         return [arch for arch in dict.fromkeys([*asked, *found]) if arch in found]
 
     @property
@@ -155,8 +154,9 @@ class Comparison:
 
     def label(self, arch: str) -> str:
         """The architecture's name as written in text; the plain name where no file tells."""
-        labels = {source["arch"]: source["label"] for source in (*self.cells, *(run.info for run in self.runs))}
-        return {**labels, **self.info.get("labels", {})}.get(arch, arch)
+        of_cells = {cell.arch: cell.label for cell in self.cells}
+        of_runs = {run.arch: run.info["label"] for run in self.runs}
+        return {**of_cells, **of_runs, **self.info.get("labels", {})}.get(arch, arch)
 
     def runs_of(self, arch: str) -> list[Run]:
         """Runs of one architecture by seed."""
@@ -164,8 +164,8 @@ class Comparison:
 
     def cells_of(self, arch: str, phase: str) -> list[Cell]:
         """Cells of one architecture and phase by length."""
-        cells = (cell for cell in self.cells if cell["arch"] == arch and cell["phase"] == phase)
-        return sorted(cells, key=lambda cell: cell["context_len"])
+        cells = (cell for cell in self.cells if cell.arch == arch and cell.phase == phase)
+        return sorted(cells, key=lambda cell: cell.context_len)
 
 
 def load_run(folder: Path) -> Run:
@@ -189,9 +189,7 @@ def load_comparison(folder: Path) -> Comparison:
         raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
     homes = [folder] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
     runs = [load_run(home) for home in homes]
-    cells = {
-        (cell["arch"], cell["phase"], cell["context_len"]): cell for cell in read_json_lines(folder / "context.jsonl")
-    }
+    cells = {cell.key: cell for cell in read_cells(folder / "context.jsonl")}
     if not runs and not cells:
         raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
     for run in runs[1:]:
@@ -201,7 +199,7 @@ def load_comparison(folder: Path) -> Comparison:
                 f"{runs[0].folder.name} and {run.folder.name} were trained on different data "
                 f"(corpus digests {first[:12]} and {ours[:12]}) and cannot be compared; report them apart"
             )
-    settings = {json.dumps(cell["settings"], sort_keys=True) for cell in cells.values()}
+    settings = {json.dumps(cell.settings, sort_keys=True) for cell in cells.values()}
     if len(settings) > 1:
         raise ValueError(f"{folder / 'context.jsonl'} mixes measurements made with different settings; start it over")
     info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
@@ -264,21 +262,22 @@ def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
     failed, or are beyond the positions that the model was built with, say nothing."""
     points = []
     for cell in cells:
-        if cell["status"] == "done":
-            low, high = cell["spread"] if metric.key == "tokens_per_second" else (None, None)
-            points.append(Point(context_len=cell["context_len"], value=max(cell[metric.key], 1e-9), low=low, high=high))
-        elif metric.key == "state_bytes" and cell.get("state_bytes"):
-            points.append(Point(context_len=cell["context_len"], value=cell["state_bytes"]))
-        elif cell["status"] == "out_of_memory" or (cell["status"] == "timeout" and metric.key == "tokens_per_second"):
-            seconds = cell["settings"]["timeout"] if cell["status"] == "timeout" else None
-            points.append(Point(context_len=cell["context_len"], value=None, stopped_after=seconds))
+        value, speed = getattr(cell, metric.key), metric.key == "tokens_per_second"
+        if cell.done:
+            low, high = (cell.spread if speed else None) or (None, None)
+            points.append(Point(context_len=cell.context_len, value=max(value, 1e-9), low=low, high=high))
+        elif metric.key == "state_bytes" and value:
+            points.append(Point(context_len=cell.context_len, value=value))
+        elif cell.status == "out_of_memory" or (cell.status == "timeout" and speed):
+            seconds = cell.settings["timeout"] if cell.status == "timeout" else None
+            points.append(Point(context_len=cell.context_len, value=None, stopped_after=seconds))
     return points
 
 
 def tokens_per_step(comparison: Comparison) -> str:
     """Says how many tokens the measured training steps took, from their own batches; empty where none is known."""
-    cells = (cell for cell in comparison.cells if cell["phase"] == "train" and cell["batch_size"])
-    counts = sorted({cell["batch_size"] * cell["context_len"] for cell in cells})
+    steps = [cell for cell in comparison.cells if cell.phase == "train"]
+    counts = sorted({cell.batch_size * cell.context_len for cell in steps if cell.batch_size})
     if not counts:
         return ""
     if len(counts) == 1:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...train.files import write_json, write_text
-from ..harness.format import count, format_bytes, whole
+from ..context.cell import Cell
+from ..harness.format import DASH, count, format_bytes, whole
 from .crossovers import Crossover
 from .document import (
     Block,
@@ -278,7 +279,7 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
         paragraphs.append(first)
     if memory:
         paragraphs.append(" ".join(memory))
-    lengths = sorted({cell["context_len"] for cell in comparison.cells})
+    lengths = sorted({cell.context_len for cell in comparison.cells})
     if lengths and sentences:
         paragraphs.append(
             f"Lengths are in tokens of context, measured on this machine from {lengths[0]:,} to {lengths[-1]:,} and "
@@ -290,9 +291,9 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
 def _positions_sentence(comparison: Comparison) -> str:
     """Which models have too few learned positions for the longest lengths; empty where all have enough."""
     limits = {
-        comparison.label(cell["arch"]): cell["model"]["max_positions"]
+        comparison.label(cell.arch): cell.model["max_positions"]
         for cell in _sorted_cells(comparison)
-        if cell["status"] == "beyond_positions"
+        if cell.status == "beyond_positions"
     }
     return "".join(
         f" {label} was built with {n:,} positions, and is not compared beyond." for label, n in limits.items()
@@ -371,7 +372,9 @@ def _blocks(
 def _incomplete_section(comparison: Comparison) -> list[Block]:
     missing = [
         f"{run.folder.name}: "
-        + comparison.failures.get(run.folder.name, _STATUS.get(run.status, run.status) + _reason(run.result))
+        + comparison.failures.get(
+            run.folder.name, _STATUS.get(run.status, run.status) + _reason(run.result.get("error"))
+        )
         for run in comparison.runs
         if run.status != "done"
     ]
@@ -381,11 +384,11 @@ def _incomplete_section(comparison: Comparison) -> list[Block]:
     planned = [f"{arch}-s{seed}" for seed in range(asked.get("seeds", 0)) for arch in asked.get("archs", ())]
     missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
     missing += [
-        f"{comparison.label(cell['arch'])}, {cell['phase']} at {cell['context_len']:,}: failed{_reason(cell)}"
+        f"{comparison.label(cell.arch)}, {cell.phase} at {cell.context_len:,}: failed{_reason(cell.error)}"
         for cell in _sorted_cells(comparison)
-        if cell["status"] == "failed"
+        if cell.status == "failed"
     ]
-    measured = {(cell["arch"], cell["context_len"]) for cell in comparison.cells}
+    measured = {(cell.arch, cell.context_len) for cell in comparison.cells}
     lengths = {
         arch: [L for L in asked.get("context", ()) if (arch, L) not in measured] for arch in asked.get("archs", ())
     }
@@ -403,8 +406,8 @@ def _incomplete_section(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _reason(record: Mapping[str, Any]) -> str:
-    return f" ({record['error']})" if record.get("error") else ""
+def _reason(error: str | None) -> str:
+    return f" ({error})" if error else ""
 
 
 def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -458,7 +461,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
 
 def _quality_cells(row: Mapping[str, Any]) -> list[str]:
     mean, spread = row["val_bits_per_byte"], row["val_bits_per_byte_std"]
-    score = "-" if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+    score = DASH if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
     return [
         row["label"],
         score,
@@ -470,7 +473,7 @@ def _quality_cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['n_active_params']:,}",
         count(row["flops_per_token"]),
         format_bytes(row["state_bytes"]),
-        "-" if row["lr"] is None else f"{row['lr']:g}",
+        DASH if row["lr"] is None else f"{row['lr']:g}",
     ]
 
 
@@ -479,7 +482,7 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
         return []
     from .figures import context_figure
 
-    settings = comparison.cells[0]["settings"]
+    settings = comparison.cells[0].settings
     figures = [figure for metric in METRICS if (figure := context_figure(comparison, metric)) is not None]
     blocks: list[Block] = [
         Heading(text="Against context length"),
@@ -513,7 +516,7 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
 def _batches(comparison: Comparison) -> str:
     """Says what one training step, prefill and decode work on, from the cells' own batches."""
     tokens = tokens_per_step(comparison)
-    prompts = sorted({cell["batch_size"] for cell in comparison.cells if cell["phase"] != "train"} - {None})
+    prompts = sorted({cell.batch_size for cell in comparison.cells if cell.phase != "train" and cell.batch_size})
     training = f"Training takes {tokens}. " if tokens else ""
     served = f"{_and(list(map(str, prompts)))} prompt{'s' if prompts != [1] else ''} at once"
     return training + (f"Prefill and decode serve {served}. " if prompts else "")
@@ -601,7 +604,7 @@ def _with_reverse(crossings: Sequence[Crossover]) -> Iterable[tuple[Crossover, C
     return ((c, found[c.metric, c.b, c.a]) for c in crossings)
 
 
-def _sorted_cells(comparison: Comparison) -> list[dict[str, Any]]:
+def _sorted_cells(comparison: Comparison) -> list[Cell]:
     phases = ("train", "prefill", "decode")
     return [cell for phase in phases for arch in comparison.archs for cell in comparison.cells_of(arch, phase)]
 
@@ -609,23 +612,22 @@ def _sorted_cells(comparison: Comparison) -> list[dict[str, Any]]:
 def _cells_table(comparison: Comparison) -> Table:
     rows = []
     for cell in _sorted_cells(comparison):
-        done = cell["status"] == "done"
-        spread = "{:,.0f}-{:,.0f}".format(*cell["spread"]) if done else "-"
+        spread = "{:,.0f}-{:,.0f}".format(*cell.spread) if cell.spread else DASH
         rows.append(
             [
-                comparison.label(cell["arch"]),
-                cell["phase"],
-                f"{cell['context_len']:,}",
-                "-" if cell["batch_size"] is None else str(cell["batch_size"]),
-                whole(cell["tokens_per_second"]),
+                comparison.label(cell.arch),
+                cell.phase,
+                f"{cell.context_len:,}",
+                whole(cell.batch_size),
+                whole(cell.tokens_per_second),
                 spread,
-                str(cell["repeats"]) if done else "-",
-                format_bytes(cell["peak_bytes"]),
-                format_bytes(cell.get("state_bytes")),
-                "done" if done else _STATUS.get(cell["status"], cell["status"]),
+                whole(cell.repeats),
+                format_bytes(cell.peak_bytes),
+                format_bytes(cell.state_bytes),
+                _STATUS.get(cell.status, cell.status),
             ]
         )
-    methods = sorted({cell["peak_method"] for cell in comparison.cells if cell.get("peak_method")})
+    methods = sorted({cell.peak_method for cell in comparison.cells if cell.peak_method})
     return Table(
         columns=["Model", "Phase", "Context", "Batch", "Tokens/s", "Spread", "Repeats", "Peak", "State", "Status"],
         rows=rows,
@@ -662,11 +664,11 @@ def _provenance_items(comparison: Comparison) -> Items:
             f"digest {corpus['digest']}"
         )
     if comparison.cells:
-        items += [f"measurements: {key}: {value}" for key, value in comparison.cells[0]["settings"].items()]
+        items += [f"measurements: {key}: {value}" for key, value in comparison.cells[0].settings.items()]
     return Items(items=items)
 
 
-def _flat_cell(cell: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = cell.get("spread") or (None, None)
-    backend = "; ".join(f"{op}={'+'.join(names)}" for op, names in sorted((cell.get("backend") or {}).items()))
-    return {**cell, "spread_low": low, "spread_high": high, "backend": backend}
+def _flat_cell(cell: Cell) -> dict[str, Any]:
+    low, high = cell.spread or (None, None)
+    backend = "; ".join(f"{op}={'+'.join(names)}" for op, names in sorted(cell.backend.items()))
+    return {**cell.to_dict(), "spread_low": low, "spread_high": high, "backend": backend}

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from crossover.benchmarks.context.cell import Cell, Status
+
 LABELS = {"transformer": "Transformer", "s4d": "S4D", "mamba": "Mamba", "jamba": "Jamba", "lstm": "LSTM"}
 ARCHS = tuple(LABELS)
 CONTEXT = (128, 512, 2048, 8192)
@@ -165,16 +167,24 @@ def _positions(arch: str, seq_len: int) -> list[dict[str, Any]]:
     return rows
 
 
-def cell(arch: str, phase: str, context_len: int, *, status: str | None = None) -> dict[str, Any]:
+def cell(arch: str, phase: str, context_len: int, *, status: Status | None = None, **changes: Any) -> Cell:
     """One context cell; the Transformer's training slows down beyond some hundred tokens and overflows at 8,192."""
     is_attention = arch in ("transformer", "jamba")
     slow = 1 + context_len / (500 if arch == "transformer" else 4000) if is_attention else 1.0
     speed = {"train": 1.0, "prefill": 3.1, "decode": 0.012}[phase] * _SPEED[arch] / slow
     overflows = arch in ("transformer", "lstm") and phase == "train" and context_len >= 8192
     status = status or ("out_of_memory" if overflows else "done")
-    done = status == "done"
     state = context_len * (2048 if arch == "transformer" else 256) if is_attention else 98_304
-    return {
+    measured = {
+        "tokens_per_second": speed,
+        "spread": (speed * 0.96, speed * 1.05),
+        "repeats": 7,
+        "peak_bytes": int(2e8 + slow * (1e8 if phase == "train" else 2e7)),
+        "peak_method": "resident set",
+        "state_bytes": state,
+        "backend": {"attention": ["torch"]},
+    }
+    values: dict[str, Any] = {
         "arch": arch,
         "label": LABELS[arch],
         "phase": phase,
@@ -182,20 +192,21 @@ def cell(arch: str, phase: str, context_len: int, *, status: str | None = None) 
         "n_params": 1_000_000,
         "n_active_params": 1_000_000,
         "batch_size": max(1, 8192 // context_len) if phase == "train" else 1,
-        "tokens_per_second": speed if done else None,
-        "spread": [speed * 0.96, speed * 1.05] if done else None,
-        "repeats": 7 if done else None,
-        "peak_bytes": int(2e8 + slow * (1e8 if phase == "train" else 2e7)) if done else None,
-        "peak_method": "resident set" if done else None,
-        "state_bytes": state if done else None,
-        "backend": {"attention": ["torch"]} if done else {},
         "dtype": "fp32",
         "status": status,
-        "error": None if done else "can't allocate memory",
+        "error": None if status == "done" else "can't allocate memory",
         "model": {},
         "settings": SETTINGS,
         "provenance": {"cpu": "AMD EPYC 9R45", "device": "cpu", "torch": "2.13.0+cpu", "git_commit": "0123456789ab"},
+        **(measured if status == "done" else {}),
     }
+    return Cell(**{**values, **changes})
+
+
+def append_cells(folder: Path, *cells: Cell) -> None:
+    """Adds lines to the context.jsonl of a folder."""
+    for cell in cells:
+        append_line(folder / "context.jsonl", json.dumps(cell.to_dict()) + "\n")
 
 
 def write_comparison(
@@ -206,8 +217,9 @@ def write_comparison(
     for arch in archs:
         for seed in range(seeds):
             write_run(folder, arch, seed=seed)
-    cells = [cell(arch, phase, L) for L in context for arch in archs for phase in ("decode", "prefill", "train")]
-    (folder / "context.jsonl").write_text("".join(json.dumps(one) + "\n" for one in cells))
+    (folder / "context.jsonl").unlink(missing_ok=True)
+    phases = ("decode", "prefill", "train")
+    append_cells(folder, *[cell(arch, phase, L) for L in context for arch in archs for phase in phases])
     config = {"archs": list(archs), "params": 1_000_000, "seeds": seeds, "context": list(context)}
     provenance = {"command": "crossover compare", "cpu": "AMD EPYC 9R45", "device": "cpu"}
     info = {"config": config, "labels": LABELS, "provenance": provenance, "failures": {}}

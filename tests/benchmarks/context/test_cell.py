@@ -1,11 +1,13 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from crossover.benchmarks.context.cell import FORMAT, Cell
+from crossover.benchmarks.context.cell import FORMAT, Cell, Status, read_cells
 
-from ..fake_runs import cell
+from ..fake_runs import append_line, cell
 
 KEYS = [
     "format", "arch", "label", "phase", "context_len", "n_params", "n_active_params", "batch_size", "tokens_per_second",
@@ -15,26 +17,28 @@ KEYS = [
 
 
 @pytest.mark.parametrize("status", ["done", "out_of_memory"])
-def test_a_cell_read_back_from_json_is_the_same(status: str) -> None:
-    one = Cell.from_dict(cell("mamba", "train", 128, status=status))
-    line = json.loads(json.dumps(one.to_dict()))
+def test_a_cell_read_back_from_json_is_the_same(status: Status) -> None:
+    found = cell("mamba", "train", 128, status=status)
+    line = json.loads(json.dumps(found.to_dict()))
     assert list(line) == KEYS
-    assert Cell.from_dict(line) == one
-    assert one.done == (status == "done")
+    assert Cell.from_dict(line) == found
+    assert found.done == (status == "done")
 
 
 def test_a_line_of_an_older_version_is_read() -> None:
-    line = cell("mamba", "train", 128)
-    assert "format" not in line
-    for key in ("label", "provenance", "peak_method", "state_bytes", "spread"):
+    line = cell("mamba", "train", 128).to_dict()
+    for key in ("format", "label", "provenance", "peak_method", "state_bytes", "spread"):
         del line[key]
-    one = Cell.from_dict(line)
-    assert (one.label, one.provenance, one.peak_method, one.spread) == ("mamba", {}, None, None)
+    found = Cell.from_dict(line)
+    assert (found.label, found.provenance, found.peak_method, found.spread) == ("mamba", {}, None, None)
 
 
-def test_a_line_of_a_newer_version_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ValueError, match=rf"^a cell has format {FORMAT + 1}, newer .*update crossover") as refused:
-        Cell.from_dict({**cell("mamba", "train", 128), "format": FORMAT + 1})
+def test_a_line_of_a_newer_version_is_refused_in_one_sentence_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "context.jsonl"
+    append_line(path, json.dumps({**cell("mamba", "train", 128).to_dict(), "format": FORMAT + 1}) + "\n")
+    message = f"{path}: a cell has format {FORMAT + 1}, newer than the {FORMAT} that is read here: update crossover"
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        read_cells(path)
     assert "\n" not in str(refused.value)
 
 

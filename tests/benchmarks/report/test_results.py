@@ -11,7 +11,7 @@ from crossover.benchmarks.report.results import (
     tokens_per_step,
 )
 
-from ..fake_runs import SETTINGS, append_line, cell, corpus, write_comparison, write_json, write_run
+from ..fake_runs import SETTINGS, append_cells, append_line, cell, corpus, write_comparison, write_json, write_run
 
 
 def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None:
@@ -33,9 +33,8 @@ def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_cells_with_different_settings_are_not_compared(tmp_path: Path) -> None:
-    other = {**cell("mamba", "train", 512), "settings": {**SETTINGS, "threads": 1}}
-    for one in (cell("mamba", "train", 128), other):
-        append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    append_cells(tmp_path, cell("mamba", "train", 128))
+    append_cells(tmp_path, cell("mamba", "train", 512, settings={**SETTINGS, "threads": 1}))
     with pytest.raises(ValueError, match="different settings"):
         load_comparison(tmp_path)
 
@@ -48,9 +47,8 @@ def test_a_folder_without_results_is_an_error_that_says_what_was_looked_for(tmp_
 
 
 def test_a_later_cell_replaces_an_earlier_one(tmp_path: Path) -> None:
-    for status in ("failed", "done"):
-        append_line(tmp_path / "context.jsonl", json.dumps(cell("mamba", "train", 128, status=status)) + "\n")
-    assert [c["status"] for c in load_comparison(tmp_path).cells] == ["done"]
+    append_cells(tmp_path, cell("mamba", "train", 128, status="failed"), cell("mamba", "train", 128, status="done"))
+    assert [c.status for c in load_comparison(tmp_path).cells] == ["done"]
 
 
 def test_quality_is_the_mean_over_finished_seeds(tmp_path: Path) -> None:
@@ -112,36 +110,31 @@ def test_out_of_memory_cells_decide_crossovers(tmp_path: Path) -> None:
 
 
 def test_a_failed_cell_says_nothing_about_speed(tmp_path: Path) -> None:
-    for arch, status in (("mamba", "failed"), ("lstm", "done")):
-        append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", 128, status=status)) + "\n")
+    append_cells(tmp_path, cell("mamba", "train", 128, status="failed"), cell("lstm", "train", 128, status="done"))
     speeds = [c for c in crossovers_of(load_comparison(tmp_path)) if c.metric == "training tokens/s"]
     assert speeds == []
 
 
 def test_a_length_beyond_the_positions_of_a_model_says_nothing_about_it(tmp_path: Path) -> None:
-    for context_len, status in ((128, "done"), (512, "beyond_positions")):
-        for arch in ("transformer", "mamba"):
-            one = cell(arch, "train", context_len, status=status if arch == "transformer" else "done")
-            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    append_cells(tmp_path, *[cell(arch, "train", 128) for arch in ("transformer", "mamba")])
+    append_cells(tmp_path, cell("transformer", "train", 512, status="beyond_positions"), cell("mamba", "train", 512))
     found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
     one = found["training tokens/s", "mamba", "transformer"]
     assert (one.verdict, one.context_len, one.out_of_memory) == ("always", None, None)  # by the one length of both
 
 
 def test_a_model_stopped_for_time_is_not_said_to_have_run_out_of_memory(tmp_path: Path) -> None:
-    for arch, status in (("lstm", "timeout"), ("mamba", "done")):
-        for context_len in (128, 512):
-            one = cell(arch, "train", context_len, status="done" if context_len == 128 else status)
-            one["tokens_per_second"] = {"lstm": 9.0, "mamba": 5.0}[arch]
-            one["spread"] = [one["tokens_per_second"]] * 2
-            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+    for arch, speed in (("lstm", 9.0), ("mamba", 5.0)):
+        append_cells(tmp_path, cell(arch, "train", 128, tokens_per_second=speed, spread=(speed, speed)))
+    append_cells(tmp_path, cell("lstm", "train", 512, status="timeout"))
+    append_cells(tmp_path, cell("mamba", "train", 512, tokens_per_second=5.0, spread=(5.0, 5.0)))
     found = {(c.metric, c.a, c.b): c for c in crossovers_of(load_comparison(tmp_path))}
     one = found["training tokens/s", "lstm", "mamba"]
     assert (one.verdict, one.context_len, one.out_of_memory, one.stopped_after) == ("beyond", 512, None, 300.0)
 
 
 def test_labels_come_from_the_comparison_else_from_runs_and_cells_else_the_name_stands(tmp_path: Path) -> None:
-    append_line(tmp_path / "context.jsonl", json.dumps({**cell("s4d", "train", 128), "label": "S4D of a cell"}) + "\n")
+    append_cells(tmp_path, cell("s4d", "train", 128, label="S4D of a cell"))
     assert load_comparison(tmp_path).label("s4d") == "S4D of a cell"
     assert load_comparison(tmp_path).label("retnet") == "retnet"
     write_run(tmp_path, "mamba")
@@ -159,8 +152,7 @@ def test_labels_come_from_the_comparison_else_from_runs_and_cells_else_the_name_
 )
 def test_tokens_per_step_are_those_of_the_cells(batches: tuple[int, int], said: str, tmp_path: Path) -> None:
     for context_len, batch_size in zip((128, 512), batches, strict=True):
-        one = {**cell("mamba", "train", context_len), "batch_size": batch_size}
-        append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+        append_cells(tmp_path, cell("mamba", "train", context_len, batch_size=batch_size))
     assert tokens_per_step(load_comparison(tmp_path)) == said
 
 

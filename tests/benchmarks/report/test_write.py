@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from crossover.benchmarks.report.write import write_report
 
-from ..fake_runs import ARCHS, CONTEXT, append_line, cell, write_comparison, write_json, write_run
+from ..fake_runs import ARCHS, CONTEXT, append_cells, cell, write_comparison, write_json, write_run
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def test_lengths_beyond_the_positions_of_a_model_are_shown_and_are_no_failure(tm
     for arch in ("transformer", "mamba"):
         for context_len in (512, 2048):
             beyond = arch == "transformer" and context_len == 2048
-            one = cell(arch, "train", context_len, status="beyond_positions" if beyond else "done")
             limits = {"model": {"max_positions": 1024}, "batch_size": None} if beyond else {}
-            append_line(tmp_path / "context.jsonl", json.dumps({**one, **limits}) + "\n")
+            status = "beyond_positions" if beyond else "done"
+            append_cells(tmp_path, cell(arch, "train", context_len, status=status, **limits))
     text = words(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "Transformer was built with 1,024 positions, and is not compared beyond." in text
     assert "Crosses: Transformer beyond its positions at 2,048." in text
@@ -166,7 +166,7 @@ def test_runs_alone_make_a_report(tmp_path: Path) -> None:
 def test_measurements_alone_make_a_report(tmp_path: Path) -> None:
     for arch in ("transformer", "mamba"):
         for context_len in CONTEXT:
-            append_line(tmp_path / "context.jsonl", json.dumps(cell(arch, "train", context_len)) + "\n")
+            append_cells(tmp_path, cell(arch, "train", context_len))
     text = words(write_report(tmp_path).read_text())
     assert "Mamba trains faster than Transformer beyond" in text
     assert "Equal budgets" not in text
@@ -189,8 +189,7 @@ def test_a_timeout_is_called_a_timeout(tmp_path: Path) -> None:
     for arch in ("transformer", "mamba"):
         for context_len in (128, 512):
             slow = arch == "transformer" and context_len == 512
-            one = cell(arch, "train", context_len, status="timeout" if slow else "done")
-            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+            append_cells(tmp_path, cell(arch, "train", context_len, status="timeout" if slow else "done"))
     text = words(write_report(tmp_path).read_text())
     assert "from 512 tokens on, where Transformer was stopped after 300 s" in text
     assert "no longer runs" not in text
@@ -199,9 +198,8 @@ def test_a_timeout_is_called_a_timeout(tmp_path: Path) -> None:
 def test_a_difference_within_the_noise_is_not_claimed(tmp_path: Path) -> None:
     for arch, speed in (("transformer", 100.0), ("mamba", 101.0)):
         for context_len in CONTEXT:
-            one = {**cell(arch, "train", context_len, status="done"), "tokens_per_second": speed}
-            one["spread"] = [0.95 * speed, 1.05 * speed]
-            append_line(tmp_path / "context.jsonl", json.dumps(one) + "\n")
+            rates = {"tokens_per_second": speed, "spread": (0.95 * speed, 1.05 * speed)}
+            append_cells(tmp_path, cell(arch, "train", context_len, status="done", **rates))
     text = words(write_report(tmp_path).read_text())
     assert "Mamba is within the noise at every length measured" in text
     assert "trains faster" not in text
