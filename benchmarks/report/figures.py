@@ -10,6 +10,7 @@ from ..context.cell import Cell
 from ..harness.format import count, format_bytes
 from .document import Figure
 from .results import Comparison, Metric, tokens_per_step
+from .words import status_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,13 +31,12 @@ class _Theme:
     ink: str
     soft: str
     line: str
-    paper: str
     colors: tuple[str, ...]
 
 
 _THEMES = {
-    "light": _Theme("#1d2125", "#5b636b", "#dfe2e5", "#fdfdfc", _LIGHT),
-    "dark": _Theme("#e6e8ea", "#9aa3ab", "#30363c", "#15181b", _DARK),
+    "light": _Theme("#1d2125", "#5b636b", "#dfe2e5", _LIGHT),
+    "dark": _Theme("#e6e8ea", "#9aa3ab", "#30363c", _DARK),
 }
 
 
@@ -351,7 +351,7 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
         axes.set_ylabel(_LABELS[metric.name])
 
     failed = [
-        f"{comparison.label(arch)} {_STATUS[cell.status]} at {cell.context_len:,}"
+        f"{comparison.label(arch)} {status_words(cell.status)} at {cell.context_len:,}"
         for arch in archs
         for cell in cells[arch]
         if not cell.done
@@ -364,13 +364,6 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
         paint,
     )
 
-
-_STATUS = {
-    "out_of_memory": "out of memory",
-    "timeout": "out of time",
-    "beyond_positions": "beyond its positions",
-    "failed": "failed",
-}
 
 _LABELS = {
     "training tokens/s": "tokens trained per second",
@@ -410,7 +403,7 @@ def _mark_failures(
     for arch, several in cells.items():
         for cell in several:
             if not cell.done:
-                failed.setdefault(cell.context_len, []).append((pens[arch], _STATUS[cell.status]))
+                failed.setdefault(cell.context_len, []).append((pens[arch], status_words(cell.status)))
     step = 0.065
     for context_len, marks in failed.items():
         for i, (pen, _) in enumerate(marks):

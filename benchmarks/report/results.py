@@ -152,6 +152,17 @@ class Comparison:
         """Summary of the corpus that all runs share."""
         return self.runs[0].info["corpus"] if self.runs else None
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What trained the runs, or measured where there are none; empty where no file tells."""
+        return self.runs[0].info["provenance"] if self.runs else self.info.get("provenance", {})
+
+    @property
+    def ordered_cells(self) -> list[Cell]:
+        """All cells by phase, architecture and length."""
+        phases = ("train", "prefill", "decode")
+        return [cell for phase in phases for arch in self.archs for cell in self.cells_of(arch, phase)]
+
     def label(self, arch: str) -> str:
         """The architecture's name as written in text; the plain name where no file tells."""
         of_cells = {cell.arch: cell.label for cell in self.cells}

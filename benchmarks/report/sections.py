@@ -1,0 +1,306 @@
+"""What goes into a report, in which order: sections as blocks of a document."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..harness.format import DASH, count, format_bytes, whole
+from .crossovers import Crossover
+from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
+from .figures import context_figure, learning_figure, position_figure, quality_figure
+from .results import METRICS, Check, Comparison, Metric
+from .words import and_list, batches, capital, printable, span_of, status_words, text_read
+
+__all__ = ["sections"]
+
+
+def sections(
+    comparison: Comparison,
+    rows: Sequence[Mapping[str, Any]],
+    crossings: Sequence[Crossover],
+    checks: Sequence[Check],
+    lead: Sequence[str],
+) -> list[Block]:
+    """The page, from what was found in the folder."""
+    return [
+        Lead(paragraphs=lead),
+        *_incomplete_section(comparison),
+        *_quality_section(comparison, rows),
+        *_context_section(comparison, crossings),
+        *_budget_section(checks),
+        *_sample_section(comparison),
+        *_details_section(comparison, crossings),
+    ]
+
+
+def _incomplete_section(comparison: Comparison) -> list[Block]:
+    missing = [
+        f"{run.folder.name}: "
+        + comparison.failures.get(run.folder.name, status_words(run.status) + _reason(run.result.get("error")))
+        for run in comparison.runs
+        if run.status != "done"
+    ]
+    known = {run.folder.name for run in comparison.runs}
+    missing += [f"{name}: {reason}" for name, reason in comparison.failures.items() if name not in known]
+    asked = comparison.info.get("config", {})
+    planned = [f"{arch}-s{seed}" for seed in range(asked.get("seeds", 0)) for arch in asked.get("archs", ())]
+    missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
+    missing += [
+        f"{comparison.label(cell.arch)}, {cell.phase} at {cell.context_len:,}: failed{_reason(cell.error)}"
+        for cell in comparison.ordered_cells
+        if cell.status == "failed"
+    ]
+    measured = {(cell.arch, cell.context_len) for cell in comparison.cells}
+    lengths = {
+        arch: [L for L in asked.get("context", ()) if (arch, L) not in measured] for arch in asked.get("archs", ())
+    }
+    missing += [
+        f"{comparison.label(arch)}: not measured yet at {and_list([f'{L:,}' for L in left])} tokens"
+        for arch, left in lengths.items()
+        if left
+    ]
+    if not missing:
+        return []
+    return [
+        Heading(text="What is missing"),
+        Paragraph(text="These parts did not finish. What follows leaves them out."),
+        Items(items=missing, warnings=frozenset(range(len(missing)))),
+    ]
+
+
+def _reason(error: str | None) -> str:
+    return f" ({error})" if error else ""
+
+
+def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    if not rows:
+        return []
+    references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
+    figures = []
+    if any(row["val_bits_per_byte"] is not None for row in rows):
+        figures.append(quality_figure(comparison, rows, references))
+    if any(run.curve() for run in comparison.runs):
+        figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
+    position = position_figure(comparison, comparison.runs[0].info["config"]["train"]["seq_len"])
+    figures += [position] if position else []
+    scores = [row["val_bits_per_byte"] for row in rows]
+    best = min((score for score in scores if score is not None), default=None)
+    corpus = comparison.corpus or {}
+    n_seeds = max(row["n_seeds"] for row in rows)
+    return [
+        Heading(text="Quality"),
+        Paragraph(
+            text=f"Bits per byte of held-out text, which do not depend on the tokenizer. {text_read(comparison)} "
+            f"Compressors on all {count(corpus.get('val_bytes'))}B: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in references.items())
+            + "."
+        ),
+        Table(
+            columns=[
+                "Model",
+                "Bits per byte",
+                "Seeds",
+                "Tokens",
+                "Seconds",
+                "Width x layers",
+                "Parameters",
+                "Active",
+                "FLOPs/token",
+                "State",
+                "Learning rate",
+            ],
+            rows=[_quality_cells(row) for row in rows],
+            caption="FLOPs/token: training, forward and backward, at the trained length. State: what one sequence "
+            "carries at the trained length while generating."
+            + ("" if n_seeds > 1 else " One seed: differences of a few hundredths mean little."),
+            strong=frozenset((i, 1) for i, score in enumerate(scores) if score is not None and score == best),
+        ),
+        Figures(figures=figures),
+    ]
+
+
+def _quality_cells(row: Mapping[str, Any]) -> list[str]:
+    mean, spread = row["val_bits_per_byte"], row["val_bits_per_byte_std"]
+    score = DASH if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+    return [
+        row["label"],
+        score,
+        str(row["n_seeds"]),
+        count(row["tokens"]),
+        whole(row["train_seconds"]),
+        f"{row['d_model']} x {row['n_layers']}",
+        f"{row['n_params']:,}",
+        f"{row['n_active_params']:,}",
+        count(row["flops_per_token"]),
+        format_bytes(row["state_bytes"]),
+        DASH if row["lr"] is None else f"{row['lr']:g}",
+    ]
+
+
+def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> list[Block]:
+    if not comparison.cells:
+        return []
+    settings = comparison.cells[0].settings
+    figures = [figure for metric in METRICS if (figure := context_figure(comparison, metric)) is not None]
+    blocks: list[Block] = [
+        Heading(text="Against context length"),
+        Paragraph(
+            text=f"Medians of repeats in {settings['time_box']:g} s after a warm-up, at least "
+            f"{settings['min_repeats']}, or 2 of training whose warm-up step alone takes longer; each model and length "
+            f"in its own process with at most {format_bytes(settings['memory_limit'])} of memory. "
+            f"{batches(comparison)}"
+            "Shaded: tenth to ninetieth percentile of the repeats, lowest to highest of two."
+        ),
+        Figures(figures=figures),
+    ]
+    archs = comparison.archs
+    if len(archs) > 1:
+        found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
+        blocks.append(
+            Table(
+                columns=["", *map(comparison.label, archs[1:])],
+                rows=[
+                    [metric.name, *(_pair(found, metric, archs[0], other) for other in archs[1:])] for metric in METRICS
+                ],
+                caption=f"Context lengths in tokens at which each model beats {comparison.label(archs[0])}: "
+                "always and never mean at every and at no length measured, unclear that the spread of the repeats is "
+                "larger than the difference, † that one of the two ran out of memory or time there. "
+                "All pairs are listed at the end.",
+            )
+        )
+    return blocks
+
+
+def _pair(found: Mapping[tuple[str, str, str], Crossover], metric: Metric, a: str, b: str) -> str:
+    if (metric.name, a, b) not in found:
+        return "not measured"
+    return span_of(found[metric.name, a, b], found[metric.name, b, a], str).in_cell()
+
+
+def _budget_section(checks: Sequence[Check]) -> list[Block]:
+    if not checks:
+        return []
+    return [
+        Heading(text="Equal budgets"),
+        Paragraph(
+            text="Verified from the files of the runs: every model had the same number of parameters (within 2 %), "
+            "tokens and steps, the same data in the same order and the same schedule."
+            if all(check.equal for check in checks)
+            else "The runs did not have equal budgets, so their quality cannot be compared as it stands."
+        ),
+        Paragraph(
+            text="The peak learning rates of the presets were chosen with crossover bench lr by bits per byte on the "
+            "same held-out split that is reported here; no third split was kept."
+        ),
+        Items(
+            items=[
+                f"{capital(check.name)}: {'' if check.equal else 'NOT EQUAL, '}{check.statement}" for check in checks
+            ],
+            warnings=frozenset(i for i, check in enumerate(checks) if not check.equal),
+        ),
+    ]
+
+
+def _sample_section(comparison: Comparison) -> list[Block]:
+    samples: list[Block] = []
+    for arch in comparison.archs:
+        text = next((run.result["sample"] for run in comparison.runs_of(arch) if run.result.get("sample")), None)
+        if text:
+            samples.append(Preformatted(title=comparison.label(arch), text=printable(text)))
+    if not samples:
+        return []
+    return [
+        Heading(text="Samples"),
+        Paragraph(text="Text that each model writes after training, from the first seed."),
+        *samples,
+    ]
+
+
+def _details_section(comparison: Comparison, crossings: Sequence[Crossover]) -> list[Block]:
+    details: list[Block] = [Heading(text="Numbers and provenance")]
+    if comparison.cells:
+        details.append(Details(summary="Every measurement against context length", blocks=[_cells_table(comparison)]))
+    if crossings:
+        table = Table(
+            columns=["Metric", "Model", "better than", "where", "changes of lead"],
+            rows=[
+                [
+                    c.metric,
+                    comparison.label(c.b),
+                    comparison.label(c.a),
+                    span_of(c, reverse, comparison.label).in_text(),
+                    str(c.n_crossings),
+                ]
+                for c, reverse in _with_reverse(crossings)
+                if c.verdict not in ("never", "unknown")
+            ],
+            caption="Where the lead changes more than once, the length is that of the last change.",
+        )
+        details.append(Details(summary="Crossovers of every pair", blocks=[table]))
+    details.append(Details(summary="Machine, versions, data and command", blocks=[_provenance_items(comparison)]))
+    if comparison.runs:
+        details.append(Details(summary="Backend of every operation", blocks=[_backend_table(comparison)]))
+    return details
+
+
+def _with_reverse(crossings: Sequence[Crossover]) -> Iterable[tuple[Crossover, Crossover]]:
+    found = {(c.metric, c.a, c.b): c for c in crossings}
+    return ((c, found[c.metric, c.b, c.a]) for c in crossings)
+
+
+def _cells_table(comparison: Comparison) -> Table:
+    rows = []
+    for cell in comparison.ordered_cells:
+        spread = "{:,.0f}-{:,.0f}".format(*cell.spread) if cell.spread else DASH
+        rows.append(
+            [
+                comparison.label(cell.arch),
+                cell.phase,
+                f"{cell.context_len:,}",
+                whole(cell.batch_size),
+                whole(cell.tokens_per_second),
+                spread,
+                whole(cell.repeats),
+                format_bytes(cell.peak_bytes),
+                format_bytes(cell.state_bytes),
+                status_words(cell.status),
+            ]
+        )
+    methods = sorted({cell.peak_method for cell in comparison.cells if cell.peak_method})
+    return Table(
+        columns=["Model", "Phase", "Context", "Batch", "Tokens/s", "Spread", "Repeats", "Peak", "State", "Status"],
+        rows=rows,
+        caption=f"Peak memory: {'; '.join(methods)}." if methods else "",
+    )
+
+
+def _backend_table(comparison: Comparison) -> Table:
+    used: dict[str, dict[str, list[str]]] = {
+        run.arch: dict(run.result.get("backend") or {}) for run in reversed(comparison.runs)
+    }
+    return Table(
+        columns=["Model", "Operation", "Backend"],
+        rows=[
+            [comparison.label(arch), operation, ", ".join(names)]
+            for arch in comparison.archs
+            for operation, names in sorted(used.get(arch, {}).items())
+        ],
+        caption="What ran in training.",
+    )
+
+
+def _provenance_items(comparison: Comparison) -> Items:
+    items = []
+    command = comparison.info.get("provenance", {}).get("command")
+    if command:
+        items.append(f"command: {command}")
+    items += [f"{key}: {value}" for key, value in comparison.provenance.items() if key != "command"]
+    corpus = comparison.corpus
+    if corpus:
+        items.append(
+            f"corpus: {corpus['name']}, {corpus['n_documents']:,} documents ({corpus['n_val_documents']:,} held out), "
+            f"{corpus['train_bytes']:,} bytes for training, {corpus['val_bytes']:,} for validation, "
+            f"digest {corpus['digest']}"
+        )
+    if comparison.cells:
+        items += [f"measurements: {key}: {value}" for key, value in comparison.cells[0].settings.items()]
+    return Items(items=items)

@@ -1,0 +1,307 @@
+"""What a report says: where one model is better than another, which one predicts best, what is compared."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..harness.format import count
+from .crossovers import Crossover
+from .results import METRICS, Check, Comparison, Metric, tokens_per_step
+
+__all__ = [
+    "Span",
+    "and_list",
+    "batches",
+    "capital",
+    "headline",
+    "printable",
+    "span_of",
+    "status_words",
+    "text_read",
+    "title",
+]
+
+_STATUS = {
+    "out_of_memory": "out of memory",
+    "timeout": "out of time",
+    "beyond_positions": "beyond its positions",
+    "unfinished": "not finished",
+}
+
+
+def status_words(status: str) -> str:
+    """How a run or a cell ended."""
+    return _STATUS.get(status, status)
+
+
+def and_list(words: Sequence[str]) -> str:
+    """Writes "a", "a and b" or "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1]))) if words else ""
+
+
+def capital(text: str) -> str:
+    """Writes the first letter large."""
+    return text[:1].upper() + text[1:]
+
+
+def printable(text: str) -> str:
+    """Shows control characters as the replacement character; HTML has no way to carry them."""
+    return "".join(c if c in "\n\t" or (c >= " " and c != "\x7f") else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _rounded(length: float) -> str:
+    """A length with the two digits that interpolation deserves."""
+    digits = max(0, int(math.log10(length)) - 1)
+    return f"{round(length, -digits):,.0f}"
+
+
+_Kind = Literal[
+    "beyond",
+    "up to",
+    "clear beyond",
+    "clear up to",
+    "noise beyond",
+    "noise below",
+    "noise",
+    "always",
+    "some shorter",
+    "never",
+    "unknown",
+]
+_IN_TEXT = {
+    "noise": "within the noise at every length measured",
+    "always": "at every length measured",
+    "some shorter": "at some shorter lengths",
+    "never": "at none",
+    "unknown": "at none",
+}
+_IN_CELL = {"unknown": "not measured", "noise": "unclear", "noise beyond": "unclear", "noise below": "unclear"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The context lengths at which one model is better than another."""
+
+    kind: _Kind
+    """beyond, up to: better on this side of `length` alone; clear beyond, clear up to: better on this side, and on the
+    other one the noise is larger than the difference; noise beyond, noise below: never clearly better, and the noise is
+    larger than the difference on this side; noise: it is so at every length; the rest: no length to tell."""
+    length: float | None = None
+    low: float | None = None
+    """Shortest length that the spread of the repeats allows; None if there is none."""
+    high: float | None = None
+    """Longest length that the spread of the repeats allows; None if there is none."""
+    ended: str | None = None
+    """Where the lead changes because one model could not be measured any more: what ended it."""
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether there is no length at which the model is better by more than the noise, though it may be."""
+        return self.kind in ("noise", "noise beyond", "noise below")
+
+    def in_text(self) -> str:
+        """The span within a sentence."""
+        match self.kind, self.length:
+            case (("beyond" | "clear beyond"), float(length)):
+                place = f"beyond {_rounded(length)} tokens"
+                if self.ended:
+                    place = f"from {length:,.0f} tokens on, where {self.ended}"
+                return place + (self._range() if self.kind == "beyond" else " (before: within the noise)")
+            case (("up to" | "clear up to"), float(length)):
+                place = f"up to {_rounded(length)} tokens"
+                if self.ended:
+                    place = f"below {length:,.0f} tokens, where {self.ended}"
+                return place + (self._range() if self.kind == "up to" else " (beyond: within the noise)")
+            case (("noise beyond" | "noise below"), float(length)):
+                return f"within the {self.kind} {_rounded(length)} tokens"
+            case kind, _:
+                return _IN_TEXT[kind]
+
+    def in_cell(self) -> str:
+        """The span in the cell of a table."""
+        mark = " †" if self.ended else ""
+        match self.kind, self.length:
+            case "beyond", float(length):
+                return f"> {_rounded(length)}{mark}{self._range()}"
+            case "up to", float(length):
+                return f"< {_rounded(length)}{mark}{self._range()}"
+            case "clear beyond", float(length):
+                return f"> {_rounded(length)}{mark}, before unclear"
+            case "clear up to", float(length):
+                return f"< {_rounded(length)}{mark}, beyond unclear"
+            case kind, _:
+                return _IN_CELL.get(kind, kind)
+
+    def _range(self) -> str:
+        """The uncertainty of the length in brackets, nothing where it is below the rounding or the end of a model."""
+        if self.ended:
+            return ""
+        if self.low is not None and self.high is not None:
+            low, high = _rounded(self.low), _rounded(self.high)
+            return "" if low == high else f" ({low}-{high})"
+        if self.high is not None:
+            return f" (at most {_rounded(self.high)})"
+        assert self.low is not None
+        return f" (at least {_rounded(self.low)}, within the noise at the longest)"
+
+
+def span_of(crossing: Crossover, reverse: Crossover, label: Callable[[str], str]) -> Span:
+    """Tells where b is better than a. `reverse` is the crossover of the pair the other way round."""
+    match crossing.verdict:
+        case "beyond":
+            return _at("beyond", crossing, crossing.context_len, label)
+        case "only_shorter" if reverse.context_len is not None:
+            return _at("up to", reverse, reverse.context_len, label)
+        case "only_shorter":
+            return Span(kind="some shorter")
+        case "unclear" if crossing.high is not None:
+            return _at("clear beyond", crossing, crossing.high, label)
+        case "unclear" if reverse.low is not None:
+            return Span(kind="clear up to", length=reverse.low)
+        case "unclear" if reverse.high is not None:
+            return Span(kind="noise below", length=reverse.high)
+        case "unclear" if crossing.low is not None:
+            return Span(kind="noise beyond", length=crossing.low)
+        case "unclear":
+            return Span(kind="noise")
+        case verdict:
+            return Span(kind=verdict)
+
+
+def _at(kind: _Kind, crossing: Crossover, length: float | None, label: Callable[[str], str]) -> Span:
+    ended = None
+    if crossing.stopped_after is not None:
+        ended = f"{label(crossing.a)} was stopped after {crossing.stopped_after:g} s"
+    elif crossing.out_of_memory is not None:
+        ended = f"{label(crossing.a)} no longer runs"
+    return Span(kind=kind, length=length, low=crossing.low, high=crossing.high, ended=ended)
+
+
+def _crossover_sentence(
+    metric: Metric,
+    baseline: str,
+    others: Sequence[str],
+    found: Mapping[tuple[str, str, str], Crossover],
+    label: Callable[[str], str],
+) -> str:
+    """Which models beat the baseline on one metric, and for which lengths; then those that the noise hides."""
+    groups: dict[str, list[str]] = {}
+    noise: dict[str, list[str]] = {}
+    order = {"beyond": 0, "unclear": 1, "only_shorter": 2, "always": 3, "never": 4}
+    known = [
+        (found[metric.name, baseline, other], found[metric.name, other, baseline])
+        for other in others
+        if (metric.name, baseline, other) in found and found[metric.name, baseline, other].verdict in order
+    ]
+    for crossing, reverse in sorted(known, key=lambda pair: (order[pair[0].verdict], pair[0].context_len or 0)):
+        span = span_of(crossing, reverse, label)
+        (noise if span.is_noise else groups).setdefault(span.in_text(), []).append(label(crossing.b))
+    sentences = []
+    if list(groups) == ["at none"]:
+        least = " by more than the noise" if noise else ""
+        better = f"{metric.verbs[0]} {metric.better} than {label(baseline)}"
+        sentences.append(f"No other model {better}{least} at any length measured.")
+    elif groups:
+        (when, names), *rest = groups.items()
+        sentence = f"{and_list(names)} {metric.verbs[len(names) > 1]} {metric.better} than {label(baseline)} {when}"
+        sentence += "".join(f", {and_list(several)} {where}" for where, several in rest)
+        first, tokens, later = sentence.partition(" tokens")  # the unit once is enough
+        sentences.append(capital(first + tokens + later.replace(" tokens", "")) + ".")
+    if noise:
+        parts = [f"{and_list(names)} {'are' if len(names) > 1 else 'is'} {where}" for where, names in noise.items()]
+        sentences.append(f"Against {label(baseline)} in {metric.name}, {', '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossings: Sequence[Crossover]) -> list[str]:
+    """The first paragraphs: crossover lengths with their uncertainty, and the best model beside the compressors.
+
+    The first architecture of the comparison is the baseline of the sentences; the tables have every pair.
+    """
+    found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
+    archs = comparison.archs
+    sentences = {
+        metric.name: sentence
+        for metric in METRICS
+        if archs and (sentence := _crossover_sentence(metric, archs[0], archs[1:], found, comparison.label))
+    }
+    speed = [sentence for name, sentence in sentences.items() if name.endswith("tokens/s")]
+    memory = [sentence for name, sentence in sentences.items() if not name.endswith("tokens/s")]
+    paragraphs = []
+    first = " ".join(filter(None, [*speed, _best_sentence(comparison, rows)]))
+    if first:
+        paragraphs.append(first)
+    if memory:
+        paragraphs.append(" ".join(memory))
+    lengths = sorted({cell.context_len for cell in comparison.cells})
+    if lengths and sentences:
+        paragraphs.append(
+            f"Lengths are in tokens of context, measured on this machine from {lengths[0]:,} to {lengths[-1]:,} and "
+            "interpolated in between; ranges come from the spread of the repeats." + _positions_sentence(comparison)
+        )
+    return paragraphs
+
+
+def _positions_sentence(comparison: Comparison) -> str:
+    """Which models have too few learned positions for the longest lengths; empty where all have enough."""
+    limits = {
+        comparison.label(cell.arch): cell.model["max_positions"]
+        for cell in comparison.ordered_cells
+        if cell.status == "beyond_positions"
+    }
+    return "".join(
+        f" {label} was built with {n:,} positions, and is not compared beyond." for label, n in limits.items()
+    )
+
+
+def text_read(comparison: Comparison) -> str:
+    """Says how much of the held-out text the models were judged on; empty where it differs."""
+    read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
+    if len(read) != 1:
+        return ""
+    return f"Every model reads the same {count(read.pop())}B of it, in windows spread evenly."
+
+
+def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
+    scored = [row for row in rows if row["val_bits_per_byte"] is not None]
+    if not scored:
+        return ""
+    best = min(scored, key=lambda row: row["val_bits_per_byte"])
+    spread = best["val_bits_per_byte_std"]
+    score = f"{best['val_bits_per_byte']:.2f}" + (f" ± {spread:.2f}" if spread else "")
+    references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
+    beside = and_list([f"{name} {value:.2f}" for name, value in references.items()])
+    lead = "predicts held-out text best" if len(scored) > 1 else "reaches"
+    return (
+        f"After {count(best['tokens'])} training tokens {best['label']} {lead}"
+        + (f", at {score} bits per byte" if len(scored) > 1 else f" {score} bits per byte on held-out text")
+        + (f"; compressors on the whole held-out text: {beside}." if beside else ".")
+    )
+
+
+def title(comparison: Comparison, checks: Sequence[Check]) -> tuple[str, str]:
+    """Title and subtitle of the page."""
+    n = len(comparison.archs)
+    numbers = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+    models = f"{numbers[n] if n < len(numbers) else n} sequence model{'s' if n != 1 else ''}"
+    unequal = any(not check.equal for check in checks)
+    heading = models + ("" if n == 1 else ", unequal budgets" if unequal else " at one budget")
+    parts = [", ".join(map(comparison.label, comparison.archs))]
+    corpus = comparison.corpus
+    if corpus:
+        parts.append(f"trained on {corpus['name']} ({count(corpus['train_bytes'])}B)")
+    provenance = comparison.provenance
+    if provenance:
+        parts.append(f"{provenance.get('cpu') if provenance.get('device') == 'cpu' else provenance.get('device')}")
+        parts.append(str(provenance.get("started", ""))[:10])
+    return heading, " · ".join(filter(None, parts))
+
+
+def batches(comparison: Comparison) -> str:
+    """Says what one training step, prefill and decode work on, from the cells' own batches."""
+    tokens = tokens_per_step(comparison)
+    prompts = sorted({cell.batch_size for cell in comparison.cells if cell.phase != "train" and cell.batch_size})
+    training = f"Training takes {tokens}. " if tokens else ""
+    served = f"{and_list(list(map(str, prompts)))} prompt{'s' if prompts != [1] else ''} at once"
+    return training + (f"Prefill and decode serve {served}. " if prompts else "")
