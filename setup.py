@@ -32,6 +32,7 @@ setup(
         "tyro>=1.0",
         "rich>=13.0",
         "filelock>=3.12",
+        "jinja2>=3.1",
     ],
     extras_require={
         "dev": [
@@ -53,8 +54,14 @@ setup(
     packages=[
         f"{NAME}.{package}"
         for folder in FOLDERS
-        for package in (folder, *(f"{folder}.{sub}" for sub in find_namespace_packages(folder)))
+        for package in (
+            folder,
+            *(f"{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=("*.templates",))),
+        )
     ],
-    package_data={f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS},
+    package_data={
+        **{f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS},
+        f"{NAME}.benchmarks.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["crossover = crossover.benchmarks.cli:main"]},
 )

@@ -60,9 +60,10 @@ def test_the_wheel_adds_one_name(site: Path) -> None:
     assert not (site / "crossover/__init__.py").exists()
 
 
-def test_the_wheel_holds_every_module_and_the_type_marker(site: Path) -> None:
+def test_the_wheel_holds_every_module_and_template_and_the_type_marker(site: Path) -> None:
     for folder in FOLDERS:
-        expected = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*.py")} | {f"{folder}/py.typed"}
+        files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".j2", ".css")]
+        expected = {str(p.relative_to(ROOT)) for p in files} | {f"{folder}/py.typed"}
         assert {name for name in expected if not (site / "crossover" / name).exists()} == set()
 
 

@@ -41,7 +41,7 @@ def words(page: str) -> str:
 
 
 def test_first_paragraph_states_crossovers_with_uncertainty_and_the_best_model(page: str) -> None:
-    first = re.search(r'<div class="lead"><p>(.*?)</p>', page)
+    first = re.search(r'<div class="lead">\s*<p>(.*?)</p>', page)
     assert first is not None
     text = first[1]
     assert re.search(r"Mamba beyond \d+ \(\d+-\d+\)", text)
@@ -118,7 +118,7 @@ def test_provenance_names_machine_versions_backends_and_digest(page: str) -> Non
 
 def test_markdown_has_the_same_findings_and_links_its_figures(folder: Path, page: str) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
-    first = re.search(r'<div class="lead"><p>(.*?)</p>', page)
+    first = re.search(r'<div class="lead">\s*<p>(.*?)</p>', page)
     assert first is not None
     assert first[1] in text.replace("\\", "")
     links = re.findall(r"\]\((figures/[^)]*)\)", text)
