@@ -136,7 +136,7 @@ def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
 
 def _score(run: RunConfig) -> float | None:
     """Final bits per byte of a run; None where it has not finished or not begun."""
-    return load_run(run.directory).bits_per_byte if (run.directory / "run.json").exists() else None
+    return load_run(run.directory).quality if (run.directory / "run.json").exists() else None
 
 
 def _mark(row: Mapping[str, Any], tried: Sequence[float]) -> str:

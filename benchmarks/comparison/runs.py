@@ -157,7 +157,7 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
                 running.remove(training)
                 reason = training.failure()
                 if reason is None:
-                    progress.finish(name, f"{load_run(training.run.directory).bits_per_byte:.3f} bits per byte")
+                    progress.finish(name, f"{load_run(training.run.directory).quality:.3f} bits per byte")
                 else:
                     failures[name] = reason
                     progress.finish(name, reason)

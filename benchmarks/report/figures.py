@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ..context.cell import Cell
 from ..harness.format import count, format_bytes
 from .document import Figure
 from .results import Comparison, Metric, tokens_per_step
-from .words import status_words
+from .words import capital, status_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,19 +177,20 @@ def _references(axes: "Axes", theme: _Theme, references: Mapping[str, float], *,
         )
 
 
-def quality_figure(comparison: Comparison, rows: Sequence[Mapping], references: Mapping[str, float]) -> Figure:
-    """Bits per byte of every architecture, beside the compressors."""
+def quality_figure(comparison: Comparison, rows: Sequence[Mapping]) -> Figure:
+    """The score of every architecture, the best one on top, beside the compressors where there are any."""
+    score, references = comparison.score, comparison.references
+    key, spread = score.key, f"{score.key}_std"
+    less, smaller = ("less", "smaller") if score.better == "lower" else ("more", "larger")
     scored = sorted(
-        (row for row in rows if row["val_bits_per_byte"] is not None), key=lambda row: -row["val_bits_per_byte"]
+        (row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=score.better == "lower"
     )
 
     def paint(axes: "Axes", theme: _Theme) -> None:
         pens = _pens(comparison, theme)
         for y, row in enumerate(scored):
-            pen, value = pens[row["arch"]], row["val_bits_per_byte"]
-            axes.errorbar(
-                value, y, xerr=row["val_bits_per_byte_std"], color=pen.color, marker=pen.marker, markersize=8, capsize=4
-            )
+            pen, value = pens[row["arch"]], row[key]
+            axes.errorbar(value, y, xerr=row[spread], color=pen.color, marker=pen.marker, markersize=8, capsize=4)
             axes.annotate(
                 f"{value:.2f}", (value, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9
             )
@@ -197,23 +199,22 @@ def quality_figure(comparison: Comparison, rows: Sequence[Mapping], references: 
         axes.set_ylim(-0.6, len(scored) - 0.2)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
-        axes.set_xlabel("bits per byte of held-out text (less is better)")
+        axes.set_xlabel(f"{score.words} ({less} is better)")
 
+    notes = ["Dashed: general-purpose compressors on the whole of it"] if references else []
+    notes += ["bars: one standard deviation over seeds"] if any(row[spread] for row in scored) else []
     return draw(
         "quality",
-        "Held-out text after training, smaller is better. Dashed: general-purpose compressors on the whole of it"
-        + (
-            "; bars: one standard deviation over seeds." if any(row["val_bits_per_byte_std"] for row in scored) else "."
-        ),
-        "Bits per byte: " + ", ".join(f"{row['label']} {row['val_bits_per_byte']:.2f}" for row in reversed(scored)),
+        f"{capital(comparison.held_out)} after training, {smaller} is better."
+        + (f" {capital('; '.join(notes))}." if notes else ""),
+        f"{capital(score.unit)}: " + ", ".join(f"{row['label']} {row[key]:.2f}" for row in reversed(scored)),
         paint,
     )
 
 
 def learning_figure(comparison: Comparison, x: str) -> Figure:
-    """Validation bits per byte against what was spent: x is 'tokens' or 'seconds'. Every seed is one line."""
-    archs = comparison.archs
-    references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
+    """The score in validation against what was spent: x is 'tokens' or 'seconds'. Every seed is one line."""
+    archs, score, references = comparison.archs, comparison.score, comparison.references
     curves = [(run.arch, run.curve()) for arch in archs for run in comparison.runs_of(arch)]
 
     def paint(axes: "Axes", theme: _Theme) -> None:
@@ -224,7 +225,7 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
             pen = pens[arch]
             axes.plot(
                 [point[x] for point in curve],
-                [point["val/bits_per_byte"] for point in curve],
+                [point[score.tag] for point in curve],
                 color=pen.color,
                 linestyle=pen.dashes,
                 marker=pen.marker,
@@ -234,16 +235,16 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
             )
             named.add(arch)
         _references(axes, theme, references)
-        # The first evaluations lie near 8 bits and would flatten what matters.
-        later = [point["val/bits_per_byte"] for _, curve in curves for point in curve[len(curve) // 5 :]]
-        if later:
-            low, high = min([*later, *references.values()]), max(later)
+        # The first evaluations are of models that know nothing yet, and would flatten what matters.
+        later = [point[score.tag] for _, curve in curves for point in curve[len(curve) // 5 :]]
+        low, high = min([*later, *references.values()], default=0.0), max(later, default=0.0)
+        if low < high:
             axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         axes.set_xlim(left=0)
         if x == "tokens":
             axes.xaxis.set_major_formatter(FuncFormatter(_count_tick))
         axes.set_xlabel("training tokens" if x == "tokens" else "seconds of training")
-        axes.set_ylabel("bits per byte")
+        axes.set_ylabel(textwrap.fill(score.words, 36))
 
     if x == "tokens":
         caption = "The same data for everyone: what each token teaches."
@@ -251,17 +252,17 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
         caption = "The same runs against the time they took on this machine."
     trains = [run.info["config"]["train"] for run in comparison.runs]
     if any(train["final_eval_tokens"] > train["eval_tokens"] for train in trains):
-        caption += " The last point of a run reads more of the held-out text than those before it."
+        caption += f" The last point of a run reads more of the {comparison.held_out} than those before it."
     what = "tokens" if x == "tokens" else "seconds"
     return draw(
         f"learning-{what}",
         caption,
-        f"Validation bits per byte against training {what} for {_names(comparison, archs)}",
+        f"Validation {score.unit} against training {what} for {_names(comparison, archs)}",
         paint,
     )
 
 
-def position_figure(comparison: Comparison, seq_len: int) -> Figure | None:
+def position_figure(comparison: Comparison) -> Figure | None:
     """Bits per byte by position in the sequence, with a line at the trained length; None where no run has it."""
     archs = [
         arch
@@ -270,6 +271,7 @@ def position_figure(comparison: Comparison, seq_len: int) -> Figure | None:
     ]
     if not archs:
         return None
+    seq_len = comparison.runs[0].info["config"]["train"]["seq_len"]
     profiles: dict[str, dict[tuple[int, int], list[float]]] = {arch: {} for arch in archs}
     for arch in archs:
         for run in comparison.runs_of(arch):

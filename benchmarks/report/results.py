@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.files import read_json, read_json_lines
+from ...train.score import BITS_PER_BYTE, Score
 from ..context.cell import Cell, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
 
@@ -113,9 +114,14 @@ class Run:
         return self.result.get("status", "unfinished")
 
     @property
-    def bits_per_byte(self) -> float | None:
-        """Final bits per byte on the held-out text, of a finished run."""
-        return self.result.get("val_bits_per_byte") if self.status == "done" else None
+    def score(self) -> Score:
+        """The number by which the run is compared."""
+        return Score.from_dict(self.info.get("score"))
+
+    @property
+    def quality(self) -> float | None:
+        """Final value of the score, of a finished run."""
+        return self.result.get(self.score.key) if self.status == "done" else None
 
     @property
     def learning_rate(self) -> float | None:
@@ -124,7 +130,8 @@ class Run:
 
     def curve(self) -> list[Mapping[str, Any]]:
         """Validation records by step; where a resumed run passed a step twice, the later record."""
-        return [by for _, by in sorted({line["step"]: line for line in self.metrics if "val/loss" in line}.items())]
+        by_step = {line["step"]: line for line in self.metrics if self.score.tag in line}
+        return [by_step[step] for step in sorted(by_step)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +158,26 @@ class Comparison:
     def corpus(self) -> Mapping[str, Any] | None:
         """Summary of the corpus that all runs share."""
         return self.runs[0].info["corpus"] if self.runs else None
+
+    @property
+    def score(self) -> Score:
+        """The number by which all runs are compared."""
+        return self.runs[0].score if self.runs else BITS_PER_BYTE
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether the runs are compared by how well they predict held-out text, as compressors can be too."""
+        return self.score == BITS_PER_BYTE
+
+    @property
+    def held_out(self) -> str:
+        """What the runs are judged on, in words."""
+        return "held-out text" if self.predicts_text else "held-out rows"
+
+    @property
+    def references(self) -> Mapping[str, float]:
+        """Bits per byte of general-purpose compressors on the held-out text; empty where the score is another."""
+        return (self.corpus or {}).get("reference_bits_per_byte", {}) if self.predicts_text else {}
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -194,7 +221,8 @@ def load_comparison(folder: Path) -> Comparison:
     """Reads a comparison folder, a folder of runs, or one run.
 
     Raises:
-        ValueError: if there is nothing to report, or the runs were made on different data.
+        ValueError: if there is nothing to report, or the runs cannot be compared: they were made on different data, or
+            for different scores.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
@@ -209,6 +237,11 @@ def load_comparison(folder: Path) -> Comparison:
             raise ValueError(
                 f"{runs[0].folder.name} and {run.folder.name} were trained on different data "
                 f"(corpus digests {first[:12]} and {ours[:12]}) and cannot be compared; report them apart"
+            )
+        if run.score != runs[0].score:
+            raise ValueError(
+                f"{runs[0].folder.name} and {run.folder.name} have different scores ({runs[0].score.name} and "
+                f"{run.score.name}) and cannot be compared; report them apart"
             )
     settings = {json.dumps(cell.settings, sort_keys=True) for cell in cells.values()}
     if len(settings) > 1:
@@ -225,15 +258,15 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def quality(comparison: Comparison) -> list[dict[str, Any]]:
-    """One row per architecture with runs: sizes, costs and bits per byte (mean and spread over the finished seeds)."""
-    rows = []
+    """One row per architecture with runs: sizes, costs and the score (mean and spread over the finished seeds)."""
+    score, rows = comparison.score, []
     for arch in comparison.archs:
         runs = comparison.runs_of(arch)
         if not runs:
             continue
-        done = [run for run in runs if run.bits_per_byte is not None]
-        scores = [run.bits_per_byte for run in done if run.bits_per_byte is not None]
-        mean, spread = mean_and_spread(scores) if scores else (None, None)
+        done = [run for run in runs if run.quality is not None]
+        values = [run.quality for run in done if run.quality is not None]
+        mean, spread = mean_and_spread(values) if values else (None, None)
         info, first = runs[0].info, (done or runs)[0]
         statuses = sorted({run.status for run in runs})
         rows.append(
@@ -249,8 +282,9 @@ def quality(comparison: Comparison) -> list[dict[str, Any]]:
                 "lr": runs[0].learning_rate,
                 "tokens": first.result.get("tokens"),
                 "train_seconds": statistics.fmean(run.result["train_seconds"] for run in done) if done else None,
-                "val_bits_per_byte": mean,
-                "val_bits_per_byte_std": spread,
+                "score": score.name,
+                score.key: mean,
+                f"{score.key}_std": spread,
                 "n_seeds": len(done),
                 "seeds": " ".join(str(run.seed) for run in done),
                 "status": ", ".join(statuses),
@@ -337,7 +371,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
     }
     checks.append(
         Check(
-            name="held-out text",
+            name=comparison.held_out,
             equal=all(len(values) == 1 for values in read.values()),
             statement="; ".join(f"{key} {_list(map(str, values))}" for key, values in read.items()),
         )
@@ -356,6 +390,9 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
             + ("" if same_seeds else "; not every architecture has the same seeds"),
         )
     )
+    objectives = _distinct(_objective(run) for run in runs)
+    if objectives != [""]:  # runs of older versions all learned to predict the next token, and do not say it
+        checks.append(Check(name="objective", equal=len(objectives) == 1, statement="; ".join(objectives)))
     optim = [{k: v for k, v in run.info["config"]["optim"].items() if k != "lr"} for run in runs]
     differing = sorted({key for one in optim for key in one if one[key] != optim[0].get(key)})
     checks.append(
@@ -380,6 +417,12 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         )
     )
     return checks
+
+
+def _objective(run: Run) -> str:
+    """What a run learns: its kind and options; empty where run.json does not tell."""
+    options = dict(run.info.get("objective") or {})
+    return ", ".join([*filter(None, [options.pop("kind", "")]), *(f"{key} {value}" for key, value in options.items())])
 
 
 def _distinct(values: Any) -> list[Any]:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ...train.score import Score
 from ..harness.format import DASH, count, format_bytes, whole
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
-from .words import and_list, batches, capital, printable, span_of, status_words, text_read
+from .words import and_list, batches, capital, printable, score_meaning, span_of, status_words
 
 __all__ = ["sections"]
 
@@ -26,7 +27,7 @@ def sections(
         *_incomplete_section(comparison),
         *_quality_section(comparison, rows),
         *_context_section(comparison, crossings),
-        *_budget_section(checks),
+        *_budget_section(comparison, checks),
         *_sample_section(comparison),
         *_details_section(comparison, crossings),
     ]
@@ -74,30 +75,24 @@ def _reason(error: str | None) -> str:
 def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not rows:
         return []
-    references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
-    figures = []
-    if any(row["val_bits_per_byte"] is not None for row in rows):
-        figures.append(quality_figure(comparison, rows, references))
+    score = comparison.score
+    values = [row[score.key] for row in rows]
+    known = [value for value in values if value is not None]
+    best = score.best(known) if known else None
+    figures = [quality_figure(comparison, rows)] if known else []
     if any(run.curve() for run in comparison.runs):
         figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
-    position = position_figure(comparison, comparison.runs[0].info["config"]["train"]["seq_len"])
+    position = position_figure(comparison)
     figures += [position] if position else []
-    scores = [row["val_bits_per_byte"] for row in rows]
-    best = min((score for score in scores if score is not None), default=None)
-    corpus = comparison.corpus or {}
-    n_seeds = max(row["n_seeds"] for row in rows)
+    little = "differences of a few hundredths" if comparison.predicts_text else "small differences"
+    one_seed = max(row["n_seeds"] for row in rows) <= 1
     return [
         Heading(text="Quality"),
-        Paragraph(
-            text=f"Bits per byte of held-out text, which do not depend on the tokenizer. {text_read(comparison)} "
-            f"Compressors on all {count(corpus.get('val_bytes'))}B: "
-            + ", ".join(f"{name} {value:.2f}" for name, value in references.items())
-            + "."
-        ),
+        Paragraph(text=score_meaning(comparison)),
         Table(
             columns=[
                 "Model",
-                "Bits per byte",
+                capital(score.unit),
                 "Seeds",
                 "Tokens",
                 "Seconds",
@@ -108,22 +103,22 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
                 "State",
                 "Learning rate",
             ],
-            rows=[_quality_cells(row) for row in rows],
+            rows=[_quality_cells(row, score) for row in rows],
             caption="FLOPs/token: training, forward and backward, at the trained length. State: what one sequence "
             "carries at the trained length while generating."
-            + ("" if n_seeds > 1 else " One seed: differences of a few hundredths mean little."),
-            strong=frozenset((i, 1) for i, score in enumerate(scores) if score is not None and score == best),
+            + (f" One seed: {little} mean little." if one_seed else ""),
+            strong=frozenset((i, 1) for i, value in enumerate(values) if known and value == best),
         ),
         Figures(figures=figures),
     ]
 
 
-def _quality_cells(row: Mapping[str, Any]) -> list[str]:
-    mean, spread = row["val_bits_per_byte"], row["val_bits_per_byte_std"]
-    score = DASH if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+def _quality_cells(row: Mapping[str, Any], score: Score) -> list[str]:
+    mean, spread = row[score.key], row[f"{score.key}_std"]
+    value = DASH if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
     return [
         row["label"],
-        score,
+        value,
         str(row["n_seeds"]),
         count(row["tokens"]),
         whole(row["train_seconds"]),
@@ -176,7 +171,7 @@ def _pair(found: Mapping[tuple[str, str, str], Crossover], metric: Metric, a: st
     return span_of(found[metric.name, a, b], found[metric.name, b, a], str).in_cell()
 
 
-def _budget_section(checks: Sequence[Check]) -> list[Block]:
+def _budget_section(comparison: Comparison, checks: Sequence[Check]) -> list[Block]:
     if not checks:
         return []
     return [
@@ -190,6 +185,8 @@ def _budget_section(checks: Sequence[Check]) -> list[Block]:
         Paragraph(
             text="The peak learning rates of the presets were chosen with crossover bench lr by bits per byte on the "
             "same held-out split that is reported here; no third split was kept."
+            if comparison.predicts_text
+            else "The peak learning rates of the presets were chosen for predicting text, not for this score."
         ),
         Items(
             items=[

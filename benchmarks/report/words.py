@@ -16,9 +16,9 @@ __all__ = [
     "capital",
     "headline",
     "printable",
+    "score_meaning",
     "span_of",
     "status_words",
-    "text_read",
     "title",
 ]
 
@@ -255,7 +255,7 @@ def _positions_sentence(comparison: Comparison) -> str:
     )
 
 
-def text_read(comparison: Comparison) -> str:
+def _text_read(comparison: Comparison) -> str:
     """Says how much of the held-out text the models were judged on; empty where it differs."""
     read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
     if len(read) != 1:
@@ -264,20 +264,36 @@ def text_read(comparison: Comparison) -> str:
 
 
 def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
-    scored = [row for row in rows if row["val_bits_per_byte"] is not None]
+    score = comparison.score
+    scored = [row for row in rows if row[score.key] is not None]
     if not scored:
         return ""
-    best = min(scored, key=lambda row: row["val_bits_per_byte"])
-    spread = best["val_bits_per_byte_std"]
-    score = f"{best['val_bits_per_byte']:.2f}" + (f" ± {spread:.2f}" if spread else "")
-    references = comparison.corpus["reference_bits_per_byte"] if comparison.corpus else {}
-    beside = and_list([f"{name} {value:.2f}" for name, value in references.items()])
-    lead = "predicts held-out text best" if len(scored) > 1 else "reaches"
-    return (
-        f"After {count(best['tokens'])} training tokens {best['label']} {lead}"
-        + (f", at {score} bits per byte" if len(scored) > 1 else f" {score} bits per byte on held-out text")
-        + (f"; compressors on the whole held-out text: {beside}." if beside else ".")
-    )
+    value = score.best(row[score.key] for row in scored)
+    best = next(row for row in scored if row[score.key] == value)
+    spread = best[f"{score.key}_std"]
+    reached = f"{value:.2f}{f' ± {spread:.2f}' if spread else ''} {score.unit}"
+    if len(scored) == 1:
+        found = f"reaches {reached} on {comparison.held_out}"
+    elif comparison.predicts_text:
+        found = f"predicts held-out text best, at {reached}"
+    else:
+        found = f"has the {'lowest' if score.better == 'lower' else 'highest'} {score.words}, at {reached}"
+    beside = and_list([f"{name} {value:.2f}" for name, value in comparison.references.items()])
+    compressors = f"; compressors on the whole held-out text: {beside}" if beside else ""
+    return f"After {count(best['tokens'])} training tokens {best['label']} {found}{compressors}."
+
+
+def score_meaning(comparison: Comparison) -> str:
+    """Says what the score is, and what it may be held against."""
+    score = comparison.score
+    if not comparison.predicts_text:
+        return f"{capital(score.words)}, of which {'less' if score.better == 'lower' else 'more'} is better."
+    sentences = ["Bits per byte of held-out text, which do not depend on the tokenizer.", _text_read(comparison)]
+    if comparison.references:
+        held_out = (comparison.corpus or {}).get("val_bytes")
+        values = ", ".join(f"{name} {value:.2f}" for name, value in comparison.references.items())
+        sentences.append(f"Compressors on all {count(held_out)}B: {values}.")
+    return " ".join(filter(None, sentences))
 
 
 def title(comparison: Comparison, checks: Sequence[Check]) -> tuple[str, str]:

@@ -51,7 +51,8 @@ def write_report(folder: Path) -> Path:
     lead = headline(comparison, rows, crossings)
     blocks = sections(comparison, rows, crossings, checks, lead)
     heading, subtitle = title(comparison, checks)
-    _write_csv(folder / "quality.csv", list(rows[0]) if rows else ["arch"], rows)
+    columns = [key for key in rows[0] if key != "score"] if rows else ["arch"]
+    _write_csv(folder / "quality.csv", columns, rows)
     _write_csv(folder / "context.csv", _CELL_COLUMNS, map(_flat_cell, comparison.ordered_cells))
     write_json(folder / "summary.json", _summary(comparison, rows, crossings, checks, lead))
     (folder / "figures").mkdir(exist_ok=True)
@@ -88,8 +89,9 @@ def _summary(
     return {
         "headline": lead,
         "crossovers": [dataclasses.asdict(crossing) for crossing in crossings],
+        "score": comparison.score.to_dict(),
         "quality": rows,
-        "reference_bits_per_byte": corpus["reference_bits_per_byte"] if corpus else {},
+        "reference_bits_per_byte": comparison.references,
         "corpus_digest": corpus["digest"] if corpus else None,
         "equal_budget": [dataclasses.asdict(check) for check in checks],
     }

@@ -10,8 +10,19 @@ from crossover.benchmarks.report.results import (
     quality,
     tokens_per_step,
 )
+from crossover.train.score import BITS_PER_BYTE
 
-from ..fake_runs import SETTINGS, append_cells, append_line, cell, corpus, write_comparison, write_json, write_run
+from ..fake_runs import (
+    ACCURACY,
+    SETTINGS,
+    append_cells,
+    append_line,
+    cell,
+    corpus,
+    write_comparison,
+    write_json,
+    write_run,
+)
 
 
 def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None:
@@ -30,6 +41,36 @@ def test_runs_on_different_data_are_not_compared(tmp_path: Path) -> None:
     write_run(tmp_path, "transformer", digest="f00d" * 16)
     with pytest.raises(ValueError, match=r"trained on different data .*c0ffeec0ffee and f00df00df00d"):
         load_comparison(tmp_path)
+
+
+def test_runs_of_different_scores_are_not_compared(tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba")
+    write_run(tmp_path, "transformer", score=ACCURACY)
+    with pytest.raises(ValueError, match=r"mamba-s0 and transformer-s0 have different .*bits_per_byte and accuracy"):
+        load_comparison(tmp_path)
+
+
+def test_a_run_that_does_not_name_its_score_is_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    old, new = write_run(tmp_path / "old", "mamba"), write_run(tmp_path / "new", "mamba", score=BITS_PER_BYTE)
+    assert load_run(old).score == load_run(new).score == BITS_PER_BYTE
+    assert load_run(old).quality == load_run(new).quality is not None
+
+
+def test_quality_is_that_of_the_score(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba", score=ACCURACY)
+    (row,) = quality(load_comparison(tmp_path))
+    assert (row["score"], row["val_accuracy"], row["val_accuracy_std"]) == ("accuracy", load_run(home).quality, None)
+    assert not [key for key in row if "bits" in key]
+
+
+def test_different_objectives_are_an_unequal_budget(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, score=ACCURACY)
+    (check,) = [check for check in budget_checks(load_comparison(tmp_path)) if check.name == "objective"]
+    assert (check.equal, check.statement) == (True, "invented, rate 0.15")
+    path = tmp_path / "mamba-s0" / "run.json"
+    write_json(path, json.loads(path.read_text()) | {"objective": {"kind": "another"}})
+    (check,) = [check for check in budget_checks(load_comparison(tmp_path)) if not check.equal]
+    assert (check.name, check.statement) == ("objective", "another; invented, rate 0.15")
 
 
 def test_cells_with_different_settings_are_not_compared(tmp_path: Path) -> None:

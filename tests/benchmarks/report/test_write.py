@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 from crossover.benchmarks.report.write import write_report
+from crossover.train.score import BITS_PER_BYTE
 
-from ..fake_runs import ARCHS, CONTEXT, append_cells, cell, write_comparison, write_json, write_run
+from ..fake_runs import ACCURACY, ARCHS, CONTEXT, append_cells, cell, write_comparison, write_json, write_run
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,60 @@ def test_summary_lists_every_crossover(folder: Path) -> None:
         if (c["metric"], c["a"], c["b"]) == ("training tokens/s", "transformer", "mamba")
     )
     assert one["low"] < one["context_len"] < one["high"]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison by a score of which more is better, with its report."""
+    home = write_comparison(tmp_path_factory.mktemp("answers"), context=(128,), score=ACCURACY)
+    write_report(home)
+    return home
+
+
+def test_a_report_by_another_score_says_nothing_of_bits_per_byte(answers: Path) -> None:
+    texts = [words((answers / "report.html").read_text()), (answers / "report.md").read_text()]
+    texts += [figure.read_text() for figure in (answers / "figures").iterdir()]
+    texts += [(answers / "quality.csv").read_text()]
+    for text in texts:
+        assert not re.search("bits.per.byte|held-out text|zlib|compressor", text, flags=re.I)
+    assert {path.stem for path in (answers / "figures").iterdir()} >= {"quality", "learning-tokens", "learning-seconds"}
+    assert not (answers / "figures" / "position.svg").exists()
+
+
+def test_the_best_by_a_score_of_which_more_is_better_is_the_highest(answers: Path) -> None:
+    text = (answers / "report.md").read_text()
+    assert "Mamba has the highest share of right answers, at 0.79 ± 0.00 accuracy." in text
+    assert "Share of right answers, of which more is better." in text
+    assert [line for line in text.splitlines() if "**" in line and line.startswith("| Mamba | **0.78")]
+    assert text.count("**") == 2  # the best cell alone is in bold
+    rows = {row["arch"]: row for row in csv.DictReader((answers / "quality.csv").open())}
+    assert float(rows["mamba"]["val_accuracy"]) == max(float(row["val_accuracy"]) for row in rows.values())
+    assert float(rows["mamba"]["val_accuracy_std"]) > 0
+    summary = json.loads((answers / "summary.json").read_text())
+    assert summary["score"] == ACCURACY.to_dict()
+    assert summary["reference_bits_per_byte"] == {}
+
+
+def test_figures_by_another_score_name_it_and_its_direction_with_the_best_on_top(answers: Path) -> None:
+    drawn = (answers / "figures" / "quality.svg").read_text()
+    assert "share of right answers (more is better)" in drawn
+    assert "Accuracy: Mamba 0.79, Jamba" in words((answers / "report.md").read_text())
+    assert "share of right answers" in (answers / "figures" / "learning-tokens.svg").read_text()
+    heights = {label: float(y) for y, label in re.findall(r'y="([\d.]+)"[^>]*>(Mamba|LSTM)</text>', drawn)}
+    assert heights["Mamba"] < heights["LSTM"]  # measured from above
+
+
+def test_columns_of_quality_csv_are_public(folder: Path) -> None:
+    columns = (folder / "quality.csv").read_text().splitlines()[0].split(",")
+    published = Path(__file__).parents[3] / "results" / "cpu-demo" / "quality.csv"
+    assert columns == published.read_text().splitlines()[0].split(",")
+
+
+def test_a_run_that_names_bits_per_byte_as_its_score_is_reported_as_one_that_does_not(tmp_path: Path) -> None:
+    for name, score in (("named", BITS_PER_BYTE), ("unnamed", None)):
+        write_report(write_comparison(tmp_path / name, archs=["mamba", "lstm"], context=(128,), score=score))
+    named, unnamed = ((tmp_path / name / "report.md").read_text() for name in ("named", "unnamed"))
+    assert named.replace("- Objective: invented, rate 0.15\n", "") == unnamed
 
 
 def test_runs_alone_make_a_report(tmp_path: Path) -> None:
