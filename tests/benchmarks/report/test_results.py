@@ -80,6 +80,21 @@ def test_cells_with_different_settings_are_not_compared(tmp_path: Path) -> None:
         load_comparison(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["compare.json", "mamba-s0/run.json", "mamba-s0/result.json", "context.jsonl"])
+def test_a_file_of_a_newer_version_is_refused_in_one_line_that_names_it(tmp_path: Path, name: str) -> None:
+    path = write_comparison(tmp_path, archs=["mamba"], seeds=1, context=(128,)) / name
+    first, *rest = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    for known in (None, 1):
+        values = {key: value for key, value in json.loads(first).items() if key != "format"}
+        path.write_text("\n".join([json.dumps(values | ({"format": known} if known else {})), *rest]) + "\n")
+        load_comparison(tmp_path)
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"format": 7}), *rest]) + "\n")
+    with pytest.raises(ValueError, match="has format 7, newer than the 1 that is read here: update") as refused:
+        load_comparison(tmp_path)
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_folder_without_results_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.json"):
         load_comparison(tmp_path)
