@@ -45,7 +45,7 @@ class Cell:
     state_bytes: int | None = None
     """State of one sequence after the context."""
     backend: Mapping[str, list[str]] = field(default_factory=dict)
-    """What ran for each operation."""
+    """Backends that ran, by operation."""
     dtype: str
     status: Status = "failed"
     error: str | None = None
@@ -53,13 +53,13 @@ class Cell:
     model: Mapping[str, Any]
     """ModelConfig.to_dict()"""
     settings: Mapping[str, Any]
-    """What all cells of a comparison share: MeasureConfig, precision, device, threads, allocator."""
+    """Shared by all cells of a comparison: MeasureConfig, precision, device, threads, allocator."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What measured: cpu, device, torch, git_commit."""
+    """Machine and versions: cpu, device, torch, git_commit."""
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What it is a measurement of: architecture, phase and length. Of two in a file the later one counts."""
+        """Architecture, phase and length. Of two cells in a file with the same key the later one counts."""
         return self.arch, self.phase, self.context_len
 
     @property

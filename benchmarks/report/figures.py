@@ -43,7 +43,7 @@ _THEMES = {
 
 @dataclass(frozen=True)
 class _Pen:
-    """How one architecture is drawn in every figure."""
+    """Label, colour, marker and dashes of an architecture, the same in every figure."""
 
     label: str
     color: str

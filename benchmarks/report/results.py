@@ -176,7 +176,7 @@ class Comparison:
 
     @property
     def held_out(self) -> str:
-        """What the runs are judged on, in words."""
+        """Name, in a sentence, of what the runs are judged on."""
         return "held-out text" if self.predicts_text else "held-out rows"
 
     @property
@@ -186,7 +186,7 @@ class Comparison:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What trained the runs, or measured where there are none; empty where no file tells."""
+        """Machine and versions that trained the runs, or measured where there are none; empty where no file tells."""
         return self.runs[0].info["provenance"] if self.runs else self.info.get("provenance", {})
 
     @property
@@ -417,7 +417,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
     if objectives != [""]:  # runs of older versions all learned to predict the next token, and do not say it
         checks.append(Check(name="objective", equal=len(objectives) == 1, statement="; ".join(objectives)))
     optim = [{k: v for k, v in run.info["config"]["optim"].items() if k != "lr"} for run in runs]
-    differing = sorted({key for one in optim for key in one if one[key] != optim[0].get(key)})
+    differing = sorted({key for values in optim for key in values if values[key] != optim[0].get(key)})
     checks.append(
         Check(
             name="optimizer and schedule",
@@ -443,7 +443,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
 
 
 def _objective(run: Run) -> str:
-    """What a run learns: its kind and options; empty where run.json does not tell."""
+    """Names the objective of a run and its options; empty where run.json does not tell."""
     options = dict(run.info.get("objective") or {})
     return ", ".join([*filter(None, [options.pop("kind", "")]), *(f"{key} {value}" for key, value in options.items())])
 

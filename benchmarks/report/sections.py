@@ -1,4 +1,4 @@
-"""What goes into a report, in which order: sections as blocks of a document."""
+"""The sections of a report in their order, as blocks of a document."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a report says: where one model is better than another, which one predicts best, what is compared."""
+"""The sentences of a report: where a model is better than another, which one is best, what is compared."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ _STATUS = {
 
 
 def status_words(status: str) -> str:
-    """How a run or a cell ended."""
+    """Says how a run or a cell ended."""
     return _STATUS.get(status, status)
 
 
@@ -93,7 +93,7 @@ class Span:
     high: float | None = None
     """Longest length that the spread of the repeats allows; None if there is none."""
     ended: str | None = None
-    """Where the lead changes because one model could not be measured any more: what ended it."""
+    """The end of a model that could not be measured any more, where the lead changes for it."""
 
     @property
     def is_noise(self) -> bool:
@@ -185,7 +185,7 @@ def _crossover_sentence(
     found: Mapping[tuple[str, str, str], Crossover],
     label: Callable[[str], str],
 ) -> str:
-    """Which models beat the baseline on one metric, and for which lengths; then those that the noise hides."""
+    """Says which models beat the baseline on a metric, and for which lengths; then which ones the noise hides."""
     groups: dict[str, list[str]] = {}
     noise: dict[str, list[str]] = {}
     order = {"beyond": 0, "unclear": 1, "only_shorter": 2, "always": 3, "never": 4}
@@ -244,7 +244,7 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
 
 
 def _positions_sentence(comparison: Comparison) -> str:
-    """Which models have too few learned positions for the longest lengths; empty where all have enough."""
+    """Says which models have too few learned positions for the longest lengths; empty where all have enough."""
     limits = {
         comparison.label(cell.arch): cell.model["max_positions"]
         for cell in comparison.ordered_cells
@@ -264,6 +264,7 @@ def _text_read(comparison: Comparison) -> str:
 
 
 def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says which model is best, beside the compressors; empty where no run has finished."""
     score = comparison.score
     scored = [row for row in rows if row[score.key] is not None]
     if not scored:

@@ -52,7 +52,8 @@ def _hosts(net_log: str) -> set[str]:
     except json.JSONDecodeError:  # the browser ended before it closed the list
         events = json.loads(net_log.rstrip().rstrip(",") + "]}")["events"]
     asked = [event.get("params") or {} for event in events]
-    urls = [one["url"] for one in asked if one.get("initiator", "not an origin") != "not an origin" and "url" in one]
+    by_pages = [request for request in asked if request.get("initiator", "not an origin") != "not an origin"]
+    urls = [request["url"] for request in by_pages if "url" in request]
     return {urllib.parse.urlsplit(url).hostname or "" for url in urls}
 
 

@@ -149,12 +149,12 @@ def test_quality_csv_has_one_row_per_architecture(folder: Path) -> None:
 def test_summary_lists_every_crossover(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert len(summary["crossovers"]) == 5 * 5 * 4
-    one = next(
+    crossing = next(
         c
         for c in summary["crossovers"]
         if (c["metric"], c["a"], c["b"]) == ("training tokens/s", "transformer", "mamba")
     )
-    assert one["low"] < one["context_len"] < one["high"]
+    assert crossing["low"] < crossing["context_len"] < crossing["high"]
 
 
 @pytest.fixture(scope="module")
