@@ -27,6 +27,7 @@ __all__ = [
     "choose_precision",
     "is_out_of_memory",
     "keep_freed_memory",
+    "says_out_of_memory",
     "stop_signals",
 ]
 
@@ -97,8 +98,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on the CPU, PyTorch reports this as a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    signs = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a message, such as the last line of a process that died, says that memory ran out."""
+    signs = (
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "not enough memory",
+        "out of memory",
+        "bad_alloc",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MemoryError",
+    )
+    return any(sign in text for sign in signs)
 
 
 class PeakMemory:
@@ -197,24 +211,34 @@ class Stopwatch:
         return self._warm_tokens / self._warm_seconds if self._warm_seconds else None
 
 
-class Interrupted(Exception):
-    """The user or the scheduler asked the run to stop (SIGINT or SIGTERM)."""
+class Interrupted(KeyboardInterrupt):
+    """The user or the scheduler asked this process to stop (SIGINT or SIGTERM)."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code by which a shell says that a signal ended a process: 130 or 143."""
+        return 128 + self.signum
+
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], None]]:
-    """Turns the first SIGINT or SIGTERM inside the block into `Interrupted`, raised by the yielded function.
+def stop_signals(*, at_once: bool = False) -> Iterator[Callable[[], None]]:
+    """Turns SIGINT and SIGTERM inside the block into `Interrupted`.
 
-    The caller calls that function where stopping is safe. A second signal acts at once, as outside the block. Outside
-    the main thread, where Python allows no handlers, the function never raises.
+    The first signal waits until the caller calls the yielded function, which raises it where stopping is safe; a second
+    signal acts as it would outside the block. With `at_once` every signal raises where it arrives.
+
+    A signal that was ignored before stays so: a shell starts `command &` of a script with SIGINT ignored. Outside the
+    main thread, where Python allows no handlers, nothing is raised.
     """
     received: list[int] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
+        if at_once:
+            raise Interrupted(signum)
         if received:
             signal.signal(signum, previous[signum])
             signal.raise_signal(signum)
@@ -224,9 +248,12 @@ def stop_signals() -> Iterator[Callable[[], None]]:
         if received:
             raise Interrupted(received[0])
 
-    signals: tuple[int, ...] = (
-        (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    )
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = [
+        signum
+        for signum in (signal.SIGINT, signal.SIGTERM)
+        if in_main_thread and signal.getsignal(signum) is not signal.SIG_IGN
+    ]
     previous: dict[int, Any] = {signum: signal.signal(signum, handler) for signum in signals}
     try:
         yield poll

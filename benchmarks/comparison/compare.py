@@ -11,9 +11,10 @@ from typing import Any
 
 from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from ...train.files import write_json
+from ...train.runtime import Interrupted, stop_signals
 from ..config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
 from ..context.cells import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
-from ..harness.processes import Stopped, module_command, stop_on_signals
+from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..report.write import write_report
 from .runs import Sized, arguments, check_resumable, share, size, train_runs, training_tasks
@@ -54,12 +55,12 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
         progress = Progress(schedule)
         try:
-            with stop_on_signals():
+            with stop_signals(at_once=True):
                 record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
                 write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
-        except Stopped as stopped:
-            return _stopped(stopped, config.out, command, progress)
+        except Interrupted as stop:
+            return _stopped(stop, config.out, command, progress)
         page = write_report(config.out)
         _print_headline(config.out)
         print(f"\nReport: {page}")
@@ -89,10 +90,10 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
-            with stop_on_signals():
+            with stop_signals(at_once=True):
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
-        except Stopped as stopped:
-            return _stopped(stopped, config.out, command, progress)
+        except Interrupted as stop:
+            return _stopped(stop, config.out, command, progress)
         page = write_report(config.out)
         _print_headline(config.out)
         print(f"\nReport: {page}")
@@ -267,12 +268,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     sys.stdout.flush()
 
 
-def _stopped(stopped: Stopped, out: Path, command: Sequence[str], progress: Progress) -> int:
+def _stopped(stop: Interrupted, out: Path, command: Sequence[str], progress: Progress) -> int:
     progress.say("")
     with contextlib.suppress(ValueError):  # nothing was finished: there is nothing to report yet
         print(f"Report of what exists: {write_report(out)}")
     print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
-    return stopped.exit_code
+    return stop.exit_code
 
 
 def _print_headline(out: Path) -> None:

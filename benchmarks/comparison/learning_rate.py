@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ...train.runtime import Interrupted, stop_signals
 from ..config import LearningRateConfig
-from ..harness.processes import Stopped, stop_on_signals
 from ..harness.progress import Progress, Schedule
 from ..report.results import load_run
 from .compare import check_archs, folder_for, open_corpus, print_table
@@ -40,12 +40,12 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
         check_resumable(runs, corpus.digest)
         progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
         try:
-            with stop_on_signals():
+            with stop_signals(at_once=True):
                 failures = train_runs(runs, progress, logs=logs, jobs=at_once)
-        except Stopped as stopped:
+        except Interrupted as stop:
             _conclude(runs, config.out)
             print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
-            return stopped.exit_code
+            return stop.exit_code
         _conclude(runs, config.out)
         for name, reason in failures.items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)

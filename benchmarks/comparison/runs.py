@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...train.config import RunConfig, flatten
+from ...train.runtime import Interrupted
 from ..harness.processes import last_line, module_command, start, stop
 from ..harness.progress import Progress, Task
 from ..report.results import load_run
@@ -163,11 +164,9 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
                     progress.finish(name, reason)
             if running:
                 time.sleep(0.25)
-    except KeyboardInterrupt:
-        for training in running:  # ask all first, so that they save their checkpoints side by side
-            training.child.send_signal(signal.SIGINT)
-        for training in running:
-            stop(training.child, grace=_SAVE_SECONDS)
+    except BaseException as error:  # whatever ends this process must not leave runs behind
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGTERM
+        stop([training.child for training in running], signum, grace=_SAVE_SECONDS)
         raise
     return failures
 

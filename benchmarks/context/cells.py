@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train.files import read_json_lines
+from ...train.runtime import says_out_of_memory
 from ..config import MeasureConfig
 from ..harness.processes import Fork, last_line
 from ..harness.progress import Progress, Task
@@ -278,9 +279,7 @@ def _cause_of_death(returncode: int, last_words: str) -> dict[str, Any]:
     """Says what ended a worker in the middle of a phase. Killed from outside (SIGKILL) means that memory ran out."""
     if returncode == -signal.SIGKILL:
         return {"status": "out_of_memory", "error": "killed by the system (SIGKILL)"}
-    if any(
-        sign in last_words for sign in ("bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
-    ):
+    if says_out_of_memory(last_words):
         return {"status": "out_of_memory", "error": last_words}
     ended = f"ended by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with code {returncode}"
     return {"status": "failed", "error": f"{last_words} ({ended})" if last_words else ended}

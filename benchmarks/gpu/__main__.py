@@ -32,7 +32,8 @@ import torch
 from ...archs.config import nearest
 from ...kernels import ops
 from ...kernels.dispatch import KernelFallbackWarning
-from ..harness.processes import Stopped, module_command, stop_on_signals
+from ...train.runtime import Interrupted, stop_signals
+from ..harness.processes import module_command
 from ..operations.race_cases import Contestant, one_pass
 from .cases import PASSES, Spec, Workload, build, in_order, specs_of
 from .limits import Clock, CpuClock, CudaClock, Limits, machine, measure_limits
@@ -79,9 +80,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     command = [*module_command("crossover.benchmarks.gpu"), *(sys.argv[1:] if words is None else words)]
     try:
-        with stop_on_signals():  # a run that is stopped from outside writes its table too
+        with stop_signals(at_once=True):  # a run that is stopped from outside writes its table too
             return run(setup, command=command)
-    except Stopped as stop:
+    except Interrupted as stop:
         return stop.exit_code
 
 

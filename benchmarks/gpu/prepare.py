@@ -219,7 +219,7 @@ class _Process:
         return self._child.poll() is not None
 
     def kill(self) -> None:
-        stop(self._child, grace=0)
+        stop([self._child], grace=0)
 
     def rows(self, *, late: bool) -> Iterator[dict[str, Any]]:
         """What the process found, and what became of it if it did not end well."""

@@ -6,37 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-__all__ = ["Fork", "Stopped", "environment", "last_line", "module_command", "start", "stop", "stop_on_signals"]
+__all__ = ["Fork", "environment", "last_line", "module_command", "start", "stop"]
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-
-
-class Stopped(KeyboardInterrupt):
-    """The user (SIGINT) or the system (SIGTERM) asked this command to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raises `Stopped` inside the block when SIGINT or SIGTERM arrives."""
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        raise Stopped(signum)
-
-    previous = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, old in previous.items():
-            signal.signal(signum, old)
 
 
 def environment(threads: int | None) -> dict[str, str]:
@@ -133,16 +110,24 @@ def _in_child(work: Callable[[Any], object], order: Any, log: str, stdin: Any, o
     work(order)
 
 
-def stop(child: subprocess.Popen, *, grace: float) -> None:
-    """Asks a child to end (SIGINT), waits `grace` seconds for it to save what it has, and then kills its session."""
-    if child.poll() is None and grace > 0:
-        child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired, Stopped):  # a second Ctrl-C ends the waiting
-            child.wait(grace)
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+def stop(children: Sequence[subprocess.Popen], signum: int = signal.SIGTERM, *, grace: float) -> None:
+    """Asks children to end, waits `grace` seconds for them to save what they have, and then kills their sessions.
+
+    All are asked before any is waited for, so that they save side by side; Ctrl-C ends the waiting for all.
+    """
+    alive = [child for child in children if child.poll() is None]
+    if grace > 0:
+        for child in alive:
+            child.send_signal(signum)
+        deadline = time.monotonic() + grace
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            for child in alive:
+                child.wait(max(0.0, deadline - time.monotonic()))
+    for child in alive:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def last_line(log: Path, *, after: int = 0) -> str:

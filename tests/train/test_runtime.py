@@ -15,6 +15,7 @@ from crossover.train.runtime import (
     choose_precision,
     is_out_of_memory,
     keep_freed_memory,
+    says_out_of_memory,
     stop_signals,
 )
 
@@ -200,3 +201,46 @@ def test_a_second_signal_stops_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_where_stopping_is_always_safe_every_signal_raises_at_once(signum: signal.Signals, code: int) -> None:
+    before = signal.getsignal(signum)
+    with stop_signals(at_once=True):
+        for _ in range(2):
+            with pytest.raises(Interrupted) as stop:
+                signal.raise_signal(signum)
+            assert stop.value.exit_code == code
+    assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_signal_that_is_ignored_stays_ignored(at_once: bool) -> None:
+    def send(signum: signal.Signals) -> None:
+        signal.raise_signal(signum)
+        poll()
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `sh -c 'crossover compare &'`
+    try:
+        with stop_signals(at_once=at_once) as poll:
+            send(signal.SIGINT)
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                send(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_it"),
+    [
+        ("terminate called after throwing an instance of 'std::bad_alloc'", True),
+        ("OSError: [Errno 12] Cannot allocate memory", True),
+        ("MemoryError", True),
+        ("torch.OutOfMemoryError: CUDA out of memory.", True),
+        ("libgomp.so.1: cannot allocate memory in static TLS block", False),
+        ("ValueError: no", False),
+    ],
+)
+def test_last_words_tell_whether_memory_ran_out(text: str, is_it: bool) -> None:
+    assert says_out_of_memory(text) is is_it

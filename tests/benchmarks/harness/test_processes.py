@@ -1,18 +1,24 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.harness.processes import Fork, Stopped, environment, last_line, start, stop, stop_on_signals
+from crossover.benchmarks.harness.processes import Fork, environment, last_line, start, stop
+from crossover.train.runtime import stop_signals
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 POLITE = """
-import time
+import signal, sys, time
+def save(signum, frame):
+    time.sleep(0.2)
+    print(f'saved on {signum}', flush=True)
+    sys.exit()
+for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, save)
 print('up', flush=True)
-try: time.sleep(60)
-except KeyboardInterrupt: print('saved', flush=True)
+time.sleep(60)
 """
 
 
@@ -23,22 +29,36 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.usefixtures("interruptible")
-def test_a_child_is_asked_to_stop_and_may_save(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    child = start([sys.executable, "-c", POLITE], threads=None, log=log)
-    wait_for(log, "up")
-    stop(child, grace=20)
-    assert child.returncode == 0
-    assert last_line(log) == "saved"
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_children_are_asked_to_stop_and_may_save(signum: signal.Signals, tmp_path: Path) -> None:
+    logs = [tmp_path / "first", tmp_path / "second"]
+    children = [start([sys.executable, "-c", POLITE], threads=None, log=log) for log in logs]
+    for log in logs:
+        wait_for(log, "up")
+    stop(children, signum, grace=20)
+    assert [child.returncode for child in children] == [0, 0]
+    assert [last_line(log) for log in logs] == [f"saved on {signum.value}"] * 2
 
 
 def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     child = start([sys.executable, "-c", STUBBORN], threads=None, log=log)
     wait_for(log, "up")
-    stop(child, grace=0.2)
+    stop([child], grace=0.2)
     assert child.returncode == -signal.SIGKILL
+
+
+def test_a_second_ctrl_c_kills_all_children_at_once(tmp_path: Path) -> None:
+    logs = [tmp_path / "first", tmp_path / "second"]
+    children = [start([sys.executable, "-c", STUBBORN], threads=None, log=log) for log in logs]
+    for log in logs:
+        wait_for(log, "up")
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    with stop_signals(at_once=True):
+        stop(children, grace=60)
+    assert time.monotonic() - begin < 20
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
 def test_a_child_leads_its_own_session_so_that_ctrl_c_reaches_the_parent_alone(tmp_path: Path) -> None:
@@ -48,19 +68,6 @@ def test_a_child_leads_its_own_session_so_that_ctrl_c_reaches_the_parent_alone(t
     session, pid = map(int, log.read_text().split())
     assert session == pid
     assert session != os.getsid(0)
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_become_one_exception_with_the_exit_code(signum: int, code: int) -> None:
-    def be_stopped() -> None:
-        os.kill(os.getpid(), signum)
-        time.sleep(5)
-
-    before = signal.getsignal(signum)
-    with pytest.raises(Stopped) as stopped, stop_on_signals():
-        be_stopped()
-    assert stopped.value.exit_code == code
-    assert signal.getsignal(signum) is before
 
 
 def test_every_child_gets_the_same_number_of_threads() -> None:

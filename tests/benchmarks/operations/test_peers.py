@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.benchmarks.harness.processes import Fork, Stopped, stop_on_signals
+from crossover.benchmarks.harness.processes import Fork
 from crossover.benchmarks.operations import peers
+from crossover.train.runtime import Interrupted, stop_signals
 
 ORDER = {"arch": "mamba", "n_params": 60_000, "batch_size": 2, "seq_len": 8, "threads": 1}
 NAMES = (
@@ -121,7 +122,7 @@ def test_a_race_that_is_stopped_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forks: list[Fork]
 ) -> None:
     interrupts = contestant(1, f"os.kill({os.getpid()}, signal.SIGINT); {HANG}")
-    with pytest.raises(Stopped), stop_on_signals():
+    with pytest.raises(Interrupted), stop_signals(at_once=True):
         race(monkeypatch, tmp_path, contestant(1, 1, 1), interrupts, contestant(1, 1, 1))
     assert [fork.join() for fork in forks] == [-signal.SIGKILL] * 3
 
