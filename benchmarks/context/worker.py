@@ -8,7 +8,6 @@ heaviest: decode, prefill, train.
 import gc
 import json
 import resource
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,8 +36,9 @@ from ...train.runtime import (
 from ...train.verdict import apply_verdict
 from ...train.warm_up import warm_up
 from ..config import MeasureConfig
+from ..harness.timing import quantiles, rounds, timed
 
-__all__ = ["Measurement", "measure", "repeat_in_time_box", "timed"]
+__all__ = ["Measurement", "measure"]
 
 _MIN_REPEATS_OF_SLOW_TRAINING = 2
 
@@ -59,27 +59,6 @@ class Measurement:
     state_bytes: int
     """State of one sequence after the context."""
     backend: dict[str, list[str]]
-
-
-def repeat_in_time_box(
-    run: Callable[[], float], *, time_box: float, min_repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
-    """Repeats `run`, which returns the seconds that count, until the box is full and `min_repeats` are made."""
-    seconds, begin = [], clock()
-    while len(seconds) < min_repeats or clock() - begin < time_box:
-        seconds.append(run())
-    return seconds
-
-
-def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, with what it leaves running on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 class _Bench:
@@ -207,13 +186,12 @@ class _Bench:
         box, least = self.settings.time_box, self.settings.min_repeats
         if min_repeats_if_slow is not None and warm_up_seconds > box:
             least = min(least, min_repeats_if_slow)
-        seconds = repeat_in_time_box(run, time_box=box, min_repeats=least)
-        rates = [n_tokens / one for one in seconds]
-        low, median, high = np.quantile(rates, (0.1, 0.5, 0.9) if len(rates) > 2 else (0, 0.5, 1))
+        rates = [n_tokens / run() for _ in rounds(box, least=least)]
+        low, median, high = quantiles(rates, (0.1, 0.5, 0.9) if len(rates) > 2 else (0, 0.5, 1))
         return Measurement(
             batch_size=batch_size,
-            tokens_per_second=float(median),
-            spread=(float(low), float(high)),
+            tokens_per_second=median,
+            spread=(low, high),
             repeats=len(rates),
             peak_bytes=max(0, self.memory.peak_bytes() - spare_bytes),
             peak_method=self.memory.method,

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..harness.timing import rounds, timed
+
 __all__ = ["Clock", "Counts", "CpuClock", "CudaClock", "Limits", "Timing", "machine", "measure_limits"]
 
 _FLUSH_BYTES = 256 << 20
@@ -128,12 +130,9 @@ class CpuClock:
     def __call__(self, work: Callable[[], object]) -> Timing:
         """Calls it once to warm up, and then as often as there is time for."""
         work()
-        ms, begin = [], time.perf_counter()
-        while not ms or time.perf_counter() - begin < self.seconds:
-            start = time.perf_counter()
-            work()
-            ms.append((time.perf_counter() - start) * 1e3)
-        return Timing(ms=statistics.median(ms), launch_ms=statistics.median(ms), repeats=len(ms))
+        seconds = [timed(torch.device("cpu"), work) for _ in rounds(self.seconds)]
+        ms = 1e3 * statistics.median(seconds)
+        return Timing(ms=ms, launch_ms=ms, repeats=len(seconds))
 
 
 def measure_limits(device: torch.device, clock: Clock, *, quick: bool) -> Limits:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import functools
 
 import numpy as np
+import torch
 
 from ...kernels.simd import TILE, Floats1, exp2, kernel, load_tile, store
+from ..harness.timing import rounds, timed
 
 __all__ = ["seconds_per_exp"]
 
@@ -25,9 +27,5 @@ def seconds_per_exp(*, seconds: float = 0.2) -> float:
     x, y = np.linspace(-8, 0, _N, dtype=np.float32), np.empty(_N, np.float32)
     repeats = 1000
     _exponentials(x, y, 1)  # the first call loads the code
-    best, begin = float("inf"), time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        _exponentials(x, y, repeats)
-        best = min(best, (time.perf_counter() - start) / (repeats * _N))
-    return best
+    work = functools.partial(_exponentials, x, y, repeats)
+    return min(timed(torch.device("cpu"), work) for _ in rounds(seconds)) / (repeats * _N)

@@ -14,7 +14,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from ...train.optim import adamw
 from ...train.runtime import choose_precision, keep_freed_memory
 from ...train.verdict import apply_verdict
 from ..context.cells import events
-from ..context.worker import repeat_in_time_box, timed
 from ..harness.processes import Fork, last_line
+from ..harness.timing import quantiles, rounds, timed
 
 __all__ = ["model_rows"]
 
@@ -99,10 +98,8 @@ def _race(contestants: Sequence[_Contestant], *, time_box: float) -> None:
     racing = [one for one in contestants if one.error is None and not one.is_slow]
     for one in racing:
         one.seconds.clear()
-    begin, n_turns = time.perf_counter(), 0
-    while n_turns < _MIN_TURNS or time.perf_counter() - begin < time_box * len(racing):
+    for _ in rounds(time_box * len(racing), least=_MIN_TURNS):
         _take_turns(racing)
-        n_turns += 1
 
 
 def _take_turns(racing: Sequence[_Contestant]) -> None:
@@ -174,7 +171,7 @@ def _ratio(of_turns: Sequence[float]) -> dict[str, Any]:
     """How many times longer theirs takes than ours: the median over turns, and the quartiles if there are several."""
     if not of_turns:
         return {}
-    spread = statistics.quantiles(of_turns, n=4, method="inclusive")[::2] if len(of_turns) > 1 else None
+    spread = quantiles(of_turns, (0.25, 0.75)) if len(of_turns) > 1 else None
     return {"ratio": statistics.median(of_turns), "ratio_quartiles": spread}
 
 
@@ -227,7 +224,7 @@ def _turn(step: Callable[[], object]) -> float:
     seconds = timed(_CPU, step)
     if seconds >= _BURST:
         return seconds
-    return statistics.median(repeat_in_time_box(lambda: timed(_CPU, step), time_box=_BURST, min_repeats=1))
+    return statistics.median(timed(_CPU, step) for _ in rounds(_BURST))
 
 
 def _our_step(lm: LanguageModel) -> Callable[[Tensor], object]:

@@ -7,12 +7,12 @@ all of them alike. The selective scan is also held against its floor, the time i
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 import textwrap
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +27,13 @@ from ...train.verdict import apply_verdict
 from ..comparison.compare import folder_for
 from ..config import KernelsConfig
 from ..context.cells import append_jsonl
-from ..context.worker import timed
+from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
 from .peers import model_rows
 from .race_cases import Case, Compiler, Contestant, case_at, cases, compiled, contestants, one_pass
 
-__all__ = ["bench_kernels", "race"]
+__all__ = ["bench_kernels"]
 
 _CPU = torch.device("cpu")
 _OTHERS = ("torch", "compiled", "definition", "peer")
@@ -150,7 +150,8 @@ def _row(
             continue
     # one that would fill the box alone runs no second time
     slow = {name for name in works if name != "ours" and first[name] > config.time_box}
-    seconds = race({k: w for k, w in works.items() if k not in slow}, time_box=config.time_box)
+    racing_on = {name: functools.partial(timed, _CPU, works[name]) for name in works if name not in slow}
+    seconds = take_turns(racing_on, seconds=config.time_box)
     seconds |= {name: [first[name]] for name in slow}
     medians = {name: statistics.median(all_of_one) for name, all_of_one in seconds.items()}
     floor = None
@@ -173,18 +174,6 @@ def _row(
         "floor_seconds": floor,
         "times_floor": None if floor is None else medians["ours"] / floor,
     }
-
-
-def race(works: Mapping[str, Callable[[], object]], *, time_box: float) -> dict[str, list[float]]:
-    """Seconds of each work; they take turns until the box is full, each at least twice, after the caller's warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    begin = time.perf_counter()
-    rounds = 0
-    while rounds < 2 or time.perf_counter() - begin < time_box:
-        for name, work in works.items():
-            seconds[name].append(timed(_CPU, work))
-        rounds += 1
-    return seconds
 
 
 def _too_slow(case: Case, config: KernelsConfig, backward: bool) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from crossover.archs import State, configure
 from crossover.benchmarks.config import MeasureConfig
 from crossover.benchmarks.context import worker
-from crossover.benchmarks.context.worker import _Bench, limit_memory, measure, repeat_in_time_box
+from crossover.benchmarks.context.worker import _Bench, limit_memory, measure
 from crossover.train.runtime import choose_precision
 
 CPU = torch.device("cpu")
@@ -18,18 +18,6 @@ def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -
     settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
     config = configure(arch, d_model=32, n_layers=1)
     return _Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
-
-
-@pytest.mark.parametrize(("seconds", "n_repeats"), [(2.0, 5), (3.0, 4), (100.0, 3)])
-def test_repeats_fill_the_time_box_and_slow_phases_get_the_fewest(seconds: float, n_repeats: int) -> None:
-    now = 0.0
-
-    def run() -> float:
-        nonlocal now
-        now += seconds
-        return seconds
-
-    assert repeat_in_time_box(run, time_box=10, min_repeats=3, clock=lambda: now) == [seconds] * n_repeats
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])

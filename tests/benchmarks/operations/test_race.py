@@ -12,7 +12,7 @@ from crossover.benchmarks.operations import peers
 from crossover.benchmarks.operations import race as kernels
 from crossover.benchmarks.operations import race_cases as kernel_cases
 from crossover.benchmarks.operations.exp_rate import seconds_per_exp
-from crossover.benchmarks.operations.race import bench_kernels, race
+from crossover.benchmarks.operations.race import bench_kernels
 from crossover.benchmarks.operations.race_cases import Compiler, case_at, cases, contestants
 from crossover.kernels import ops
 from crossover.train.files import read_json_lines
@@ -64,15 +64,6 @@ def test_the_compiled_loop_is_the_selective_scan(monkeypatch: pytest.MonkeyPatch
     loop = kernel_cases.compiled(case)
     assert loop is not None
     torch.testing.assert_close(loop.run(), contestants(case)["ours"].run(), rtol=1e-4, atol=1e-4)
-
-
-def test_contestants_take_turns_until_the_box_is_full() -> None:
-    order: list[str] = []
-    works: dict[str, Any] = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = race(works, time_box=0.01)
-    assert order[:6] == list("abcabc")
-    assert len({len(one) for one in seconds.values()}) == 1
-    assert all(len(one) == 2 for one in race(works, time_box=0.0).values())
 
 
 def test_a_definition_that_would_take_too_long_is_left_out_and_said_so(
