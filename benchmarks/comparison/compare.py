@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from ...train.files import write_json
 from ...train.runtime import Interrupted, stop_signals
 from ..config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
 from ..context.cells import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
+from ..harness.folder import folder_for
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..report.write import write_report
 from .runs import Sized, arguments, check_resumable, share, size, train_runs, training_tasks
 
-__all__ = ["bench_context", "check_archs", "compare", "folder_for", "open_corpus", "print_table", "run_configs"]
+__all__ = ["bench_context", "check_archs", "compare", "open_corpus", "print_table", "run_configs"]
 
 
 def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
@@ -107,41 +108,6 @@ def check_archs(archs: Sequence[str]) -> None:
 
     for arch in archs:
         find(arch)
-
-
-@contextlib.contextmanager
-def folder_for(out: Path, *, fresh: bool) -> Iterator[Path]:
-    """Makes the output folder and holds its lock; yields the folder for logs. `fresh` moves old content aside first."""
-    from filelock import FileLock, Timeout
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another command is working in {out}; wait for it or give another --out") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error.strerror}); give another --out") from error
-    try:
-        if fresh:
-            _move_aside(out)
-        logs = out / "logs"
-        logs.mkdir(exist_ok=True)
-        yield logs
-    finally:
-        lock.release()
-
-
-def _move_aside(out: Path) -> None:
-    content = [path for path in out.iterdir() if path.name != ".lock"]
-    if not content:
-        return
-    number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
-    aside = out.with_name(f"{out.name}.{number}")
-    aside.mkdir()
-    for path in content:
-        path.rename(aside / path.name)
-    print(f"Moved what was in {out} to {aside}.")
 
 
 def open_corpus(data: DataConfig, seq_len: int) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from ...train.runtime import Interrupted, stop_signals
 from ..config import LearningRateConfig
+from ..harness.folder import folder_for
 from ..harness.progress import Progress, Schedule
 from ..report.results import load_run
-from .compare import check_archs, folder_for, open_corpus, print_table
+from .compare import check_archs, open_corpus, print_table
 from .runs import check_resumable, share, size, train_runs, training_tasks
 
 __all__ = ["bench_lr", "best_rates", "rate_rows"]

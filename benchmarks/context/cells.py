@@ -14,10 +14,11 @@ from typing import Any
 from ...train.files import read_json_lines
 from ...train.runtime import says_out_of_memory
 from ..config import MeasureConfig
+from ..harness.folder import append_jsonl
 from ..harness.processes import Fork, last_line
 from ..harness.progress import Progress, Task
 
-__all__ = ["PHASES", "ContextJob", "Failure", "append_jsonl", "cell_tasks", "events", "measure_cells", "reusable_cells"]
+__all__ = ["PHASES", "ContextJob", "Failure", "cell_tasks", "events", "measure_cells", "reusable_cells"]
 
 PHASES = ("decode", "prefill", "train")
 _RESULTS = ("done", "out_of_memory", "timeout", "beyond_positions")  # whatever else a cell holds is tried again
@@ -107,22 +108,6 @@ def cell_tasks(jobs: Sequence[ContextJob]) -> list[Task]:
         Task(name=job.name, kind="cell", cost=_START_SECONDS + len(PHASES) * 1.5 * job.settings["time_box"])
         for job in jobs
     ]
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends one line and flushes it. A torn last line, left by a killed writer, is ended first."""
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                _drop_torn_line(file)
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        file.flush()
-
-
-def _drop_torn_line(file: Any) -> None:
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, int, str], dict[str, Any]]:

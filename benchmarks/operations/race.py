@@ -24,9 +24,8 @@ from ...train.files import read_json_lines, write_text
 from ...train.record import provenance
 from ...train.runtime import is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict
-from ..comparison.compare import folder_for
 from ..config import KernelsConfig
-from ..context.cells import append_jsonl
+from ..harness.folder import append_jsonl, folder_for
 from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp

@@ -15,11 +15,11 @@ from crossover.benchmarks.context.cells import (
     PHASES,
     ContextJob,
     _cause_of_death,
-    append_jsonl,
     cell_tasks,
     measure_cells,
     reusable_cells,
 )
+from crossover.benchmarks.harness.folder import append_jsonl
 from crossover.benchmarks.harness.processes import Fork
 from crossover.benchmarks.harness.progress import Progress, Schedule
 from crossover.train.files import read_json_lines
@@ -293,13 +293,6 @@ def test_measurements_of_another_commit_are_kept_with_a_warning(
     stream = io.StringIO()
     assert len(measure([job()], tmp_path, stream)) == 3
     assert "another commit (feedbeeffeed)" in stream.getvalue()
-
-
-def test_appending_repairs_a_torn_line(tmp_path: Path) -> None:
-    path = tmp_path / "context.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2')
-    append_jsonl(path, {"a": 3})
-    assert read_json_lines(path) == [{"a": 1}, {"a": 3}]
 
 
 @pytest.mark.slow
