@@ -12,13 +12,15 @@ from typing import Any
 from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from ...train.files import write_json
 from ...train.runtime import Interrupted, stop_signals
-from ..config import CompareConfig, ContextConfig, MeasureConfig, format_bytes
-from ..context.cells import ContextJob, Failure, cell_tasks, measure_cells, reusable_cells
+from ..config import CompareConfig, ContextConfig, format_bytes
+from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
+from ..context.jobs import ContextJob, context_jobs
 from ..harness.folder import folder_for
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
+from ..harness.sizes import SizedArch, size_arch
 from ..report.write import write_report
-from .runs import Sized, arguments, check_resumable, share, size, train_runs, training_tasks
+from .runs import arguments, check_resumable, share_threads, train_runs, training_tasks
 
 __all__ = ["bench_context", "check_archs", "compare", "open_corpus", "print_table", "run_configs"]
 
@@ -35,16 +37,18 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer), config.seq_len
         )
         sizes = {
-            arch: size(arch, n_params=config.params, vocab_size=corpus.tokenizer.vocab_size, seq_len=config.seq_len)
+            arch: size_arch(
+                arch, n_params=config.params, vocab_size=corpus.tokenizer.vocab_size, seq_len=config.seq_len
+            )
             for arch in config.archs
         }
         print_sizes(list(sizes.values()))
         n_runs = len(config.archs) * config.seeds
-        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
         runs = run_configs(config, sizes, longest=len(corpus.val) - 1, threads=threads)
         check_resumable(runs, corpus.digest)
         provenance = _provenance(config, command)
-        jobs = context_jobs(config, list(sizes.values()), provenance)
+        jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         print("\nEach run can be repeated by hand, for example:")
         print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
@@ -80,11 +84,11 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
     check_archs(config.archs)
     with folder_for(config.out, fresh=config.fresh) as logs:
         sizes = [
-            size(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
+            size_arch(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
             for arch in config.archs
         ]
         provenance = _provenance(config, command)
-        jobs = context_jobs(config, sizes, provenance)
+        jobs = _context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         labels = {one.arch: one.label for one in sizes}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
@@ -126,7 +130,7 @@ def open_corpus(data: DataConfig, seq_len: int) -> Any:
 
 
 def run_configs(
-    config: CompareConfig, sizes: Mapping[str, Sized], *, longest: int, threads: int | None = None
+    config: CompareConfig, sizes: Mapping[str, SizedArch], *, longest: int, threads: int | None = None
 ) -> list[RunConfig]:
     """The training runs of a comparison, seed by seed, so that an unfinished one has every architecture once.
 
@@ -166,46 +170,21 @@ def run_configs(
     ]
 
 
-def context_jobs(
-    config: CompareConfig | ContextConfig, sizes: Sequence[Sized], provenance: Mapping[str, Any]
+def _context_jobs(
+    config: CompareConfig | ContextConfig, sizes: Sequence[SizedArch], provenance: Mapping[str, Any]
 ) -> list[ContextJob]:
-    """The measurements of a comparison, short lengths first, so that an unfinished one can be compared."""
-    tokens = config.measure.tokens_per_batch or max(config.context)
-    measure = dataclasses.replace(config.measure, tokens_per_batch=tokens)
-    settings = measure_settings(measure, config.precision, config.device, config.threads)
-    return [
-        ContextJob(
-            arch=sized.arch,
-            label=sized.label,
-            context_len=context_len,
-            model=json.loads(json.dumps(sized.config.to_dict())),
-            n_params=sized.n_params,
-            n_active_params=sized.n_active_params,
-            settings=settings,
-            provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
-        )
-        for context_len in config.context
-        for sized in sizes
-    ]
+    return context_jobs(
+        sizes,
+        config.context,
+        measure=config.measure,
+        precision=config.precision,
+        device=config.device,
+        threads=config.threads,
+        provenance=provenance,
+    )
 
 
-def measure_settings(measure: MeasureConfig, precision: str, device: str, threads: int | None) -> dict[str, Any]:
-    """What every cell of a comparison must share, with 'auto' resolved on this machine."""
-    import torch
-
-    from ...train.runtime import choose_device, choose_precision
-
-    chosen = choose_device(device)
-    return {
-        **dataclasses.asdict(measure),
-        "precision": choose_precision(precision, chosen).name,
-        "device": str(chosen),
-        "threads": threads if threads is not None else torch.get_num_threads(),
-        "allocator": "freed memory is kept for reuse (glibc mallopt), for every model alike",
-    }
-
-
-def print_sizes(sizes: Sequence[Sized]) -> None:
+def print_sizes(sizes: Sequence[SizedArch]) -> None:
     """Prints what the same number of parameters means in each architecture."""
     print_table(
         ("arch", "d_model", "layers", "params", "active", "training FLOPs/token", "state", "lr"),

@@ -13,11 +13,12 @@ from ...train.runtime import Interrupted, stop_signals
 from ..config import LearningRateConfig
 from ..harness.folder import folder_for
 from ..harness.progress import Progress, Schedule
+from ..harness.sizes import size_arch
 from ..report.results import load_run
 from .compare import check_archs, open_corpus, print_table
-from .runs import check_resumable, share, size, train_runs, training_tasks
+from .runs import check_resumable, share_threads, train_runs, training_tasks
 
-__all__ = ["bench_lr", "best_rates", "rate_rows"]
+__all__ = ["bench_lr", "best_rates", "conclude", "mark", "rate_rows", "rate_runs"]
 
 
 def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
@@ -32,28 +33,29 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
         corpus = open_corpus(data, config.seq_len)
         vocab_size = corpus.tokenizer.vocab_size
         sizes = {
-            arch: size(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
+            arch: size_arch(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
             for arch in config.archs
         }
         n_runs = len(config.archs) * len(config.rates) * config.seeds
-        at_once, threads = share(config.jobs, config.threads, device=config.device, n_runs=n_runs)
-        runs = _runs(config, data, threads)
+        at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
+        runs = rate_runs(config, data, threads)
         check_resumable(runs, corpus.digest)
         progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
         try:
             with stop_signals(at_once=True):
                 failures = train_runs(runs, progress, logs=logs, jobs=at_once)
         except Interrupted as stop:
-            _conclude(runs, config.out)
+            conclude(runs, config.out)
             print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
             return stop.exit_code
-        _conclude(runs, config.out)
+        conclude(runs, config.out)
         for name, reason in failures.items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
         return 1 if failures else 0
 
 
-def _runs(config: LearningRateConfig, data: DataConfig, threads: int | None = None) -> list[RunConfig]:
+def rate_runs(config: LearningRateConfig, data: DataConfig, threads: int | None = None) -> list[RunConfig]:
+    """Every architecture at every rate with every seed, all else equal."""
     train = TrainConfig(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -108,7 +110,8 @@ def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {row["arch"]: row["lr"] for row in worst_first}
 
 
-def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
+def conclude(runs: Sequence[RunConfig], out: Path) -> None:
+    """Writes lr.csv from the results that exist, and prints it as a table with the best rates marked."""
     rows = rate_rows([(run.model.preset, run.optim.lr, _score(run)) for run in runs if run.optim.lr is not None])
     with (out / "lr.csv").open("w", encoding="utf-8", newline="") as file:
         columns: list[str] = ["arch", "lr", "val_bits_per_byte", "n_seeds", "best"]
@@ -127,7 +130,7 @@ def _conclude(runs: Sequence[RunConfig], out: Path) -> None:
                 f"{row['lr']:g}",
                 "-" if row["val_bits_per_byte"] is None else f"{row['val_bits_per_byte']:.4f}",
                 str(row["n_seeds"]),
-                _mark(row, tried[row["arch"]]),
+                mark(row, tried[row["arch"]]),
             )
             for row in rows
         ],
@@ -140,7 +143,8 @@ def _score(run: RunConfig) -> float | None:
     return load_run(run.directory).quality if (run.directory / "run.json").exists() else None
 
 
-def _mark(row: Mapping[str, Any], tried: Sequence[float]) -> str:
+def mark(row: Mapping[str, Any], tried: Sequence[float]) -> str:
+    """Says whether a rate is the best of those tried, and whether a better one may lie beyond them."""
     if not row["best"]:
         return ""
     at_the_end = len(tried) > 1 and row["lr"] in (tried[0], tried[-1])

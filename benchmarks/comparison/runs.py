@@ -4,62 +4,28 @@ import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...train.config import RunConfig, flatten
 from ...train.runtime import Interrupted
-from ..harness.processes import last_line, module_command, start, stop
+from ..harness.processes import last_line, start, stop
 from ..harness.progress import Progress, Task
+from ..harness.sizes import SizedArch
 from ..report.results import load_run
 
-if TYPE_CHECKING:
-    from ...archs import ModelConfig
-
-__all__ = ["Sized", "arguments", "check_resumable", "is_done", "share", "size", "train_runs", "training_tasks"]
+__all__ = [
+    "MetricsTail",
+    "TrainingProcess",
+    "arguments",
+    "check_resumable",
+    "is_done",
+    "share_threads",
+    "train_runs",
+    "training_tasks",
+]
 
 _SAVE_SECONDS = 60.0  # given to a stopped run for its checkpoint
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sized:
-    """An architecture at the size of the comparison."""
-
-    arch: str
-    label: str
-    """The architecture's name as written in text."""
-    config: "ModelConfig"
-    n_params: int
-    n_active_params: int
-    flops_per_token: float
-    """Training FLOPs (three times the forward pass), mean over a sequence."""
-    state_bytes: int
-    """State of one sequence of the trained length."""
-    lr: float
-    """Peak learning rate tuned for this architecture."""
-
-
-def size(arch: str, *, n_params: int, vocab_size: int, seq_len: int) -> Sized:
-    """Solves the architecture for a number of parameters and says what it costs, without allocating it.
-
-    Raises:
-        ValueError: if no legal size comes within 2 %.
-    """
-    from ...archs import build, configure, presets
-
-    config = configure(arch, n_params=n_params, vocab_size=vocab_size)
-    lm = build(config, device="meta")
-    return Sized(
-        arch=arch,
-        label=presets.find(arch).label,
-        config=config,
-        n_params=lm.n_params,
-        n_active_params=lm.n_active_params,
-        flops_per_token=3 * lm.mean_flops_per_token(seq_len),
-        state_bytes=sum(state.nbytes for state in lm.init_state(1, seq_len, device="meta")),
-        lr=presets.learning_rate(arch),
-    )
 
 
 def arguments(run: RunConfig) -> list[str]:
@@ -108,7 +74,7 @@ def is_done(run: RunConfig) -> bool:
     return (run.directory / "run.json").exists() and load_run(run.directory).status == "done"
 
 
-def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, Sized]) -> list[Task]:
+def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch]) -> list[Task]:
     """The runs as tasks of a schedule, with their FLOPs as cost."""
     return [
         Task(
@@ -120,7 +86,7 @@ def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, Sized]) -> lis
     ]
 
 
-def share(jobs: int | None, threads: int | None, *, device: str, n_runs: int) -> tuple[int, int]:
+def share_threads(jobs: int | None, threads: int | None, *, device: str, n_runs: int) -> tuple[int, int]:
     """How many runs train at once, and with how many CPU threads each."""
     import torch
 
@@ -139,7 +105,7 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
         For each run that did not finish, its name and the reason.
     """
     failures: dict[str, str] = {}
-    running: list[_Training] = []
+    running: list[TrainingProcess] = []
     waiting = list(runs)
     try:
         while waiting or running:
@@ -149,7 +115,7 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
                     progress.skip(run.name, "trained before")
                 else:
                     progress.begin(run.name)
-                    running.append(_Training(run, logs / f"{run.name}.log"))
+                    running.append(TrainingProcess(run, logs / f"{run.name}.log"))
             for training in list(running):
                 name = training.run.name
                 if training.child.poll() is None:
@@ -171,15 +137,15 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
     return failures
 
 
-class _Training:
-    """A training process."""
+class TrainingProcess:
+    """A run in a process of its own."""
 
     def __init__(self, run: RunConfig, log: Path) -> None:
         (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
         log.unlink(missing_ok=True)
         self.run, self._log = run, log
-        self.child = start(module_command("crossover.train", *arguments(run)), threads=run.train.threads, log=log)
-        self._metrics = _Tail(run.directory / "metrics.jsonl")
+        self.child = start("crossover.train", *arguments(run), threads=run.train.threads, log=log)
+        self._metrics = MetricsTail(run.directory / "metrics.jsonl")
 
     def progress(self) -> tuple[float, str]:
         """The fraction done, and the same in words."""
@@ -199,7 +165,7 @@ class _Training:
         return f"{reason}: {recorded.get('error') or last_line(self._log) or ended}"
 
 
-class _Tail:
+class MetricsTail:
     """Reads what is appended to a metrics file."""
 
     def __init__(self, path: Path) -> None:

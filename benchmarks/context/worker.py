@@ -1,17 +1,18 @@
 """Measures one architecture at one context length, in a process of its own.
 
-A line of JSON goes to standard output when a phase begins and when it ends,
-so that the parent knows what was running if this process is killed. Phases are measured from the lightest to the
-heaviest: decode, prefill, train.
+Each cell is sent to the parent when its phase ends, so that what was measured is safe if the next one kills this
+process.
 """
 
+from __future__ import annotations
+
 import gc
-import json
 import resource
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,9 @@ from ...train.verdict import apply_verdict
 from ...train.warm_up import warm_up
 from ..config import MeasureConfig
 from ..harness.timing import quantiles, rounds, timed
+from .jobs import ContextJob
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Bench", "Measurement", "limit_memory", "measure", "measure_phases"]
 
 _MIN_REPEATS_OF_SLOW_TRAINING = 2
 
@@ -61,7 +63,7 @@ class Measurement:
     backend: dict[str, list[str]]
 
 
-class _Bench:
+class Bench:
     """One model at one context length; each phase is a method that returns its Measurement."""
 
     def __init__(
@@ -204,8 +206,8 @@ def _n_bytes(state: Sequence[State]) -> int:
     return sum(layer.nbytes for layer in state)
 
 
-def measure(bench: _Bench, phase: str) -> dict[str, Any]:
-    """Measures one phase and returns the part of its cell that is known here: status, numbers, reason of a failure."""
+def measure(bench: Bench, phase: str) -> dict[str, Any]:
+    """Measures one phase and returns what its cell says of it: status, numbers, reason of a failure."""
     try:
         found = {"decode": bench.decode, "prefill": bench.prefill, "train": bench.train}[phase]()
     except (RuntimeError, MemoryError, ValueError, KernelFallbackWarning) as error:
@@ -216,7 +218,7 @@ def measure(bench: _Bench, phase: str) -> dict[str, Any]:
             traceback.print_exc()
         known = {"batch_size": bench.batch_size[phase], "state_bytes": bench.state_bytes}
         return {"status": status, "error": message, **known}
-    return {"status": "done", "error": None, **vars(found), "spread": list(found.spread)}
+    return {"status": "done", **vars(found)}
 
 
 def limit_memory(limit: int, device: torch.device) -> None:
@@ -233,34 +235,28 @@ def limit_memory(limit: int, device: torch.device) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def main(job: dict[str, Any]) -> None:
-    """Runs the phases of one job and prints what happens."""
+def measure_phases(job: ContextJob, phases: Sequence[str], parent: Connection) -> None:
+    """Measures phases of a job one after the other, and sends the cell of each to the parent."""
     # A measurement must never be of a slower path than the one it names.
     warnings.simplefilter("error", KernelFallbackWarning)
     keep_freed_memory()
     apply_verdict()
-    settings = MeasureConfig(**job["measure"])
-    device = choose_device(job["device"])
-    if job["threads"] is not None:
-        torch.set_num_threads(job["threads"])
+    device = choose_device(job.device)
+    torch.set_num_threads(job.threads)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # starts the thread pool, whose stacks are not the model's
-    limit_memory(settings.memory_limit, device)
-    precision = choose_precision(job["precision"], device)
-    config = ModelConfig.from_dict(job["model"])
+    limit_memory(job.measure.memory_limit, device)
+    precision = choose_precision(job.precision, device)
+    config = ModelConfig.from_dict(job.model)
     try:
         toy = RandomTokens(vocab_size=config.vocab_size, batch_size=8, seq_len=min(128, config.max_positions or 128))
         warm_up(config, toy, device)  # what its libraries and compilers take for good is not the model's
-        bench = _Bench(config, job["context_len"], settings, device=device, precision=precision)
+        bench = Bench(config, job.context_len, job.measure, device=device, precision=precision)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        for phase in job["phases"]:
-            _tell(phase, "cell", status="out_of_memory", error=str(error).partition("\n")[0][:300])
+        reason = str(error).partition("\n")[0][:300]
+        for phase in phases:
+            parent.send(job.cell(phase, status="out_of_memory", error=reason))
         return
-    for phase in job["phases"]:
-        _tell(phase, "begin")
-        _tell(phase, "cell", **measure(bench, phase))
-
-
-def _tell(phase: str, event: str, **content: Any) -> None:
-    print(json.dumps({"event": event, "phase": phase, **content}), flush=True)
+    for phase in phases:
+        parent.send(job.cell(phase, **measure(bench, phase)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,19 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.check import relative_error
 from ...kernels.dispatch import KernelFallbackWarning
-from ..harness.processes import last_line, module_command, start, stop
+from ..harness.processes import Child, last_line, ready
 from ..operations.checks import EXAMPLES, Check, checks_of, device_works, explained, finite
 from ..operations.race_cases import one_pass
 from .cases import Spec, build, specs_of
 from .peers import backend_of, one_line, racing
 
-__all__ = ["DTYPES", "Job", "carry_out", "free_memory", "jobs", "run_jobs"]
+__all__ = ["DTYPES", "Job", "carry_out", "free_memory", "jobs", "run_jobs", "send_rows"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 REPEATS = 5
 """Runs that must agree in every bit."""
+_LAST_WORDS = 1.0
+"""Seconds after the deadline for reading what processes have sent before it."""
 NEAR = 3e-2
 """Relative difference between our kernel and plain PyTorch that is allowed at standard sizes, in 16 bits."""
 
@@ -163,14 +165,14 @@ def free_memory() -> None:
 
 
 def run_jobs(todo: Sequence[Job], *, parallel: int, folder: Path, deadline: float) -> Iterator[dict[str, Any]]:
-    """Does the jobs in processes of their own and yields their rows as they end.
+    """Does the jobs in processes of their own and yields their rows as they come.
 
     A job that dies, or does not end in time, becomes a failed check or one that was left out.
 
     Args:
         todo: the jobs, in the order in which they begin.
         parallel: processes at a time; 0 does everything in this one.
-        folder: gets a file of rows and a log for each process, which stay where one does not end well.
+        folder: gets a log for each process, which stays where one does not end well.
         deadline: of time.monotonic(); processes still at work then are killed.
     """
     if parallel == 0:
@@ -180,23 +182,34 @@ def run_jobs(todo: Sequence[Job], *, parallel: int, folder: Path, deadline: floa
             else:
                 yield from carry_out(job)
         return
-    waiting, running = list(todo), []
+    waiting = list(todo)
+    running: dict[Child, tuple[Job, Path]] = {}
     try:
         while waiting or running:
-            late = time.monotonic() > deadline
-            while waiting and not late and len(running) < parallel:
-                running.append(_Process(waiting.pop(0), folder))
-            for process in [one for one in running if late or one.has_ended()]:
-                running.remove(process)
-                yield from process.rows(late=late)
-            if late:
+            while waiting and len(running) < parallel and time.monotonic() < deadline:
+                job = waiting.pop(0)
+                log = folder / f"{job.op}-{job.dtype or 'timed'}.log"
+                log.unlink(missing_ok=True)
+                running[Child(send_rows, job, log=log, preload=None)] = job, log
+            talking = ready(list(running), timeout=deadline - time.monotonic())
+            for child in talking:
+                try:
+                    yield child.receive(timeout=0)
+                except EOFError:
+                    job, log = running.pop(child)
+                    if child.join() != 0:
+                        yield _not_done(job, "failed", f"its process died: {last_line(log)}")
+                    else:
+                        log.unlink(missing_ok=True)
+            if not talking or time.monotonic() > deadline + _LAST_WORDS:
+                for job, _ in running.values():
+                    yield _not_done(job, "not checked", "did not end in time")
                 for job in waiting:
                     yield _not_done(job, "not checked", "no time left")
                 return
-            time.sleep(0.05)
     finally:
-        for process in running:
-            process.kill()
+        for child in running:
+            child.kill()
 
 
 def _not_done(job: Job, status: str, reason: str) -> dict[str, Any]:
@@ -205,53 +218,16 @@ def _not_done(job: Job, status: str, reason: str) -> dict[str, Any]:
     )
 
 
-class _Process:
-    def __init__(self, job: Job, folder: Path) -> None:
-        self.job = job
-        name = f"{job.op}-{job.dtype or 'timed'}"
-        self._rows, self._log = folder / f"{name}.jsonl", folder / f"{name}.log"
-        for path in (self._rows, self._log):
-            path.unlink(missing_ok=True)
-        words = (json.dumps(dataclasses.asdict(job)), str(self._rows))
-        self._child = start(module_command(__spec__.name, *words), threads=1, log=self._log)
-
-    def has_ended(self) -> bool:
-        return self._child.poll() is not None
-
-    def kill(self) -> None:
-        stop([self._child], grace=0)
-
-    def rows(self, *, late: bool) -> Iterator[dict[str, Any]]:
-        """What the process found, and what became of it if it did not end well."""
-        ended = self.has_ended()
-        self.kill()
-        lines = self._rows.read_text(encoding="utf-8").splitlines() if self._rows.exists() else []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
-                yield json.loads(line)
-        if not ended:
-            yield _not_done(self.job, "not checked", "did not end in time" if late else "stopped")
-        elif self._child.returncode != 0:
-            yield _not_done(self.job, "failed", f"its process died: {last_line(self._log)}")
-        else:
-            for path in (self._rows, self._log):
-                path.unlink(missing_ok=True)
-
-
-def main(words: Sequence[str]) -> None:
-    """Does one job, as a process of its own: arguments are the job as JSON and the file that gets the rows."""
-    job, path = Job(**json.loads(words[0])), Path(words[1])
-    with path.open("w", encoding="utf-8") as file:
-        for row in carry_out(job):
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-
-
-if __name__ == "__main__":
+def send_rows(job: Job, parent: Connection) -> None:
+    """The process of a job: sends its rows to the parent."""
+    torch.set_num_threads(1)  # many are at work at a time
+    code = 0
     try:
-        main(sys.argv[1:])
+        for row in carry_out(job):
+            parent.send(row)
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # a GPU that is lost may hang the usual way out
-    os._exit(0)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a GPU that is lost may hang the usual way out

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,10 @@ from ...train.objectives.next_token import RandomTokens
 from ...train.optim import adamw
 from ...train.runtime import choose_precision, keep_freed_memory
 from ...train.verdict import apply_verdict
-from ..context.cells import events
-from ..harness.processes import Fork, last_line
+from ..harness.processes import Child, last_line
 from ..harness.timing import quantiles, rounds, timed
 
-__all__ = ["model_rows"]
+__all__ = ["PEERS", "model_rows", "our_step", "peer_of", "race_rows", "take_turns_when_told", "their_step"]
 
 _CPU = torch.device("cpu")
 _BURST = 0.3
@@ -43,12 +41,13 @@ _SLOW = 10.0
 """Seconds of a turn of theirs from which on it is the only one; the others do not wait for it again."""
 _DEADLINE = 60.0
 """Seconds without an answer after which a model leaves the race."""
-_PEERS = {
+PEERS = {
     "mamba": "MambaForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "transformer": "LlamaForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+"""Hugging Face's class for each architecture."""
 _SEQ_LEN = 512
 # more of Hugging Face's Mamba would not end within the deadline
 _BATCH_SIZE = {"mamba": 1, "mamba2": 1, "transformer": 8, "gpt2": 8}
@@ -65,7 +64,7 @@ def model_rows(*, threads: int, time_box: float, logs: Path, n_params: int = 1_0
     if importlib.util.find_spec("transformers") is None:
         yield {"model": None, "text": "whole models: transformers is not installed (pip install 'crossover[hf]')"}
         return
-    for arch in _PEERS:
+    for arch in PEERS:
         order = {
             "arch": arch,
             "n_params": n_params,
@@ -73,10 +72,10 @@ def model_rows(*, threads: int, time_box: float, logs: Path, n_params: int = 1_0
             "seq_len": _SEQ_LEN,
             "threads": threads,
         }
-        yield from _rows(order, time_box=time_box, logs=logs)
+        yield from race_rows(order, time_box=time_box, logs=logs)
 
 
-def _rows(order: Mapping[str, Any], *, time_box: float, logs: Path) -> list[dict[str, Any]]:
+def race_rows(order: Mapping[str, Any], *, time_box: float, logs: Path) -> list[dict[str, Any]]:
     """The race of one architecture, a row for each contestant; no process outlives it."""
     with contextlib.ExitStack() as alive:
         racing = [
@@ -119,7 +118,7 @@ class _Contestant:
         self.seconds: list[float] = []  # of one training step, for each turn
         self.error: str | None = None
         self._n_params: int | None = None
-        self._child = Fork(_work, dict(order), log=self._log, preload=_PRELOAD)
+        self._child = Child(take_turns_when_told, dict(order), log=self._log, preload=_PRELOAD)
 
     def __enter__(self) -> _Contestant:
         return self
@@ -134,25 +133,23 @@ class _Contestant:
 
     def get_ready(self) -> None:
         """Waits until the model is built and warm, or sets `error`."""
-        if answer := self._answer():
-            self._n_params = answer["n_params"]
+        self._n_params = self._answer()
 
     def take_turn(self) -> None:
         """Appends to `seconds`, or sets `error`."""
-        self._child.tell("take a turn")
-        if answer := self._answer():
-            self.seconds.append(answer["seconds"])
+        self._child.send("take a turn")
+        if (seconds := self._answer()) is not None:
+            self.seconds.append(seconds)
 
-    def _answer(self) -> dict[str, Any] | None:
+    def _answer(self) -> Any:
         try:
-            answer = next((event for event in events(self._child, timeout=_DEADLINE) if event is not None), None)
+            return self._child.receive(timeout=_DEADLINE)
         except TimeoutError:
             self._child.kill()
             self.error = f"no training step within {_DEADLINE:.0f} s"
-            return None
-        if answer is None:
+        except EOFError:
             self.error = f"failed with code {self._child.join()}: {last_line(self._log)} (log: {self._log})"
-        return answer
+        return None
 
     def row(self, ours: Sequence[float]) -> dict[str, Any]:
         """What is known of it in the end; `ours` are the seconds of our model, turn by turn."""
@@ -179,7 +176,7 @@ def _name(order: Mapping[str, Any]) -> str:
     if order["who"] == "ours":
         return f"our {order['arch']}"
     how = "freed memory kept as in ours" if order["keeps_freed_memory"] else "as it comes"
-    return f"transformers {_PEERS[order['arch']]}, {how}"
+    return f"transformers {PEERS[order['arch']]}, {how}"
 
 
 def _text(row: Mapping[str, Any]) -> str:
@@ -196,8 +193,8 @@ def _text(row: Mapping[str, Any]) -> str:
     return f"{text}; ours trains {row['ratio']:.2f} times as many ({turns})"
 
 
-def _work(order: dict[str, Any]) -> None:
-    """The process of a contestant: says when it is ready, and then takes a turn for every line that it reads."""
+def take_turns_when_told(order: Mapping[str, Any], parent: Connection) -> None:
+    """The process of a contestant: sends the size of its model when it is warm, and then the seconds of each turn."""
     if order["keeps_freed_memory"]:
         keep_freed_memory()
     torch.set_num_threads(order["threads"])
@@ -206,14 +203,15 @@ def _work(order: dict[str, Any]) -> None:
     lm = build(order["arch"], n_params=order["n_params"], vocab_size=256)
     if order["who"] == "ours":
         apply_verdict()
-        step, model = _our_step(lm), lm
+        step, model = our_step(lm), lm
     else:
-        model = _peer(lm)
-        step = _their_step(model)
+        model = peer_of(lm)
+        step = their_step(model)
     step(window[:, :17])  # loads libraries and kernels
-    print(json.dumps({"n_params": sum(p.numel() for p in model.parameters())}), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps({"seconds": _turn(lambda: step(window))}), flush=True)
+    parent.send(sum(p.numel() for p in model.parameters()))
+    with contextlib.suppress(EOFError):  # the race is over
+        while parent.recv():
+            parent.send(_turn(lambda: step(window)))
 
 
 def _turn(step: Callable[[], object]) -> float:
@@ -227,14 +225,16 @@ def _turn(step: Callable[[], object]) -> float:
     return statistics.median(timed(_CPU, step) for _ in rounds(_BURST))
 
 
-def _our_step(lm: LanguageModel) -> Callable[[Tensor], object]:
+def our_step(lm: LanguageModel) -> Callable[[Tensor], object]:
+    """Returns the training step of our model on a window of tokens."""
     config, precision = OptimConfig(), choose_precision("fp32", torch.device("cpu"))
     objective = RandomTokens(vocab_size=lm.config.vocab_size, batch_size=1, seq_len=1)
     update = Update(Learner(lm, objective), objective, adamw(lm, config), precision=precision, clip=config.clip)
     return lambda window: update([objective.collate(list(window.numpy()))], 1e-4)
 
 
-def _their_step(model: Any) -> Callable[[Tensor], None]:
+def their_step(model: Any) -> Callable[[Tensor], None]:
+    """Returns the training step of Hugging Face's model on a window of tokens."""
     config = OptimConfig()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -248,7 +248,7 @@ def _their_step(model: Any) -> Callable[[Tensor], None]:
     return step
 
 
-def _peer(lm: LanguageModel) -> Any:
+def peer_of(lm: LanguageModel) -> Any:
     """Hugging Face's model that computes what ours does, with the same weights and, as in ours, without dropout."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be fetched
     import transformers

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.comparison.learning_rate import _conclude, _mark, _runs, best_rates, rate_rows
+from crossover.benchmarks.comparison.learning_rate import best_rates, conclude, mark, rate_rows, rate_runs
 from crossover.benchmarks.config import LearningRateConfig
 from crossover.train.config import DataConfig
 
@@ -34,13 +34,13 @@ def test_a_rate_with_a_seed_that_is_missing_or_not_done_cannot_win(status: str |
             if one is not None:
                 home = write_run(tmp_path, "mamba", seed=seed, status=one)
                 home.rename(tmp_path / f"mamba-lr{rate}-s{seed}")
-    _conclude(_runs(config, DataConfig()), tmp_path)
+    conclude(rate_runs(config, DataConfig()), tmp_path)
     lines = (tmp_path / "lr.csv").read_text().splitlines()
     assert [line.split(",")[-1] for line in lines] == ["best", "True", "False"]
     assert lines[2] == "mamba,0.009,,1,False"
 
 
 def test_a_winner_at_the_end_of_the_list_asks_for_a_longer_one() -> None:
-    assert "try further" in _mark({"best": True, "lr": 4e-3}, [1e-3, 2e-3, 4e-3])
-    assert _mark({"best": True, "lr": 2e-3}, [1e-3, 2e-3, 4e-3]) == "best"
-    assert _mark({"best": False, "lr": 4e-3}, [1e-3, 2e-3, 4e-3]) == ""
+    assert "try further" in mark({"best": True, "lr": 4e-3}, [1e-3, 2e-3, 4e-3])
+    assert mark({"best": True, "lr": 2e-3}, [1e-3, 2e-3, 4e-3]) == "best"
+    assert mark({"best": False, "lr": 4e-3}, [1e-3, 2e-3, 4e-3]) == ""

@@ -7,18 +7,18 @@ import pytest
 from crossover.benchmarks.comparison import runs as training
 from crossover.benchmarks.comparison.compare import run_configs
 from crossover.benchmarks.comparison.runs import (
-    _Tail,
+    MetricsTail,
     arguments,
     check_resumable,
     is_done,
-    share,
-    size,
+    share_threads,
     train_runs,
 )
 from crossover.benchmarks.config import ARCHS, CompareConfig
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
 from crossover.train.command_line import parse
 from crossover.train.config import RunConfig
+from crossover.benchmarks.harness.sizes import size_arch
 
 from ..fake_runs import append_line, write_json
 
@@ -28,7 +28,7 @@ DIGEST = "c0ffee" * 10 + "abcd"
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunConfig]:
     config = CompareConfig(archs=("mamba", "lstm"), params=100_000, seeds=2, steps=20, out=tmp_path, threads=1)
-    sizes = {arch: size(arch, n_params=100_000, vocab_size=256, seq_len=64) for arch in config.archs}
+    sizes = {arch: size_arch(arch, n_params=100_000, vocab_size=256, seq_len=64) for arch in config.archs}
     return run_configs(config, sizes, longest=10_000)
 
 
@@ -56,7 +56,7 @@ def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunC
 
 def test_loss_by_position_stays_within_the_held_out_text(tmp_path: Path) -> None:
     config = CompareConfig(archs=("mamba",), seq_len=64, out=tmp_path)
-    sizes = {"mamba": size("mamba", n_params=100_000, vocab_size=256, seq_len=64)}
+    sizes = {"mamba": size_arch("mamba", n_params=100_000, vocab_size=256, seq_len=64)}
     assert run_configs(config, sizes, longest=10_000)[0].train.position_len == 256
     assert run_configs(config, sizes, longest=100)[0].train.position_len == 100
     with pytest.raises(ValueError, match="--position-len 500 is more than the 100 tokens"):
@@ -65,7 +65,7 @@ def test_loss_by_position_stays_within_the_held_out_text(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_is_sized_within_two_percent(arch: str) -> None:
-    sized = size(arch, n_params=300_000, vocab_size=256, seq_len=128)
+    sized = size_arch(arch, n_params=300_000, vocab_size=256, seq_len=128)
     assert abs(sized.n_params / 300_000 - 1) <= 0.02
     assert 0 < sized.n_active_params <= sized.n_params
     assert sized.flops_per_token > 3 * sized.n_active_params  # at least a multiply-add per weight, three passes
@@ -95,7 +95,7 @@ def test_a_run_on_other_data_is_not_overwritten(runs: list[RunConfig]) -> None:
 
 def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    tail = _Tail(path)
+    tail = MetricsTail(path)
     assert tail.read() == (0, "")
     append_line(path, json.dumps({"step": 10, "train/loss": 2.0}) + '\n{"step": 2')
     assert tail.read() == (10, "")
@@ -105,10 +105,10 @@ def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
 
 
 def test_threads_are_shared_among_runs_that_train_at_once() -> None:
-    assert share(None, 8, device="cpu", n_runs=5) == (5, 1)
-    assert share(2, 8, device="cpu", n_runs=5) == (2, 4)
-    assert share(1, 8, device="cpu", n_runs=5) == (1, 8)
-    assert share(4, 2, device="cpu", n_runs=5) == (4, 1)
+    assert share_threads(None, 8, device="cpu", n_runs=5) == (5, 1)
+    assert share_threads(2, 8, device="cpu", n_runs=5) == (2, 4)
+    assert share_threads(1, 8, device="cpu", n_runs=5) == (1, 8)
+    assert share_threads(4, 2, device="cpu", n_runs=5) == (4, 1)
 
 
 def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch
             return "failed: on purpose"
 
     ended: list[str] = []
-    monkeypatch.setattr(training, "_Training", Training)
+    monkeypatch.setattr(training, "TrainingProcess", Training)
     monkeypatch.setattr(training, "is_done", lambda run: run.name == "b")
     runs = [RunConfig(name=name, out=tmp_path) for name in "abcde"]
     tasks = [Task(name=name, kind="train", cost=1.0) for name in "abcde"]

@@ -11,23 +11,15 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison.compare import bench_context
 from crossover.benchmarks.config import ContextConfig, MeasureConfig
 from crossover.benchmarks.context import cells as context
-from crossover.benchmarks.context.cells import (
-    PHASES,
-    ContextJob,
-    _cause_of_death,
-    cell_tasks,
-    measure_cells,
-    reusable_cells,
-)
+from crossover.benchmarks.context.cell import Cell, read_cells
+from crossover.benchmarks.context.cells import cause_of_death, cell_tasks, measure_cells, reusable_cells
+from crossover.benchmarks.context.jobs import PHASES, ContextJob, context_jobs
 from crossover.benchmarks.harness.folder import append_jsonl
-from crossover.benchmarks.harness.processes import Fork
+from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.harness.progress import Progress, Schedule
-from crossover.train.files import read_json_lines
+from crossover.benchmarks.harness.sizes import size_arch
 
-REQUIRED = {
-    "arch", "phase", "context_len", "batch_size", "tokens_per_second", "peak_bytes", "state_bytes", "status", "backend",
-    "dtype", "repeats", "spread", "n_params", "n_active_params", "error", "peak_method",
-}  # fmt: skip
+from ..scripts import Script
 
 
 def job(
@@ -35,7 +27,6 @@ def job(
 ) -> ContextJob:
     options = {"time_box": 0.02, "min_repeats": 2, "decode_tokens": 2, "tokens_per_batch": 64, **measure}
     model = configure(arch, d_model=32, n_layers=8 if arch == "jamba" else 1, **model or {}).to_dict()
-    settings = {**dataclasses.asdict(MeasureConfig(**options)), "precision": "fp32", "device": "cpu", "threads": 1}
     return ContextJob(
         arch=arch,
         label=arch.capitalize(),
@@ -43,80 +34,91 @@ def job(
         model=json.loads(json.dumps(model)),
         n_params=1,
         n_active_params=1,
-        settings=settings,
+        measure=MeasureConfig(**options),
+        precision="fp32",
+        device="cpu",
+        threads=1,
         provenance={"cpu": "this one", "device": "cpu", "torch": "2.9", "git_commit": "0123456789abcdef"},
     )
 
 
-def measure(jobs: list[ContextJob], folder: Path, stream: io.StringIO | None = None) -> list[dict[str, Any]]:
+def measure(jobs: list[ContextJob], folder: Path, stream: io.StringIO | None = None) -> list[Cell]:
     progress = Progress(Schedule(cell_tasks(jobs)), stream=stream or io.StringIO())
     measure_cells(jobs, folder / "context.jsonl", progress, logs=folder)
-    return read_json_lines(folder / "context.jsonl")
+    return read_cells(folder / "context.jsonl")
 
 
-def play(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> None:
-    """Lets the workers be these Python scripts instead, one after the other."""
+def write(folder: Path, cell: Cell) -> None:
+    append_jsonl(folder / "context.jsonl", cell.to_dict())
+
+
+def play(monkeypatch: pytest.MonkeyPatch, *scripts: Script) -> None:
+    """Lets the workers be these scripts instead, one after the other."""
     left = list(scripts)
-    monkeypatch.setattr(context, "Fork", lambda work, order, **options: Fork(exec, left.pop(0), **options))
+    monkeypatch.setattr(context, "Child", lambda work, order, log, preload: Child(left.pop(0), order, log=log))
 
 
-def tell(*events: dict[str, Any], end: str = "") -> str:
-    lines = "\n".join(f"print({json.dumps(event)!r}, flush=True)" for event in events)
-    return f"import os, signal, sys, time\n{lines}\n{end}"
+def worker(*phases: str, end: str = "", **found: Any) -> Script:
+    """A worker that says of these phases what was found, by default that they are done, and then ends like this."""
+    found = found or {"status": "done", "tokens_per_second": 1.0}
+    return Script("job, _ = order", *(f"parent.send(job.cell({phase!r}, **{found}))" for phase in phases), end)
 
 
-def test_a_measured_cell_has_every_key_and_plausible_values(tmp_path: Path) -> None:
+def test_a_measured_cell_has_plausible_values(tmp_path: Path) -> None:
     cells = measure([job()], tmp_path)
-    assert [cell["phase"] for cell in cells] == list(PHASES)
+    assert [cell.phase for cell in cells] == list(PHASES)
     for cell in cells:
-        assert cell.keys() >= REQUIRED
-        assert (cell["status"], cell["error"]) == ("done", None)
-        low, high = cell["spread"]
-        assert 0 < low <= cell["tokens_per_second"] <= high
-        assert cell["repeats"] >= 2
-        assert "attention" in cell["backend"]
+        assert (cell.status, cell.error) == ("done", None)
+        assert cell.spread is not None
+        assert cell.tokens_per_second is not None
+        low, high = cell.spread
+        assert 0 < low <= cell.tokens_per_second <= high
+        assert (cell.repeats or 0) >= 2
+        assert cell.peak_method
+        assert "attention" in cell.backend
+        assert (cell.dtype, cell.settings["time_box"], cell.model) == ("fp32", 0.02, job().model)
     train = cells[-1]
     n_params = build(ModelConfig.from_dict(job().model), device="meta").n_params
-    assert train["peak_bytes"] >= 4 * n_params  # float32
-    assert train["batch_size"] == 2
+    assert train.peak_bytes is not None
+    assert train.state_bytes is not None
+    assert train.peak_bytes >= 4 * n_params  # float32
+    assert train.batch_size == 2
     # keys and values of 32 tokens, float32, in one layer of width 32, and a few counters
-    assert 32 * 32 * 2 * 4 <= train["state_bytes"] <= 32 * 32 * 2 * 4 + 1024
+    assert 32 * 32 * 2 * 4 <= train.state_bytes <= 32 * 32 * 2 * 4 + 1024
 
 
 def test_memory_that_runs_out_is_a_recorded_point_and_the_other_phases_are_measured(tmp_path: Path) -> None:
     # A training batch of 2^25 tokens needs 4 GiB for the first activation alone.
     cells = measure([job(context_len=64, tokens_per_batch=2**25, memory_limit=2**29)], tmp_path)
-    assert [cell["status"] for cell in cells] == ["done", "done", "out_of_memory"]
-    assert cells[-1]["tokens_per_second"] is None
-    assert "allocate" in cells[-1]["error"]
-    assert cells[-1]["batch_size"] == 2**25 // 64
-    assert cells[-1]["state_bytes"] == cells[0]["state_bytes"]  # does not need the memory to be known
+    assert [cell.status for cell in cells] == ["done", "done", "out_of_memory"]
+    assert cells[-1].tokens_per_second is None
+    assert "allocate" in (cells[-1].error or "")
+    assert cells[-1].batch_size == 2**25 // 64
+    assert cells[-1].state_bytes == cells[0].state_bytes  # does not need the memory to be known
 
 
 def test_what_lies_beyond_learned_positions_is_recorded_without_being_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpt2 = {"max_positions": 33}
-    done = {"event": "cell", "status": "done", "tokens_per_second": 1.0}
     # decoding 2 tokens after 32 is the only phase at 32 tokens that needs 34, and at 64 tokens nothing fits
-    play(monkeypatch, tell({**done, "phase": "prefill"}, {**done, "phase": "train"}))
+    play(monkeypatch, worker("prefill", "train"))
     jobs = [job("gpt2", 32, gpt2), job("gpt2", 64, gpt2)]
     progress = Progress(Schedule(cell_tasks(jobs)), stream=io.StringIO())
     assert measure_cells(jobs, tmp_path / "context.jsonl", progress, logs=tmp_path) == []
-    cells = read_json_lines(tmp_path / "context.jsonl")
-    assert [(cell["context_len"], cell["phase"], cell["status"]) for cell in cells] == [
+    cells = read_cells(tmp_path / "context.jsonl")
+    assert [(cell.context_len, cell.phase, cell.status) for cell in cells] == [
         (32, "decode", "beyond_positions"), (32, "prefill", "done"), (32, "train", "done"),
         *[(64, phase, "beyond_positions") for phase in PHASES],
     ]  # fmt: skip
-    assert cells[0]["error"] == "34 tokens are beyond its 33 positions"
-    assert cells[0].keys() == cells[1].keys() >= REQUIRED
+    assert cells[0].error == "34 tokens are beyond its 33 positions"
     assert measure(jobs, tmp_path) == cells  # and not tried again
 
 
 @pytest.mark.parametrize("n_positions", [98, 97])
 def test_the_positions_that_a_length_is_said_to_need_are_those_it_needs(n_positions: int, tmp_path: Path) -> None:
     gpt2 = job("gpt2", 96, {"max_positions": n_positions}, tokens_per_batch=96, decode_tokens=2)
-    statuses = [cell["status"] for cell in measure([gpt2], tmp_path)]
+    statuses = [cell.status for cell in measure([gpt2], tmp_path)]
     assert statuses == ["done" if n_positions == 98 else "beyond_positions", "done", "done"]
 
 
@@ -134,7 +136,7 @@ def test_a_model_of_two_texts_is_refused_before_anything_is_measured(
 
 def test_cells_are_not_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for phase in PHASES:
-        append_jsonl(tmp_path / "context.jsonl", job().cell(phase, status="done", tokens_per_second=1.0))
+        write(tmp_path, job().cell(phase, status="done", tokens_per_second=1.0))
     play(monkeypatch)  # a worker would be one too many
     assert len(measure([job()], tmp_path)) == 3
 
@@ -142,46 +144,62 @@ def test_cells_are_not_measured_twice(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_failed_cells_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for phase in PHASES:
         status = "failed" if phase == "train" else "out_of_memory"
-        append_jsonl(tmp_path / "context.jsonl", job().cell(phase, status=status))
-    play(monkeypatch, tell({"event": "cell", "phase": "train", "status": "done", "tokens_per_second": 5.0}))
-    assert measure([job()], tmp_path)[-1]["tokens_per_second"] == 5.0
+        write(tmp_path, job().cell(phase, status=status))
+    play(monkeypatch, worker("train", status="done", tokens_per_second=5.0))
+    assert measure([job()], tmp_path)[-1].tokens_per_second == 5.0
 
 
 def test_a_worker_killed_by_the_system_ran_out_of_memory_and_a_new_one_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = {"event": "cell", "status": "done", "tokens_per_second": 1.0}
-    killed = tell(
-        {"event": "begin", "phase": "decode"}, {**done, "phase": "decode"}, {"event": "begin", "phase": "prefill"},
-        end="os.kill(os.getpid(), signal.SIGKILL)",
-    )  # fmt: skip
-    play(monkeypatch, killed, tell({**done, "phase": "train"}))
+    killed = worker("decode", end="os.kill(os.getpid(), signal.SIGKILL)")
+    play(monkeypatch, killed, worker("train"))
     cells = measure([job()], tmp_path)
-    assert [(cell["phase"], cell["status"]) for cell in cells] == [
+    assert [(cell.phase, cell.status) for cell in cells] == [
         ("decode", "done"), ("prefill", "out_of_memory"), ("train", "done"),
     ]  # fmt: skip
 
 
 def test_a_phase_that_takes_too_long_is_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hang = tell({"event": "begin", "phase": "decode"}, end="time.sleep(60)")
-    done = [{"event": "cell", "phase": phase, "status": "done", "tokens_per_second": 1.0} for phase in PHASES[1:]]
-    play(monkeypatch, hang, tell(*done))
+    play(monkeypatch, worker(end="time.sleep(60)"), worker(*PHASES[1:]))
     cells = measure([job(timeout=0.8)], tmp_path)
-    assert [cell["status"] for cell in cells] == ["timeout", "done", "done"]
-    assert cells[0]["error"] == "stopped after 0.8 s"
+    assert [cell.status for cell in cells] == ["timeout", "done", "done"]
+    assert cells[0].error == "stopped after 0.8 s"
+
+
+def test_what_a_library_prints_in_a_worker_hurts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, Script("print('hello', flush=True)", "os.system('echo hello')", worker(*PHASES).text))
+    cells = measure([job()], tmp_path)
+    assert [(cell.phase, cell.status) for cell in cells] == [(phase, "done") for phase in PHASES]
+    assert (tmp_path / "context-transformer-32.log").read_text() == "hello\nhello\n"
+
+
+def test_a_worker_that_crashes_or_goes_without_a_word_fails_one_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = worker(end="os.kill(os.getpid(), signal.SIGSEGV)")
+    goes = worker(end="print('good bye')")
+    play(monkeypatch, crash, goes, worker("train"))
+    assert [(cell.status, cell.error) for cell in measure([job()], tmp_path)] == [
+        ("failed", "ended by SIGSEGV"), ("failed", "good bye (ended with code 0)"), ("done", None),
+    ]  # fmt: skip
+
+
+def test_a_worker_that_has_said_everything_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, worker(*PHASES, end="time.sleep(60)"))
+    assert [cell.status for cell in measure([job(timeout=1.0)], tmp_path)] == ["done"] * 3
 
 
 def test_a_worker_that_fails_leaves_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, *[tell(end="sys.exit('no such thing')")] * 3)
+    play(monkeypatch, *[worker(end="sys.exit('no such thing')")] * 3)
     cells = measure([job()], tmp_path)
-    assert {(cell["status"], cell["error"]) for cell in cells} == {("failed", "no such thing (ended with code 1)")}
+    assert {(cell.status, cell.error) for cell in cells} == {("failed", "no such thing (ended with code 1)")}
     log = tmp_path / "context-transformer-32.log"
     assert log.read_text().splitlines() == ["no such thing"] * 3
 
 
 def test_every_job_has_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = [{"event": "cell", "phase": phase, "status": "done", "tokens_per_second": 1.0} for phase in PHASES]
-    play(monkeypatch, tell(*done, end="sys.exit('one')"), tell(*done, end="sys.exit('two')"))
+    play(monkeypatch, *(Script(f"print({word!r}, flush=True)", worker(*PHASES).text) for word in ("one", "two")))
     measure([job(context_len=16), job(context_len=32)], tmp_path)
     logs = {path.name: path.read_text().strip() for path in tmp_path.glob("*.log")}
     assert logs == {"context-transformer-16.log": "one", "context-transformer-32.log": "two"}
@@ -190,19 +208,15 @@ def test_every_job_has_its_own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_last_words_of_one_worker_are_not_taken_for_those_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = {"event": "cell", "phase": "train", "status": "done", "tokens_per_second": 1.0}
-    crash = tell(end="os.kill(os.getpid(), signal.SIGSEGV)")
-    play(monkeypatch, tell(end="sys.exit('MemoryError')"), crash, tell(done))
-    assert [cell["status"] for cell in measure([job()], tmp_path)] == ["out_of_memory", "failed", "done"]
+    crash = worker(end="os.kill(os.getpid(), signal.SIGSEGV)")
+    play(monkeypatch, worker(end="sys.exit('MemoryError')"), crash, worker("train"))
+    assert [cell.status for cell in measure([job()], tmp_path)] == ["out_of_memory", "failed", "done"]
 
 
 def test_failed_cells_are_returned_and_results_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [
-        {"event": "cell", "phase": "decode", "status": "out_of_memory"},
-        {"event": "cell", "phase": "prefill", "status": "timeout"},
-        {"event": "cell", "phase": "train", "status": "failed", "error": "no such thing"},
-    ]
-    play(monkeypatch, tell(*cells))
+    found = {"decode": "out_of_memory", "prefill": "timeout", "train": "failed"}
+    lines = (worker(phase, status=status, error="no such thing").text for phase, status in found.items())
+    play(monkeypatch, Script(*lines))
     progress = Progress(Schedule(cell_tasks([job()])), stream=io.StringIO())
     (failed,) = measure_cells([job()], tmp_path / "context.jsonl", progress, logs=tmp_path)
     assert (failed.name, failed.reason) == ("Transformer at 32 tokens, train", "no such thing")
@@ -212,22 +226,14 @@ def test_failed_cells_are_returned_and_results_are_not(tmp_path: Path, monkeypat
 def test_a_failed_cell_fails_the_command_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = [{"event": "cell", "phase": phase, "status": "done", "tokens_per_second": 1.0} for phase in PHASES[:2]]
-    numbers = {
-        "spread": [1.0, 1.0],
-        "repeats": 3,
-        "peak_bytes": 1,
-        "peak_method": "m",
-        "state_bytes": 1,
-        "batch_size": 1,
-    }
-    told = [{**one, **numbers} for one in done]
-    play(monkeypatch, tell(*told, {"event": "cell", "phase": "train", "status": "failed", "error": "no such thing"}))
+    numbers = {"repeats": 3, "peak_bytes": 1, "peak_method": "m", "state_bytes": 1, "batch_size": 1}
+    done = worker(*PHASES[:2], status="done", tokens_per_second=1.0, spread=(1.0, 1.0), **numbers)
+    play(monkeypatch, Script(done.text, worker("train", status="failed", error="no such thing").text))
     config = ContextConfig(archs=("transformer",), params=60_000, context=(32,), out=tmp_path, threads=1)
     assert bench_context(config, command=["crossover"]) == 1
     assert "Transformer at 32 tokens, train: failed: no such thing" in capsys.readouterr().err
     assert json.loads((tmp_path / "compare.json").read_text())["labels"] == {"transformer": "Transformer"}
-    assert {cell["settings"]["tokens_per_batch"] for cell in read_json_lines(tmp_path / "context.jsonl")} == {32}
+    assert {cell.settings["tokens_per_batch"] for cell in read_cells(tmp_path / "context.jsonl")} == {32}
 
 
 class _Impatient(Progress):
@@ -240,12 +246,11 @@ class _Impatient(Progress):
 
 
 def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = {"event": "cell", "phase": "decode", "status": "done", "tokens_per_second": 1.0}
-    play(monkeypatch, tell(decode, {"event": "begin", "phase": "prefill"}, end="time.sleep(60)"))
+    play(monkeypatch, worker("decode", end="time.sleep(60)"))
     progress = _Impatient(Schedule(cell_tasks([job()])), stream=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         measure_cells([job()], tmp_path / "context.jsonl", progress, logs=tmp_path)
-    assert [cell["phase"] for cell in read_json_lines(tmp_path / "context.jsonl")] == ["decode"]
+    assert [cell.phase for cell in read_cells(tmp_path / "context.jsonl")] == ["decode"]
 
 
 @pytest.mark.parametrize(
@@ -259,18 +264,36 @@ def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_causes_of_death_are_told_apart(returncode: int, last_words: str, status: str) -> None:
-    assert _cause_of_death(returncode, last_words)["status"] == status
+    assert cause_of_death(returncode, last_words)["status"] == status
+
+
+def test_jobs_are_made_from_sizes_lengths_and_settings() -> None:
+    sizes = [size_arch(arch, n_params=60_000, vocab_size=64, seq_len=16) for arch in ("transformer", "mamba")]
+    provenance = {"cpu": "c", "device": "cpu", "torch": "t", "git_commit": None, "command": "crossover compare"}
+    measure = MeasureConfig()
+    jobs = context_jobs(
+        sizes, (16, 64), measure=measure, precision="auto", device="auto", threads=3, provenance=provenance
+    )
+    assert [(job.arch, job.context_len) for job in jobs] == [
+        ("transformer", 16), ("mamba", 16), ("transformer", 64), ("mamba", 64)
+    ]  # fmt: skip
+    for one in jobs:
+        assert ModelConfig.from_dict(one.model) in [size.config for size in sizes]
+        assert one.measure == dataclasses.replace(measure, tokens_per_batch=64)
+        assert one.precision in ("fp32", "bf16")
+        assert (one.threads, one.device != "auto", "command" in one.provenance) == (3, True, False)
+        assert json.loads(json.dumps(one.settings)) == one.settings
 
 
 def test_measurements_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    append_jsonl(tmp_path / "context.jsonl", job(time_box=9.0).cell("train", status="done"))
+    write(tmp_path, job(time_box=9.0).cell("train", status="done"))
     with pytest.raises(ValueError, match="another time_box; give the same options, another --out, or --fresh"):
         reusable_cells(tmp_path / "context.jsonl", [job()])
 
 
 def test_measurements_of_another_model_are_not_reused(tmp_path: Path) -> None:
     other = {**job().model, "d_model": 64}
-    append_jsonl(tmp_path / "context.jsonl", dataclasses.replace(job(), model=other).cell("train", status="done"))
+    write(tmp_path, dataclasses.replace(job(), model=other).cell("train", status="done"))
     with pytest.raises(ValueError, match="another model"):
         reusable_cells(tmp_path / "context.jsonl", [job()])
 
@@ -278,7 +301,7 @@ def test_measurements_of_another_model_are_not_reused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["cpu", "torch"])
 def test_measurements_of_another_machine_or_torch_are_not_mixed(key: str, tmp_path: Path) -> None:
     other = dataclasses.replace(job(), provenance={**job().provenance, key: "another"})
-    append_jsonl(tmp_path / "context.jsonl", other.cell("train", status="done"))
+    write(tmp_path, other.cell("train", status="done"))
     with pytest.raises(ValueError, match=rf"another {key}; give the same options, another --out, or --fresh"):
         reusable_cells(tmp_path / "context.jsonl", [job()])
 
@@ -288,7 +311,7 @@ def test_measurements_of_another_commit_are_kept_with_a_warning(
 ) -> None:
     other = dataclasses.replace(job(), provenance={**job().provenance, "git_commit": "feedbeef" * 5})
     for phase in PHASES:
-        append_jsonl(tmp_path / "context.jsonl", other.cell(phase, status="done", tokens_per_second=1.0))
+        write(tmp_path, other.cell(phase, status="done", tokens_per_second=1.0))
     play(monkeypatch)
     stream = io.StringIO()
     assert len(measure([job()], tmp_path, stream)) == 3
@@ -299,4 +322,4 @@ def test_measurements_of_another_commit_are_kept_with_a_warning(
 @pytest.mark.parametrize("arch", ["s4d", "mamba", "jamba", "lstm"])
 def test_every_architecture_can_be_measured(arch: str, tmp_path: Path) -> None:
     cells = measure([job(arch, context_len=16)], tmp_path)
-    assert [(cell["status"], cell["error"]) for cell in cells] == [("done", None)] * 3
+    assert [(cell.status, cell.error) for cell in cells] == [("done", None)] * 3

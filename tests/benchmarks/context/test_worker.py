@@ -8,16 +8,16 @@ import torch
 from crossover.archs import State, configure
 from crossover.benchmarks.config import MeasureConfig
 from crossover.benchmarks.context import worker
-from crossover.benchmarks.context.worker import _Bench, limit_memory, measure
+from crossover.benchmarks.context.worker import Bench, limit_memory, measure
 from crossover.train.runtime import choose_precision
 
 CPU = torch.device("cpu")
 
 
-def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> _Bench:
+def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> Bench:
     settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
     config = configure(arch, d_model=32, n_layers=1)
-    return _Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
+    return Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
@@ -51,7 +51,7 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
     found = measure(bench(), "train")
     assert (found["status"], found["repeats"]) == ("done", repeats)
     if repeats == 2:
-        assert found["spread"] == [32 / 0.5, 32 / 0.25]
+        assert found["spread"] == (32 / 0.5, 32 / 0.25)
 
 
 def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from crossover.benchmarks.gpu.cases import IMPORTANCE, QUICK, STANDARD, Spec, bu
 from crossover.benchmarks.gpu.limits import Counts, CpuClock, CudaClock, Limits, Timing, measure_limits
 from crossover.benchmarks.gpu.peers import racing
 from crossover.benchmarks.gpu.prepare import Job, carry_out, jobs, run_jobs
+from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations.checks import checks_of
 from crossover.benchmarks.operations.race_cases import Contestant, one_pass
 from crossover.kernels import ops
@@ -31,6 +32,8 @@ from crossover.kernels.check import example
 from crossover.kernels.dispatch import Unsupported, use_backend
 from crossover.train.files import read_json_lines
 from torch import Tensor
+
+from ..scripts import Script
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 H200 = Limits(bytes=4.3e12, flops=790e12, exps=132 * 16 * 1.98e9)
@@ -458,15 +461,14 @@ def test_processes_that_die_or_take_too_long_are_told_and_leave_their_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, dies, sleeps = (job(op, dtype="float32") for op in ("rms_norm", "grouped_mm", "long_conv"))
-    script = (
-        "import sys, json, time; op = json.loads(sys.argv[1])['op']; f = open(sys.argv[2], 'w')\n"
-        "print(json.dumps({'kind': 'check', 'op': op, 'status': 'ok'}), file=f, flush=True)\n"
-        "f.write('torn'); f.flush()\n"
-        "if op == 'grouped_mm': raise ValueError('an illegal memory access')\n"
-        "if op == 'long_conv': time.sleep(60)"
+    script = Script(
+        "print('a line of some library', flush=True)",
+        "parent.send({'kind': 'check', 'op': order, 'status': 'ok'})",
+        "if order == 'grouped_mm': raise ValueError('an illegal memory access')",
+        "if order == 'long_conv': time.sleep(60)",
     )
-    monkeypatch.setattr(gpu_prepare, "module_command", lambda name, *words: [sys.executable, "-c", script, *words])
-    deadline = time.monotonic() + 2
+    monkeypatch.setattr(gpu_prepare, "Child", lambda work, job, log, preload: Child(script, job.op, log=log))
+    deadline = time.monotonic() + 5
     rows = list(run_jobs([good, dies, sleeps, job("ssd")], parallel=3, folder=tmp_path, deadline=deadline))
     assert time.monotonic() < deadline + 10
     found = {(row["op"], row["status"]): row.get("reason") for row in rows}
@@ -553,7 +555,7 @@ def test_it_runs_through_the_link_where_little_more_than_pytorch_is_installed(tm
         "--backend",
         "torch",
         "--processes",
-        "0",
+        "2",
         "--skip-peers",
         "--ops",
         "rms_norm",
@@ -570,4 +572,5 @@ def test_it_runs_through_the_link_where_little_more_than_pytorch_is_installed(tm
     assert done.stdout.startswith(str(tmp_path / "crossover"))
     rows = read_json_lines(tmp_path / "out" / "gpu.jsonl")
     assert [row["status"] for row in rows if row["kind"] == "time"] == ["ok", "ok"]
+    assert {row["status"] for row in rows if row["kind"] == "check"} == {"ok"}
     assert all("torch" in row["provenance"] for row in rows)

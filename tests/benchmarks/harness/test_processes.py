@@ -1,13 +1,18 @@
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.harness.processes import Fork, environment, last_line, start, stop
+from crossover.benchmarks.harness.processes import Child, environment, last_line, ready, start, stop
 from crossover.train.runtime import stop_signals
+
+from ..scripts import Script
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 POLITE = """
@@ -22,6 +27,18 @@ time.sleep(60)
 """
 
 
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes code as a module that a command can run, and returns its name."""
+
+    def write(code: str) -> str:
+        (tmp_path / "scripted.py").write_text(code)
+        return "scripted"
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+    return write
+
+
 def wait_for(log: Path, text: str) -> None:
     deadline = time.monotonic() + 20
     while text not in (log.read_text() if log.exists() else ""):
@@ -29,10 +46,29 @@ def wait_for(log: Path, text: str) -> None:
         time.sleep(0.02)
 
 
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    # one that nobody waits for stays as a zombie
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_children_are_asked_to_stop_and_may_save(signum: signal.Signals, tmp_path: Path) -> None:
+def test_commands_are_asked_to_stop_and_may_save(
+    signum: signal.Signals, module: Callable[[str], str], tmp_path: Path
+) -> None:
     logs = [tmp_path / "first", tmp_path / "second"]
-    children = [start([sys.executable, "-c", POLITE], threads=None, log=log) for log in logs]
+    children = [start(module(POLITE), threads=None, log=log) for log in logs]
     for log in logs:
         wait_for(log, "up")
     stop(children, signum, grace=20)
@@ -40,17 +76,17 @@ def test_children_are_asked_to_stop_and_may_save(signum: signal.Signals, tmp_pat
     assert [last_line(log) for log in logs] == [f"saved on {signum.value}"] * 2
 
 
-def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+def test_a_command_that_does_not_stop_is_killed(module: Callable[[str], str], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    child = start([sys.executable, "-c", STUBBORN], threads=None, log=log)
+    child = start(module(STUBBORN), threads=None, log=log)
     wait_for(log, "up")
     stop([child], grace=0.2)
     assert child.returncode == -signal.SIGKILL
 
 
-def test_a_second_ctrl_c_kills_all_children_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_kills_all_commands_at_once(module: Callable[[str], str], tmp_path: Path) -> None:
     logs = [tmp_path / "first", tmp_path / "second"]
-    children = [start([sys.executable, "-c", STUBBORN], threads=None, log=log) for log in logs]
+    children = [start(module(STUBBORN), threads=None, log=log) for log in logs]
     for log in logs:
         wait_for(log, "up")
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -61,83 +97,147 @@ def test_a_second_ctrl_c_kills_all_children_at_once(tmp_path: Path) -> None:
     assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
 
 
-def test_a_child_leads_its_own_session_so_that_ctrl_c_reaches_the_parent_alone(tmp_path: Path) -> None:
+def test_a_command_runs_a_module_with_its_arguments_in_a_session_of_its_own(
+    module: Callable[[str], str], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
-    child = start([sys.executable, "-c", "import os; print(os.getsid(0), os.getpid())"], threads=1, log=log)
-    child.wait(20)
-    session, pid = map(int, log.read_text().split())
-    assert session == pid
-    assert session != os.getsid(0)
+    code = "import os, sys; print(__name__, os.getsid(0) == os.getpid(), os.environ['OMP_NUM_THREADS'], *sys.argv[1:])"
+    child = start(module(code), "--some", "words", threads=1, log=log)
+    assert child.wait(20) == 0
+    assert log.read_text() == "__main__ True 1 --some words\n"
+    child = start(module("import sys; sys.exit('no such thing')"), threads=1, log=log)
+    assert child.wait(20) == 1
+    assert last_line(log) == "no such thing"
 
 
-def test_every_child_gets_the_same_number_of_threads() -> None:
+def test_a_command_may_save_when_its_parent_is_killed(module: Callable[[str], str], tmp_path: Path) -> None:
+    name, log = module(POLITE), tmp_path / "child"
+    code = "import pathlib, sys, time; from crossover.benchmarks.harness.processes import start; "
+    code += f"child = start({name!r}, threads=1, log=pathlib.Path(sys.argv[1])); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(log)])
+    wait_for(log, "up")
+    parent.kill()
+    parent.wait(20)
+    wait_for(log, f"saved on {signal.SIGTERM.value}")
+
+
+def test_every_command_gets_the_same_number_of_threads() -> None:
     assert environment(2)["OMP_NUM_THREADS"] == "2"
     assert environment(None).get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
 
 
-def test_a_fork_writes_output_and_messages_apart_and_leads_its_own_session(tmp_path: Path) -> None:
-    code = "import os, sys; print(os.getsid(0) == os.getpid(), flush=True); print('message', file=sys.stderr)"
-    child = Fork(exec, code, log=tmp_path / "log")
-    with os.fdopen(os.dup(child.output)) as output:
-        assert output.read() == "True\n"
-    assert child.join() == 0
-    assert last_line(tmp_path / "log") == "message"
-
-
-def test_a_fork_tells_how_it_ended(tmp_path: Path) -> None:
-    assert Fork(exec, "import sys; sys.exit(3)", log=tmp_path / "log").join() == 3
-    assert Fork(exec, "import os; os.kill(os.getpid(), 9)", log=tmp_path / "log").join() == -signal.SIGKILL
-    child = Fork(exec, "import time; time.sleep(60)", log=tmp_path / "log")
-    child.kill()
-
-
 @pytest.mark.parametrize("preload", [(), None])
-def test_a_fork_reads_what_it_is_told_until_it_is_joined(tmp_path: Path, preload: tuple[str, ...] | None) -> None:
-    echo = "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)\nprint('end', flush=True)"
-    child = Fork(exec, echo, log=tmp_path / "log", preload=preload)
-    with os.fdopen(os.dup(child.output)) as output:
+def test_a_child_is_told_and_answers_in_whole_objects(tmp_path: Path, preload: tuple[str, ...] | None) -> None:
+    echo = Script("parent.send(order)", "while True: parent.send([parent.recv()])")
+    order = {"path": tmp_path, "number": 0.1}
+    with Child(echo, order, log=tmp_path / "log", preload=preload) as child:
+        assert child.receive(timeout=20) == order
         for word in ("one", "two"):
-            child.tell(word)
-            assert output.readline() == f"{word.upper()}\n"
+            child.send(word)
+            assert child.receive(timeout=20) == [word]
+        assert child.join() == 1  # the line has ended: EOFError
+    assert last_line(tmp_path / "log") == "EOFError"
+
+
+def test_what_a_child_prints_is_no_message(tmp_path: Path) -> None:
+    prints = Script("print('hello')", "os.system('echo from a program')", "os.write(2, b'from C')", "parent.send(1)")
+    with Child(prints, None, log=tmp_path / "log") as child:
+        assert child.receive(timeout=20) == 1
+        with pytest.raises(EOFError):
+            child.receive(timeout=20)
         assert child.join() == 0
-        assert output.read() == "end\n"
+    assert {"hello", "from a program", "from C"} <= set((tmp_path / "log").read_text().replace("C", "C\n").splitlines())
 
 
-def test_telling_a_fork_that_has_ended_does_nothing(tmp_path: Path) -> None:
-    child = Fork(exec, "", log=tmp_path / "log")
-    with os.fdopen(os.dup(child.output)) as output:
-        assert output.read() == ""
-    child.tell("too late")
-    assert child.join() == 0
+def test_a_child_that_has_ended_is_told_apart_from_one_that_is_silent(tmp_path: Path) -> None:
+    with Child(Script("time.sleep(60)"), None, log=tmp_path / "log") as child:
+        begin, calls = time.monotonic(), []
+        with pytest.raises(TimeoutError):
+            child.receive(timeout=1.2, meanwhile=lambda: calls.append(time.monotonic()))
+        assert 1.2 <= time.monotonic() - begin < 20
+        assert len(calls) >= 2
+        child.kill()
+        assert child.join() == -signal.SIGKILL
 
 
-def test_a_fork_that_waits_to_be_told_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    waiting = "import sys; sys.stderr.write('up '); sys.stderr.flush(); sys.stdin.read(); sys.stderr.write('ended')"
-    code = "import pathlib, sys, time; from crossover.benchmarks.harness.processes import Fork; "
-    code += f"children = [Fork(exec, {waiting!r}, log=pathlib.Path(name)) for name in sys.argv[1:]]; time.sleep(60)"
-    logs = [tmp_path / "first", tmp_path / "second"]
-    parent = start([sys.executable, "-c", code, *map(str, logs)], threads=1, log=tmp_path / "log")
-    for log in logs:
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("sys.exit(3)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV),
+        ("raise ValueError('no')", 1),
+        ("", 0),
+    ],
+)
+def test_a_child_says_what_it_has_to_say_and_how_it_ended(end: str, code: int, tmp_path: Path) -> None:
+    with Child(Script("parent.send('last words')", end), None, log=tmp_path / "log") as child:
+        assert child.receive(timeout=20) == "last words"
+        with pytest.raises(EOFError):
+            child.receive(timeout=20)
+        child.send("too late")  # and nothing happens
+        assert child.join() == code
+
+
+def test_a_child_that_dies_in_the_middle_of_a_message_has_ended(tmp_path: Path) -> None:
+    torn = Script("os.write(parent.fileno(), (100).to_bytes(4, 'big') + b'torn')")
+    with Child(torn, None, log=tmp_path / "log") as child, pytest.raises(EOFError):
+        child.receive(timeout=20)
+
+
+def test_what_a_child_has_started_does_not_outlive_its_end_or_hold_the_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    forks = "if os.fork() == 0: print('up', os.getpid(), flush=True); time.sleep(60)"
+    with Child(Script(forks, "os._exit(4)"), None, log=log) as child:
+        begin = time.monotonic()
+        with pytest.raises(EOFError):
+            child.receive(timeout=60)
+        assert time.monotonic() - begin < 30
+        assert child.join() == 4
+    log.unlink()
+    with Child(Script(forks, "time.sleep(60)"), None, log=log):
         wait_for(log, "up")
+    wait_for_end(int(log.read_text().split()[1]))
+
+
+def test_of_several_children_those_that_speak_or_end_are_ready(tmp_path: Path) -> None:
+    scripts = (Script("parent.send('word')", "time.sleep(60)"), Script(), Script("time.sleep(60)"))
+    with contextlib.ExitStack() as alive:
+        speaks, ends, sleeps = (alive.enter_context(Child(script, None, log=tmp_path / "log")) for script in scripts)
+        found: set[Child] = set()
+        while found != {speaks, ends}:
+            found |= set(ready([speaks, ends, sleeps], timeout=20))
+        assert ready([sleeps], timeout=0) == []
+
+
+@pytest.mark.parametrize("work", ["parent.recv()", "time.sleep(60)"])
+@pytest.mark.parametrize("preload", ["()", "None"])
+def test_a_child_ends_when_its_parent_is_killed_whatever_it_does(work: str, preload: str, tmp_path: Path) -> None:
+    code = f"""
+import pathlib, sys, time
+sys.path.append({str(Path(__file__).parents[1])!r})
+from crossover.benchmarks.harness.processes import Child
+from scripts import Script
+script = Script("print('up', os.getpid(), flush=True)", {work!r})
+child = Child(script, None, log=pathlib.Path(sys.argv[1]), preload={preload})
+time.sleep(60)
+"""
+    log = tmp_path / "log"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(log)])
+    wait_for(log, "up")
     parent.kill()
     parent.wait(20)
-    for log in logs:
-        wait_for(log, "ended")
+    wait_for_end(int(log.read_text().split()[1]))
 
 
 def test_without_preloading_a_child_is_a_new_process(tmp_path: Path) -> None:
-    code = "import os, sys; print(os.getppid(), flush=True)"
-    for preload, is_own in (((), False), (None, True)):
-        child = Fork(exec, code, log=tmp_path / "log", preload=preload)
-        with os.fdopen(os.dup(child.output)) as output:
-            assert (int(output.read()) == os.getpid()) is is_own
-        child.join()
+    for preload, is_own in (((), sys.platform != "linux"), (None, True)):
+        with Child(Script("parent.send(os.getppid())"), None, log=tmp_path / "log", preload=preload) as child:
+            assert (child.receive(timeout=20) == os.getpid()) is is_own
 
 
 def test_forks_share_nothing_but_the_preloaded_modules(tmp_path: Path) -> None:
-    marked = "import sys, json; print(hasattr(json, 'mark'), flush=True); json.mark = 1"
+    marked = Script("import json", "parent.send(hasattr(json, 'mark'))", "json.mark = 1")
     for _ in range(2):
-        child = Fork(exec, marked, log=tmp_path / "log")
-        with os.fdopen(os.dup(child.output)) as output:
-            assert output.read() == "False\n"
-        child.join()
+        with Child(marked, None, log=tmp_path / "log") as child:
+            assert child.receive(timeout=20) is False

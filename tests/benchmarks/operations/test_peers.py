@@ -1,18 +1,20 @@
 """Races of whole models: that they take turns and leave alone, what a row says, and that the peers compute the same."""
 
-import io
-import json
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crossover.benchmarks.harness.processes import Fork
+from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations import peers
 from crossover.train.runtime import Interrupted, stop_signals
+
+from ..scripts import Script
 
 ORDER = {"arch": "mamba", "n_params": 60_000, "batch_size": 2, "seq_len": 8, "threads": 1}
 NAMES = (
@@ -31,34 +33,34 @@ def _threads_left_as_they_are() -> Iterator[None]:
 
 
 @pytest.fixture
-def forks(monkeypatch: pytest.MonkeyPatch) -> list[Fork]:
+def children(monkeypatch: pytest.MonkeyPatch) -> list[Child]:
     """Every child that a race has started."""
-    started: list[Fork] = []
-    monkeypatch.setattr(peers, "Fork", lambda *given, **options: started.append(Fork(*given, **options)) or started[-1])
+    started: list[Child] = []
+    monkeypatch.setattr(
+        peers, "Child", lambda *given, **options: started.append(Child(*given, **options)) or started[-1]
+    )
     return started
 
 
-def contestant(*turns: float | str, ready: str = "tell(n_params=7)") -> str:
+def contestant(*turns: float | str, ready: str = "parent.send(7)") -> Script:
     """A process whose training steps are said to take these seconds, one after the other, or which runs this code."""
-    steps = [turn if isinstance(turn, str) else f"tell(seconds={turn})" for turn in turns]
-    script = f"""
-import json, os, signal, sys, time
-def tell(**answer):
-    print(json.dumps(answer), flush=True)
-{ready}
-for _, step in zip(sys.stdin, {steps}):
-    print("turn", time.monotonic_ns(), file=sys.stderr, flush=True)
-    exec(step)
-"""
-    return f"exec({script!r}, {{}})"  # with names of its own, which functions can see
+    steps = [turn if isinstance(turn, str) else f"parent.send({turn})" for turn in turns]
+    return Script(
+        ready,
+        f"for step in {steps}:",
+        "    parent.recv()",
+        "    print('turn', time.monotonic_ns(), flush=True)",
+        "    exec(step)",
+        "parent.recv()",
+    )
 
 
-def race(monkeypatch: pytest.MonkeyPatch, folder: Path, *scripts: str) -> list[dict[str, Any]]:
+def race(monkeypatch: pytest.MonkeyPatch, folder: Path, *scripts: Script) -> list[dict[str, Any]]:
     """The rows of a race of three processes that run these scripts."""
-    left, fork = list(scripts), peers.Fork
+    left, child = list(scripts), peers.Child
     with monkeypatch.context() as patch:
-        patch.setattr(peers, "Fork", lambda work, order, log, preload: fork(exec, left.pop(0), log=log))
-        return peers._rows(ORDER, time_box=0.0, logs=folder)
+        patch.setattr(peers, "Child", lambda work, order, log, preload: child(left.pop(0), order, log=log))
+        return peers.race_rows(ORDER, time_box=0.0, logs=folder)
 
 
 def test_the_ratio_is_the_median_over_turns_and_the_first_turn_does_not_count(
@@ -94,7 +96,7 @@ def test_a_slow_contestant_has_one_turn_and_the_others_go_on(monkeypatch: pytest
 
 
 def test_a_contestant_that_is_late_or_dies_leaves_with_its_reason_and_the_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forks: list[Fork]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, children: list[Child]
 ) -> None:
     monkeypatch.setattr(peers, "_DEADLINE", 3.0)
     ours, late, dead = race(
@@ -104,7 +106,7 @@ def test_a_contestant_that_is_late_or_dies_leaves_with_its_reason_and_the_others
     assert late["error"] == "no training step within 3 s"
     assert dead["error"].startswith("failed with code 1: no memory (log: ")
     assert late["text"] == f"{NAMES[1]}, B=2 L=8: no training step within 3 s"
-    assert [fork.join() for fork in forks] == [-signal.SIGKILL, -signal.SIGKILL, 1]
+    assert [child.join() for child in children] == [-signal.SIGKILL, -signal.SIGKILL, 1]
 
 
 def test_without_a_model_of_ours_theirs_are_measured_and_without_theirs_ours(
@@ -119,45 +121,49 @@ def test_without_a_model_of_ours_theirs_are_measured_and_without_theirs_ours(
 
 
 def test_a_race_that_is_stopped_leaves_no_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forks: list[Fork]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, children: list[Child]
 ) -> None:
     interrupts = contestant(1, f"os.kill({os.getpid()}, signal.SIGINT); {HANG}")
     with pytest.raises(Interrupted), stop_signals(at_once=True):
         race(monkeypatch, tmp_path, contestant(1, 1, 1), interrupts, contestant(1, 1, 1))
-    assert [fork.join() for fork in forks] == [-signal.SIGKILL] * 3
+    assert [child.join() for child in children] == [-signal.SIGKILL] * 3
 
 
-@pytest.mark.parametrize("arch", peers._PEERS)
+@pytest.mark.parametrize("arch", peers.PEERS)
 def test_the_peer_computes_the_same_without_dropout(arch: str) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     lm = peers.build(arch, n_params=60_000, vocab_size=256)
-    peer = peers._peer(lm)
+    peer = peers.peer_of(lm)
     tokens = torch.randint(256, (2, 13))
-    assert type(peer).__name__ == peers._PEERS[arch]
+    assert type(peer).__name__ == peers.PEERS[arch]
     assert peer.training
     assert sum(p.numel() for p in peer.parameters()) == lm.n_params
     torch.testing.assert_close(peer(input_ids=tokens).logits, lm(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("who", ["ours", "theirs"])
-def test_a_process_trains_once_for_every_line_that_it_reads(
-    who: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_process_trains_once_for_every_time_it_is_told(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     monkeypatch.setattr(peers, "_BURST", 0.0)
-    monkeypatch.setattr(peers.sys, "stdin", io.StringIO("turn\nturn\n"))
-    peers._work({**ORDER, "arch": "gpt2", "who": who, "keeps_freed_memory": False})
-    ready, *turns = map(json.loads, capsys.readouterr().out.splitlines())
-    assert ready["n_params"] == peers.build("gpt2", n_params=60_000, vocab_size=256, device="meta").n_params
-    assert len(turns) == 2
-    assert all(turn["seconds"] > 0 for turn in turns)
+    ours, theirs = multiprocessing.Pipe()
+    for _ in range(2):
+        ours.send("take a turn")
+    order = {**ORDER, "arch": "gpt2", "who": who, "keeps_freed_memory": False}
+    process = threading.Thread(target=peers.take_turns_when_told, args=(order, theirs))
+    process.start()
+    n_params, *turns = (ours.recv() for _ in range(3))
+    ours.close()
+    process.join(60)
+    assert not process.is_alive()
+    assert n_params == peers.build("gpt2", n_params=60_000, vocab_size=256, device="meta").n_params
+    assert all(seconds > 0 for seconds in turns)
 
 
-@pytest.mark.parametrize("step", ["_our_step", "_their_step"])
+@pytest.mark.parametrize("step", ["our_step", "their_step"])
 def test_a_training_step_changes_every_parameter(step: str) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")
     lm = peers.build("transformer", n_params=60_000, vocab_size=256)
-    model = lm if step == "_our_step" else peers._peer(lm)
+    model = lm if step == "our_step" else peers.peer_of(lm)
     before = [p.detach().clone() for p in model.parameters()]
     getattr(peers, step)(model)(torch.arange(256).view(2, 128))
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
@@ -165,7 +171,7 @@ def test_a_training_step_changes_every_parameter(step: str) -> None:
 
 def test_a_contestant_in_a_process_of_its_own_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(peers, "_CONTESTANTS", (("ours", True),))
-    (row,) = peers._rows(ORDER, time_box=0.0, logs=tmp_path)
+    (row,) = peers.race_rows(ORDER, time_box=0.0, logs=tmp_path)
     assert row["error"] is None
     assert row["repeats"] == peers._MIN_TURNS
     assert row["tokens_per_second"] > 0

@@ -1,0 +1,137 @@
+"""What is measured against the context length: one architecture at one length is a job, with all that decides it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import MeasureConfig
+from ..harness.sizes import SizedArch
+from .cell import Cell
+
+__all__ = ["PHASES", "ContextJob", "context_jobs"]
+
+PHASES = ("decode", "prefill", "train")
+"""From the lightest to the heaviest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextJob:
+    """One architecture at one context length.
+
+    Raises:
+        ValueError: if the model reads a source and writes a target.
+    """
+
+    arch: str
+    label: str
+    """The architecture's name as written in text."""
+    context_len: int
+    model: Mapping[str, Any]
+    """ModelConfig.to_dict() as JSON gives it back."""
+    n_params: int
+    n_active_params: int
+    measure: MeasureConfig
+    precision: str
+    device: str
+    threads: int
+    provenance: Mapping[str, Any]
+    """What measures: cpu, device, torch, git_commit."""
+
+    def __post_init__(self) -> None:
+        if "source" in self.model:
+            raise ValueError(
+                f"{self.label} has two lengths, of a source and of a target, where the others have one context: leave "
+                f"{self.arch} out of --archs (crossover train --data.rows pairs trains it)"
+            )
+
+    @property
+    def name(self) -> str:
+        """What progress and messages call it."""
+        return f"{self.label} at {self.context_len:,} tokens"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells of a comparison must share."""
+        return {
+            **dataclasses.asdict(self.measure),
+            "precision": self.precision,
+            "device": self.device,
+            "threads": self.threads,
+            "allocator": "freed memory is kept for reuse (glibc mallopt), for every model alike",
+        }
+
+    def beyond_positions(self, phase: str) -> str | None:
+        """Why the model has too few learned positions for a phase; None where it has enough."""
+        n_positions = self.model["max_positions"]
+        needed = self.context_len + (self.measure.decode_tokens if phase == "decode" else 0)
+        if n_positions is None or needed <= n_positions:
+            return None
+        return f"{needed:,} tokens are beyond its {n_positions:,} positions"
+
+    def cell(self, phase: str, **found: Any) -> Cell:
+        """The cell of a phase; `found` is what was measured, or why nothing was."""
+        return Cell(
+            arch=self.arch,
+            label=self.label,
+            phase=phase,
+            context_len=self.context_len,
+            n_params=self.n_params,
+            n_active_params=self.n_active_params,
+            dtype=self.precision,
+            model=self.model,
+            settings=self.settings,
+            provenance=self.provenance,
+            **found,
+        )
+
+
+def context_jobs(
+    sizes: Sequence[SizedArch],
+    lengths: Sequence[int],
+    *,
+    measure: MeasureConfig,
+    precision: str,
+    device: str,
+    threads: int | None,
+    provenance: Mapping[str, Any],
+) -> list[ContextJob]:
+    """Every architecture at every length, short lengths first, so that an unfinished comparison can be compared.
+
+    Args:
+        sizes: the architectures.
+        lengths: context lengths in tokens.
+        measure: how; a training step has as many tokens as the longest length where it does not say.
+        precision: of the arithmetic; 'auto' is resolved on this machine.
+        device: likewise.
+        threads: CPU threads; all cores where None.
+        provenance: what measures, of which cells keep cpu, device, torch and git_commit.
+
+    Raises:
+        ValueError: if the device cannot be used, or a model reads a source and writes a target.
+    """
+    import torch
+
+    from ...train.runtime import choose_device, choose_precision
+
+    chosen = choose_device(device)
+    return [
+        ContextJob(
+            arch=sized.arch,
+            label=sized.label,
+            context_len=context_len,
+            model=json.loads(json.dumps(sized.config.to_dict())),
+            n_params=sized.n_params,
+            n_active_params=sized.n_active_params,
+            measure=dataclasses.replace(measure, tokens_per_batch=measure.tokens_per_batch or max(lengths)),
+            precision=choose_precision(precision, chosen).name,
+            device=str(chosen),
+            threads=threads if threads is not None else torch.get_num_threads(),
+            provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
+        )
+        for context_len in lengths
+        for sized in sizes
+    ]
