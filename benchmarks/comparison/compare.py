@@ -60,7 +60,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
         progress = Progress(schedule)
         try:
-            with stop_signals(at_once=True):
+            with stop_signals(at_once=True), progress:
                 record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
                 write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
@@ -95,7 +95,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
-            with stop_signals(at_once=True):
+            with stop_signals(at_once=True), progress:
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Interrupted as stop:
             return _stopped(stop, config.out, command, progress)

@@ -42,7 +42,7 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
         check_resumable(runs, corpus.digest)
         progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
         try:
-            with stop_signals(at_once=True):
+            with stop_signals(at_once=True), progress:
                 failures = train_runs(runs, progress, logs=logs, jobs=at_once)
         except Interrupted as stop:
             conclude(runs, config.out)

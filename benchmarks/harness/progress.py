@@ -1,15 +1,19 @@
 """Progress over a list of tasks of different kinds: how much is done, and when the rest will be."""
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from ...train.progress import duration
 
-__all__ = ["Progress", "Schedule", "Task"]
+__all__ = ["Progress", "Schedule", "StatusLine", "Task"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,48 @@ class Schedule:
         return total
 
 
+class StatusLine:
+    """The last line of a terminal, which renews itself while it is entered; elsewhere nothing is shown in it.
+
+    Only what is shown renews it: no thread of its own disturbs what is being measured.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Takes the stream that is written to, standard error when not given."""
+        self._stream = sys.stderr if stream is None else stream
+        console = Console(file=self._stream, force_terminal=self._stream.isatty(), highlight=False)
+        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+
+    def __enter__(self) -> Self:
+        if self.is_live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.is_live:
+            self._live.stop()
+
+    def show(self, text: str) -> None:
+        """Shows a text until the next one; an empty one makes room for what others print."""
+        if self.is_live:
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        if self.is_live:
+            self._live.console.print(Text(text), soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
 class Progress:
-    """Shows a schedule: one line that renews itself on a terminal, plain lines now and then elsewhere."""
+    """Shows a schedule: one line that renews itself on a terminal, plain lines now and then elsewhere.
+
+    It must be entered, and gives the terminal's last line back when it is left.
+    """
 
     def __init__(
         self,
@@ -96,17 +140,24 @@ class Progress:
         every: float = 30.0,
     ) -> None:
         self.schedule = schedule
-        self._stream = sys.stderr if stream is None else stream
-        self._is_terminal = self._stream.isatty()
+        self._line = StatusLine(stream)
         self._clock = clock
         self._every = every
         self._begin = self._last = clock()
         self._begins: dict[str, float] = {}
 
+    def __enter__(self) -> Self:
+        self._line.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._line.__exit__(kind, error, trace)
+
     def say(self, text: str) -> None:
         """Writes a line that stays."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
+        self._line.say(text)
 
     def skip(self, name: str, why: str) -> None:
         """Takes a task out of the schedule and says so."""
@@ -122,31 +173,22 @@ class Progress:
         """Renews the line; away from a terminal, writes one every `every` seconds."""
         now = self._clock()
         self.schedule.update(name, now - self._begins[name], fraction)
-        if self._is_terminal:
-            self._clear()
-            line = f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}"
-            self._stream.write(line[: _columns()])
-            self._stream.flush()
+        text = f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}"
+        if self._line.is_live:
+            self._line.show(text)
         elif now - self._last >= self._every:
             self._last = now
-            print(f"{self.schedule.done:>7}  {name} {detail}  {self._times(now)}", file=self._stream, flush=True)
+            self.say(text)
 
     def finish(self, name: str, result: str) -> None:
         """Ends a task with a line that stays."""
         now = self._clock()
         self.schedule.finish(name, now - self._begins.pop(name))
         self._last = now
+        self._line.show("")
         self.say(f"{self.schedule.done:>7}  {name}: {result}  {self._times(now)}")
 
     def _times(self, now: float) -> str:
         left = self.schedule.remaining()
         ahead = "" if left is None else f", about {duration(left)} left" if left >= 0.5 else ""
         return f"[{duration(now - self._begin)}{ahead}]"
-
-    def _clear(self) -> None:
-        if self._is_terminal:
-            self._stream.write("\r\x1b[2K")
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size().columns - 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from ...train.runtime import is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict
 from ..config import KernelsConfig
 from ..harness.folder import append_jsonl, folder_for
+from ..harness.progress import StatusLine
 from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
@@ -59,7 +59,7 @@ def bench_kernels(config: KernelsConfig, *, command: Sequence[str]) -> int:
     for name in names:
         if name not in ops.OPS:
             raise ValueError(f"unknown operation {name!r}{nearest(name, ops.OPS)}")
-    with folder_for(config.out, fresh=False) as logs, _threads_left_as_they_are():
+    with folder_for(config.out, fresh=False) as logs, _threads_left_as_they_are(), StatusLine() as status:
         keep_freed_memory()
         verdict = apply_verdict()
         if config.threads is not None:
@@ -72,10 +72,11 @@ def bench_kernels(config: KernelsConfig, *, command: Sequence[str]) -> int:
         print(f"one thread takes {1e-9 / seconds_per_exp():.2f} G exponentials a second")
         print(f"{textwrap.fill(_MEANING, 120)}\n")
         try:
-            _print(_COLUMNS)
-            for row in operation_rows(names, config, threads):
+            print(_line(_COLUMNS), flush=True)
+            for row in operation_rows(names, config, threads, status):
                 append_jsonl(path, {**row, "provenance": where})
-                _print(_cells(row))
+                status.show("")
+                print(_line(_cells(row)), flush=True)
             if config.models:
                 print()
                 for row in model_rows(threads=threads, time_box=config.time_box, logs=logs):
@@ -97,8 +98,13 @@ def _threads_left_as_they_are() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def operation_rows(names: Sequence[str], config: KernelsConfig, threads: int) -> Iterator[dict[str, Any]]:
-    """Measures every operation: each size, forward alone and with backward, on one thread and on all."""
+def operation_rows(
+    names: Sequence[str], config: KernelsConfig, threads: int, status: StatusLine
+) -> Iterator[dict[str, Any]]:
+    """Measures every operation: each size, forward alone and with backward, on one thread and on all.
+
+    `status` shows on a terminal what is going on.
+    """
     compiler = Compiler(config.compile_box)
     for name in names:
         for case in cases(name, config):
@@ -108,6 +114,8 @@ def operation_rows(names: Sequence[str], config: KernelsConfig, threads: int) ->
             for backward in (False, True):
                 for n in sorted({1, threads}):
                     torch.set_num_threads(n)
+                    passes = "forward and backward" if backward else "forward"
+                    status.show(f"{case.op} {case.shape}, {passes}, {n} threads ...")
                     yield _row(case, racing, config, compiler, backward=backward, threads=n)
 
 
@@ -120,7 +128,6 @@ def _row(
     backward: bool,
     threads: int,
 ) -> dict[str, Any]:
-    _say(f"{case.op} {case.shape}, {'forward and backward' if backward else 'forward'}, {threads} threads ...")
     works = {name: one_pass(one, backward) for name, one in racing.items()}
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(), record_backends() as used:
@@ -200,18 +207,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 _WIDTHS = (20, 24, 7, 7, 9, 9, 7, 8, 10, 7, 9)
 
 
-def _print(cells: Sequence[str]) -> None:
+def _line(cells: Sequence[str]) -> str:
     words = {0, 1, 2, 5}
-    _say("")
     padded = (c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(cells, _WIDTHS, strict=True)))
-    print(" ".join(padded).rstrip(), flush=True)
-
-
-def _say(text: str) -> None:
-    """Shows on a terminal what is going on, in a line that the next row takes the place of."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[2K{text}")
-        sys.stderr.flush()
+    return " ".join(padded).rstrip()
 
 
 def _document(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], threads: int) -> str:

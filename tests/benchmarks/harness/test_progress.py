@@ -1,7 +1,8 @@
 import io
+import re
 
 import pytest
-from crossover.benchmarks.harness.progress import Progress, Schedule, Task
+from crossover.benchmarks.harness.progress import Progress, Schedule, StatusLine, Task
 
 
 def tasks() -> list[Task]:
@@ -42,34 +43,101 @@ def test_nothing_is_left_at_the_end() -> None:
     assert schedule.remaining() == 0
 
 
-class _Terminal(io.StringIO):
+class Terminal(io.StringIO):
+    """A terminal: `screen` is what its reader sees of what was written, wherever the cursor went meanwhile."""
+
     def isatty(self) -> bool:
         return True
 
+    @property
+    def screen(self) -> list[str]:
+        rows, row, column = [""], 0, 0
+        for code, character in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|(.)", self.getvalue(), re.DOTALL):
+            if code == "2K":
+                rows[row] = ""
+            elif code.endswith("A"):
+                row -= int(code[:-1] or 1)
+            elif character == "\r":
+                column = 0
+            elif character == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row == len(rows))
+            elif character:
+                rows[row] = rows[row][:column].ljust(column) + character + rows[row][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in rows]
 
-def shown(stream: io.StringIO) -> str:
+
+@pytest.fixture(autouse=True)
+def _usual_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+
+
+def work(stream: io.StringIO) -> None:
     now = iter(range(0, 1000, 10))
-    progress = Progress(
-        Schedule(tasks(), known=frozenset({"cell"})), stream=stream, clock=lambda: float(next(now)), every=25
-    )
-    progress.begin("a")
-    for i in range(1, 5):
-        progress.update("a", i / 5, f"step {i}/5")
-    progress.finish("a", "2.100 bits per byte")
-    return stream.getvalue()
+    schedule = Schedule(tasks(), known=frozenset({"cell"}))
+    with Progress(schedule, stream=stream, clock=lambda: float(next(now)), every=25) as progress:
+        progress.say("[not] markup")
+        progress.begin("a")
+        for i in range(1, 5):
+            progress.update("a", i / 5, f"step {i}/5")
+        progress.finish("a", "2.100 bits per byte")
 
 
 def test_plain_output_has_few_lines_and_no_control_characters() -> None:
-    text = shown(io.StringIO())
+    stream = io.StringIO()
+    work(stream)
+    text = stream.getvalue()
     assert "\x1b" not in text
     assert "\r" not in text
-    assert 2 <= text.count("\n") <= 4
-    assert "a: 2.100 bits per byte" in text
-    assert "left]" in text
+    assert text.splitlines() == [
+        "[not] markup",
+        "    0/3  a step 1/5  [30 s, about 6:30 min left]",
+        "    0/3  a step 4/5  [1:00 min, about 3:30 min left]",
+        "    1/3  a: 2.100 bits per byte  [1:10 min, about 3:10 min left]",
+    ]
+
+
+def test_a_terminal_that_knows_no_control_characters_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    work(stream)
+    assert "\x1b" not in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 4
 
 
 def test_a_terminal_sees_one_line_that_renews_itself() -> None:
-    text = shown(_Terminal())
-    assert text.count("\n") == 1
-    assert "step 4/5" in text
-    assert text.count("\r\x1b[2K") >= 5
+    stream = Terminal()
+    work(stream)
+    shown = stream.getvalue()
+    assert all(f"step {i}/5" in shown for i in range(1, 5))
+    assert [line for line in stream.screen if line] == [
+        "[not] markup", "    1/3  a: 2.100 bits per byte  [1:10 min, about 3:10 min left]"
+    ]  # fmt: skip
+
+
+def test_the_line_is_as_wide_as_the_terminal_and_goes_at_the_end() -> None:
+    stream = Terminal()
+    with StatusLine(stream) as line:
+        line.say("stays")
+        line.show("x" * 100)
+        assert [len(row) for row in stream.screen] == [5, 60]
+        line.say("stays, too")
+        line.show("short")
+        assert stream.screen == ["stays", "stays, too", "short"]
+    assert [row for row in stream.screen if row] == ["stays", "stays, too"]
+
+
+def test_a_command_that_is_stopped_leaves_the_cursor_as_it_was() -> None:
+    stream = Terminal()
+
+    def be_stopped() -> None:
+        with StatusLine(stream) as line:
+            line.show("at work")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_stopped()
+    assert stream.getvalue().rfind("?25h") > stream.getvalue().rfind("?25l")
+    assert not any(stream.screen)
