@@ -53,7 +53,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print("\nEach run can be repeated by hand, for example:")
         print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
 
-        labels = {one.arch: one.label for one in sizes.values()}
+        labels = {sized.arch: sized.label for sized in sizes.values()}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         write_json(config.out / "compare.json", record)
         tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
@@ -90,7 +90,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
-        labels = {one.arch: one.label for one in sizes}
+        labels = {sized.arch: sized.label for sized in sizes}
         record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
@@ -190,16 +190,16 @@ def print_sizes(sizes: Sequence[SizedArch]) -> None:
         ("arch", "d_model", "layers", "params", "active", "training FLOPs/token", "state", "lr"),
         [
             (
-                one.label,
-                str(one.config.d_model),
-                str(one.config.n_layers),
-                f"{one.n_params:,}",
-                f"{one.n_active_params:,}",
-                f"{one.flops_per_token:.3g}",
-                format_bytes(one.state_bytes),
-                f"{one.lr:g}",
+                sized.label,
+                str(sized.config.d_model),
+                str(sized.config.n_layers),
+                f"{sized.n_params:,}",
+                f"{sized.n_active_params:,}",
+                f"{sized.flops_per_token:.3g}",
+                format_bytes(sized.state_bytes),
+                f"{sized.lr:g}",
             )
-            for one in sizes
+            for sized in sizes
         ],
     )
 
@@ -228,8 +228,8 @@ def _print_headline(out: Path) -> None:
 
 
 def _print_failures(failed: Sequence[Failure]) -> None:
-    for one in failed:
-        print(f"crossover: {one.name}: failed: {one.reason} (log: {one.log})", file=sys.stderr)
+    for cell in failed:
+        print(f"crossover: {cell.name}: failed: {cell.reason} (log: {cell.log})", file=sys.stderr)
 
 
 def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -> dict[str, Any]:

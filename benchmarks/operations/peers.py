@@ -38,7 +38,7 @@ _BURST = 0.3
 """Seconds of a turn, unless one training step takes longer."""
 _MIN_TURNS = 3
 _SLOW = 10.0
-"""Seconds of a turn of theirs from which on it is the only one; the others do not wait for it again."""
+"""A turn of Hugging Face's that takes more seconds than this is its only one; the others do not wait for it again."""
 _DEADLINE = 60.0
 """Seconds without an answer after which a model leaves the race."""
 PEERS = {
@@ -83,7 +83,7 @@ def race_rows(order: Mapping[str, Any], *, time_box: float, logs: Path) -> list[
             for who, keeps in _CONTESTANTS
         ]
         _race(racing, time_box=time_box)
-    return [one.row(racing[0].seconds) for one in racing]
+    return [contestant.row(racing[0].seconds) for contestant in racing]
 
 
 def _race(contestants: Sequence[_Contestant], *, time_box: float) -> None:
@@ -91,20 +91,20 @@ def _race(contestants: Sequence[_Contestant], *, time_box: float) -> None:
 
     The first turn loads what long sequences need, and counts for none but the slow of theirs, who get no other.
     """
-    for one in contestants:
-        one.get_ready()
+    for contestant in contestants:
+        contestant.get_ready()
     _take_turns(contestants)
-    racing = [one for one in contestants if one.error is None and not one.is_slow]
-    for one in racing:
-        one.seconds.clear()
+    racing = [contestant for contestant in contestants if contestant.error is None and not contestant.is_slow]
+    for contestant in racing:
+        contestant.seconds.clear()
     for _ in rounds(time_box * len(racing), least=_MIN_TURNS):
         _take_turns(racing)
 
 
 def _take_turns(racing: Sequence[_Contestant]) -> None:
-    for one in racing:
-        if one.error is None:
-            one.take_turn()
+    for contestant in racing:
+        if contestant.error is None:
+            contestant.take_turn()
 
 
 class _Contestant:
