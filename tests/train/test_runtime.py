@@ -184,6 +184,7 @@ def _in_a_new_process(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result(timeout=60)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_where_it_is_safe(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
@@ -203,6 +204,7 @@ def test_a_second_signal_stops_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_where_stopping_is_always_safe_every_signal_raises_at_once(signum: signal.Signals, code: int) -> None:
     before = signal.getsignal(signum)

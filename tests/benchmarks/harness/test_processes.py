@@ -63,6 +63,7 @@ def is_running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_commands_are_asked_to_stop_and_may_save(
     signum: signal.Signals, module: Callable[[str], str], tmp_path: Path
@@ -84,6 +85,7 @@ def test_a_command_that_does_not_stop_is_killed(module: Callable[[str], str], tm
     assert child.returncode == -signal.SIGKILL
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_kills_all_commands_at_once(module: Callable[[str], str], tmp_path: Path) -> None:
     logs = [tmp_path / "first", tmp_path / "second"]
     children = [start(module(STUBBORN), threads=None, log=log) for log in logs]

@@ -120,6 +120,7 @@ def test_without_a_model_of_ours_theirs_are_measured_and_without_theirs_ours(
     assert ours["tokens_per_second"] == 16.0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_race_that_is_stopped_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, children: list[Child]
 ) -> None:
