@@ -26,6 +26,9 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _TICK = 0.5
 """Seconds between two calls of what a caller does while it waits."""
 
+_UNKNOWN = 255
+"""Exit code of a child whose server has died, which may itself live on."""
+
 
 class Child:
     """A process that does one piece of work and talks with this one meanwhile, in whole Python objects.
@@ -110,7 +113,7 @@ class Child:
 
     def kill(self) -> None:
         """Ends the child at once, with all that it has started."""
-        if self._process.is_alive():
+        if self._process.is_alive() or self._process.exitcode == _UNKNOWN:
             assert self._process.pid is not None
             with contextlib.suppress(ProcessLookupError):  # it does not lead its session yet
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -202,6 +202,21 @@ def test_what_a_child_has_started_does_not_outlive_its_end_or_hold_the_line(tmp_
     wait_for_end(int(log.read_text().split()[1]))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux only")
+def test_a_child_whose_server_is_killed_has_ended_and_the_next_one_is_none_the_worse(tmp_path: Path) -> None:
+    with Child(
+        Script("parent.send((os.getpid(), os.getppid()))", "time.sleep(60)"), None, log=tmp_path / "log"
+    ) as child:
+        pid, server = child.receive(timeout=20)
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(EOFError):
+            child.receive(timeout=20)
+        assert child.join() != 0
+    wait_for_end(pid)
+    with Child(Script("parent.send(1)"), None, log=tmp_path / "log") as child:
+        assert child.receive(timeout=20) == 1
+
+
 def test_of_several_children_those_that_speak_or_end_are_ready(tmp_path: Path) -> None:
     scripts = (Script("parent.send('word')", "time.sleep(60)"), Script(), Script("time.sleep(60)"))
     with contextlib.ExitStack() as alive:
