@@ -43,9 +43,34 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
         other.result()
 
 
+_TYPES = {torch.float32: ("<f4", 4), torch.bool: ("|b1", 1)}
+"""NumPy's name and the bytes of a number: all that kernels take."""
+
+
+class _Memory:
+    """Memory of a tensor under NumPy's array interface, which keeps the tensor alive as long as an array looks at it.
+
+    Not `Tensor.numpy`, after which the memory could never be given back: FSDP2 does that with every gathered weight.
+    `numpy.from_dlpack` would do, but takes longer, and what older versions give with it must not be written to.
+    """
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, x: Tensor) -> None:
+        name, n = _TYPES[x.dtype]
+        self.tensor = x
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": name,
+            "shape": tuple(x.shape),
+            "strides": None if x.is_contiguous() else tuple([n * stride for stride in x.stride()]),
+            "data": (x.data_ptr(), False),  # not read-only
+        }
+
+
 def as_array(x: Tensor) -> np.ndarray:
     """The tensor's memory, as kernels take it: copied only if its last axis is not contiguous."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).detach().numpy()
+    return np.asarray(_Memory((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()))
 
 
 def rows(x: Tensor) -> Tensor:
