@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .parallel import as_array, run
+from .parallel import run
 from .simd import LANES, STATES, TILE, Floats1, Floats2, called, kernel, load, load_first, store, store_first
 
 SUM_WIDTH = 4096
@@ -127,5 +127,5 @@ def sum_parts(first: int, last: int, parts: Floats2, result: Floats1) -> None:
 def sum_of(parts: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order."""
     result = torch.empty(parts[0].numel())
-    run(sum_parts, -(-len(result) // SUM_WIDTH), as_array(parts.flatten(1)), as_array(result))
+    run(sum_parts, -(-len(result) // SUM_WIDTH), parts.flatten(1), result)
     return result.view(parts.shape[1:])

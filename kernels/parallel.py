@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import forced_backend
+from .operators import kernels_run
 
 SMALL = 1 << 16
 """Numbers up to which PyTorch's own elementwise operations cost less than one call of a kernel."""
@@ -30,7 +31,13 @@ def _threads(process: int, n_threads: int) -> ThreadPoolExecutor:
 
 
 def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
-    """Calls kernel(first, last, *arguments) on ranges that make up 0 .. n_tasks, on torch.get_num_threads() threads."""
+    """Calls kernel(first, last, *arguments) on ranges that make up 0 .. n_tasks, on torch.get_num_threads() threads.
+
+    Tensors become arrays over their memory; of those that a kernel writes to, the last axis must be contiguous.
+    """
+    if not kernels_run():
+        return
+    arguments = tuple([as_array(x) if isinstance(x, Tensor) else x for x in arguments])
     n_threads = min(torch.get_num_threads(), n_tasks)
     if n_threads <= 1:
         kernel(0, n_tasks, *arguments)

@@ -14,6 +14,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .operators import kernels_run, without_kernels
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
@@ -42,6 +44,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     if _launches is not None:
         _launches.append(Launch(kernel, arguments, options))
+    if not kernels_run():
         return
     # Triton 3.10 stops contracting to fused multiply-add unless asked
     kernel[grid](*arguments, **options, enable_fp_fusion=True)
@@ -53,7 +56,8 @@ def record_launches() -> Iterator[list[Launch]]:
     global _launches
     previous, _launches = _launches, []
     try:
-        yield _launches
+        with without_kernels():
+            yield _launches
     finally:
         _launches = previous
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported, forced_backend
-from ..parallel import as_array, is_small, run
+from ..operators import operator
+from ..parallel import is_small, run
 from . import torch_impl
 
 SHORT = 128
@@ -50,39 +51,31 @@ def _is_short(q: Tensor) -> bool:
     return is_small(q) or (q.shape[1] < SHORT and forced_backend() is None)
 
 
-@torch.library.custom_op("crossover::attention_cpu", mutates_args=(), device_types="cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o, (B, L, H, P), and log2 of the sum of a query's exponentials, (B, H, L)."""
     from . import cpu_kernels
 
     B, L, H, _ = q.shape
     o, lse = torch.empty(B, L, H, v.shape[3]), torch.empty(B, H, L)
-    run(cpu_kernels.forward, B * H, *map(as_array, (q, k, v)), scale, as_array(o), as_array(lse))
+    run(cpu_kernels.forward, B * H, q, k, v, scale, o, lse)
     return o, lse
 
 
-@_attention.register_fake
-def _(q, k, v, scale):
-    B, L, H, _ = q.shape
-    return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L)
+_attention = operator("attention_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::attention_cpu_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
+def backward(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, o: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from . import cpu_kernels
 
     grads = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-    inputs = *map(as_array, (q, k, v)), scale, *map(as_array, (o, lse, grad_o))
-    run(cpu_kernels.backward, k.shape[0] * k.shape[2], *inputs, *map(as_array, grads))
+    run(cpu_kernels.backward, k.shape[0] * k.shape[2], q, k, v, scale, o, lse, grad_o, *grads)
     return grads
 
 
-@_attention_backward.register_fake
-def _(grad_o, q, k, v, scale, o, lse):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_attention_backward = operator("attention_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:

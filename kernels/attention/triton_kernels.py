@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..dispatch import Unsupported
 from ..documents import tokens_since_start
+from ..operators import operator
 from ..triton_kernels import LOG2_E, launch
 
 MAX_WIDTH = 256
@@ -95,62 +96,6 @@ def _documents(
         key = (first_key - past)[:, None].expand(-1, L)
         first = key if first is None else torch.maximum(first, key)
     return None if first is None else first.clamp(min=-S).int().contiguous(), last
-
-
-@torch.library.custom_op("crossover::attention_triton", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    end: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, first, last, end, causal, window, scale)
-
-
-@_attention.register_fake
-def _(q, k, v, first, last, end, causal, window, scale):
-    B, L, H, _ = q.shape
-    return q.new_empty(B, L, H, v.shape[3]), q.new_empty(B, H, L, dtype=torch.float32)
-
-
-@torch.library.custom_op("crossover::attention_triton_backward", mutates_args=())
-def _attention_backward(
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-    end: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad_o, q, k, v, o, lse, first, last, end, causal, window, scale)
-
-
-@_attention_backward.register_fake
-def _(grad_o, q, k, v, o, lse, first, last, end, causal, window, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, first, last, end, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, first, last, end)
-
-
-def _backward(ctx, grad_o: Tensor, _: Tensor):
-    return *_attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *(None,) * 6
-
-
-_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -280,6 +225,22 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     P, PV = q.shape[3], v.shape[3]
     D, DV = (max(16, triton.next_power_of_2(width)) for width in (P, PV))
     return {"GROUP": q.shape[2] // k.shape[2], "P": P, "PV": PV, "D": D, "DV": DV, "CAUSAL": causal}
+
+
+_attention = operator("attention_triton", forward)
+_attention_backward = operator("attention_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, first, last, end, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, first, last, end)
+
+
+def _backward(ctx, grad_o: Tensor, _: Tensor):
+    return *_attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, run
+from ..operators import operator
+from ..parallel import run
 from . import torch_impl
 from .reference import ACTIVATIONS
 from .torch_impl import next_window
@@ -40,22 +41,19 @@ def causal_conv1d(
     return y.to(x.dtype), next_window(x, past, starts)
 
 
-@torch.library.custom_op("crossover::causal_conv1d_cpu", mutates_args=(), device_types="cpu")
-def _conv(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None) -> Tensor:
+def forward(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None) -> Tensor:
+    """y, (B, L, E); taps (K, E) are by lag."""
     from . import cpu_kernels
 
     y = torch.empty(x.shape)
-    run(cpu_kernels.forward, _n_tasks(x), *_inputs(x, past, taps, bias, silu, starts), as_array(y))
+    run(cpu_kernels.forward, _n_tasks(x), *_inputs(x, past, taps, bias, silu, starts), y)
     return y
 
 
-@_conv.register_fake
-def _(x, past, taps, bias, silu, starts):
-    return x.new_empty(x.shape)
+_conv = operator("causal_conv1d_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::causal_conv1d_cpu_backward", mutates_args=(), device_types="cpu")
-def _conv_backward(
+def backward(
     grad_y: Tensor, x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, past, taps and bias."""
@@ -64,15 +62,12 @@ def _conv_backward(
     (batch, _, E), K = x.shape, len(taps)
     grad_x, grad_past = torch.empty(x.shape), torch.empty(batch, K - 1, E)
     parts_taps, parts_bias = torch.empty(batch, K, E), torch.empty(batch, E)
-    outputs = map(as_array, (grad_x, grad_past, parts_taps, parts_bias))
-    inputs = _inputs(x, past, taps, bias, silu, starts)
-    run(cpu_kernels.backward, _n_tasks(x), as_array(grad_y), *inputs, *outputs)
+    outputs = (grad_x, grad_past, parts_taps, parts_bias)
+    run(cpu_kernels.backward, _n_tasks(x), grad_y, *_inputs(x, past, taps, bias, silu, starts), *outputs)
     return grad_x, grad_past, parts_taps.sum(0), parts_bias.sum(0)
 
 
-@_conv_backward.register_fake
-def _(grad_y, x, past, taps, bias, silu, starts):
-    return x.new_empty(x.shape), past.new_empty(past.shape), torch.empty_like(taps), x.new_empty(x.shape[2])
+_conv_backward = operator("causal_conv1d_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -101,4 +96,4 @@ def _inputs(
     """What both kernels take."""
     bias = torch.zeros(x.shape[2]) if bias is None else bias
     starts = torch.zeros(x.shape[:2], dtype=torch.bool) if starts is None else starts
-    return *map(as_array, (x, past, taps, bias)), silu, as_array(starts)
+    return x, past, taps, bias, silu, starts

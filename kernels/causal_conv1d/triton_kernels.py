@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import launch, silu, silu_slope
 from . import torch_impl
 from .reference import ACTIVATIONS
@@ -48,52 +49,6 @@ def causal_conv1d(
     y = _conv(x, past, taps, bias, activation == "silu", marks)
     before = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if past is None else past
     return y, next_window(x, before, starts)
-
-
-@torch.library.custom_op("crossover::causal_conv1d_triton", mutates_args=())
-def _conv(
-    x: Tensor, past: Tensor | None, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
-) -> Tensor:
-    return forward(x, past, taps, bias, silu, starts)
-
-
-@_conv.register_fake
-def _(x, past, taps, bias, silu, starts):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("crossover::causal_conv1d_triton_backward", mutates_args=())
-def _conv_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    past: Tensor | None,
-    taps: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backward(grad_y, x, past, taps, bias, silu, starts)
-
-
-@_conv_backward.register_fake
-def _(grad_y, x, past, taps, bias, silu, starts):
-    grad_past = x.new_empty(x.shape[0] if past is not None else 0, taps.shape[0] - 1, x.shape[2])
-    return x.new_empty(x.shape), grad_past, torch.empty_like(taps), taps.new_empty(x.shape[2])
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, past, taps, bias, ctx.silu, starts = inputs
-    ctx.save_for_backward(x, past, taps, bias, starts)
-
-
-def _backward(ctx, grad_y: Tensor):
-    x, past, taps, bias, starts = ctx.saved_tensors
-    grad_x, grad_past, grad_taps, grad_bias = _conv_backward(grad_y, x, past, taps, bias, ctx.silu, starts)
-    given = (grad_past if past is not None else None, grad_taps, grad_bias if bias is not None else None)
-    return grad_x, *given, None, None
-
-
-_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(E: int) -> dict[str, int]:
@@ -143,6 +98,25 @@ def backward(
     )
     sums = parts.sum(0).to(taps.dtype)
     return grad_x, grad_past, sums[:K].clone(), sums[K].clone()
+
+
+_conv = operator("causal_conv1d_triton", forward)
+_conv_backward = operator("causal_conv1d_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, past, taps, bias, ctx.silu, starts = inputs
+    ctx.save_for_backward(x, past, taps, bias, starts)
+
+
+def _backward(ctx, grad_y: Tensor):
+    x, past, taps, bias, starts = ctx.saved_tensors
+    grad_x, grad_past, grad_taps, grad_bias = _conv_backward(grad_y, x, past, taps, bias, ctx.silu, starts)
+    given = (grad_past if past is not None else None, grad_taps, grad_bias if bias is not None else None)
+    return grad_x, *given, None, None
+
+
+_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..autocast import product_dtype
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import launch
 
 MAX_GROUPS = 1023
@@ -36,45 +37,6 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         raise Unsupported("the kernels compute in float32, not float64")
     dtype = product_dtype(x)
     return _grouped_mm(x.to(dtype), weight.to(dtype), counts)
-
-
-@torch.library.custom_op("crossover::grouped_mm_triton", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return product(x, weight, counts)
-
-
-@_grouped_mm.register_fake
-def _(x, weight, counts):
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("crossover::grouped_mm_triton_backward", mutates_args=())
-def _grouped_mm_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, counts: Tensor, with_x: bool, with_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; empty where not asked for."""
-    return (
-        product(grad_y, weight, counts, transposed=True) if with_x else x.new_empty(0),
-        weight_gradient(grad_y, x, counts) if with_weight else weight.new_empty(0),
-    )
-
-
-@_grouped_mm_backward.register_fake
-def _(grad_y, x, weight, counts, with_x, with_weight):
-    return x.new_empty(x.shape if with_x else 0), weight.new_empty(weight.shape if with_weight else 0)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_y: Tensor):
-    wanted = ctx.needs_input_grad[:2]
-    grads = _grouped_mm_backward(grad_y, *ctx.saved_tensors, *wanted)
-    return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), None
-
-
-_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(rows: int, columns: int, depth: int, dtype: torch.dtype, by_vectors: bool) -> dict[str, int]:
@@ -142,6 +104,38 @@ def bounds(counts: Tensor, block: int) -> Tensor:
     block_g = triton.next_power_of_2(G + 1)
     launch(_bounds_kernel, (1,), counts.contiguous(), found, G, BLOCK_M=block, BLOCK_G=block_g, num_warps=4)
     return found
+
+
+def forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """y, (T, F)."""
+    return product(x, weight, counts)
+
+
+def backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, counts: Tensor, with_x: bool, with_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; empty where not asked for."""
+    return (
+        product(grad_y, weight, counts, transposed=True) if with_x else x.new_empty(0),
+        weight_gradient(grad_y, x, counts) if with_weight else weight.new_empty(0),
+    )
+
+
+_grouped_mm = operator("grouped_mm_triton", forward)
+_grouped_mm_backward = operator("grouped_mm_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y: Tensor):
+    wanted = ctx.needs_input_grad[:2]
+    grads = _grouped_mm_backward(grad_y, *ctx.saved_tensors, *wanted)
+    return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), None
+
+
+_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import exp, launch
 from . import torch_impl
 
@@ -78,37 +79,6 @@ def _plain(x: Tensor) -> Tensor:
     return x.to(torch.complex64).resolve_conj().contiguous()
 
 
-@torch.library.custom_op("crossover::ssm_kernel_triton", mutates_args=())
-def _kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
-    return kernel_forward(A, C, length)
-
-
-@_kernel.register_fake
-def _(A, C, length):
-    return A.new_empty(A.shape[0], length, dtype=torch.float32)
-
-
-@torch.library.custom_op("crossover::ssm_kernel_triton_backward", mutates_args=())
-def _kernel_backward(grad: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    return kernel_backward(grad, A, C)
-
-
-@_kernel_backward.register_fake
-def _(grad, A, C):
-    return torch.empty_like(A), torch.empty_like(C)
-
-
-def _kernel_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _kernel_gradients(ctx, grad: Tensor):
-    return *_kernel_backward(grad, *ctx.saved_tensors), None
-
-
-_kernel.register_autograd(_kernel_gradients, setup_context=_kernel_setup)
-
-
 def kernel_forward(A: Tensor, C: Tensor, length: int) -> Tensor:
     """K, (E, L)."""
     E, N = A.shape
@@ -144,6 +114,21 @@ def kernel_backward(grad: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]
         num_warps=max(1, block // 16),
     )
     return (2 * C * timed.sum(0)).conj().resolve_conj(), (2 * sums.sum(0)).conj().resolve_conj()
+
+
+_kernel = operator("ssm_kernel_triton", kernel_forward)
+_kernel_backward = operator("ssm_kernel_triton_backward", kernel_backward)
+
+
+def _kernel_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _kernel_gradients(ctx, grad: Tensor):
+    return *_kernel_backward(grad, *ctx.saved_tensors), None
+
+
+_kernel.register_autograd(_kernel_gradients, setup_context=_kernel_setup)
 
 
 @triton.jit
@@ -250,50 +235,6 @@ def products_win(batch: int, length: int, dtype: torch.dtype) -> bool:
     return 6 * dtype.itemsize + flops / 100 <= 104
 
 
-@torch.library.custom_op("crossover::long_conv_triton", mutates_args=())
-def _conv(x: Tensor, kernel: Tensor, D: Tensor | None) -> Tensor:
-    return conv_forward(x, kernel, D)
-
-
-@_conv.register_fake
-def _(x, kernel, D):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("crossover::long_conv_triton_backward", mutates_args=())
-def _conv_backward(
-    grad: Tensor, x: Tensor, kernel: Tensor, D: Tensor | None, with_x: bool, with_kernel: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the kernel; empty where not asked for."""
-    grad = grad.contiguous()
-    return (
-        input_gradient(grad, kernel, D) if with_x else x.new_empty(0),
-        kernel_gradient(grad, x) if with_kernel else kernel.new_empty(0),
-    )
-
-
-@_conv_backward.register_fake
-def _(grad, x, kernel, D, with_x, with_kernel):
-    return x.new_empty(x.shape if with_x else 0), kernel.new_empty(kernel.shape if with_kernel else 0)
-
-
-def _conv_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _conv_gradients(ctx, grad: Tensor):
-    with_x, with_kernel, with_D = ctx.needs_input_grad
-    grad_x, grad_kernel = _conv_backward(grad, *ctx.saved_tensors, with_x, with_kernel or with_D)
-    return (
-        grad_x if with_x else None,
-        grad_kernel if with_kernel else None,
-        grad_kernel[:, 0].clone() if with_D else None,  # the skip connection is a part of the first tap
-    )
-
-
-_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
-
-
 def most_columns(dtype: torch.dtype) -> int:
     """Columns for which the registers suffice. Float32, and float16 as float32, is multiplied in more parts."""
     return 128 if dtype == torch.bfloat16 else 64
@@ -361,6 +302,38 @@ def kernel_gradient(grad: Tensor, x: Tensor) -> Tensor:
     taps = sums[:, :, 1]
     taps[:, :-1] += sums[:, 1:, 0]
     return taps.flatten(1)[:, :L].contiguous()
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, D: Tensor | None, with_x: bool, with_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the kernel; empty where not asked for."""
+    grad = grad.contiguous()
+    return (
+        input_gradient(grad, kernel, D) if with_x else x.new_empty(0),
+        kernel_gradient(grad, x) if with_kernel else kernel.new_empty(0),
+    )
+
+
+_conv = operator("long_conv_triton", conv_forward)
+_conv_backward = operator("long_conv_triton_backward", conv_backward)
+
+
+def _conv_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx, grad: Tensor):
+    with_x, with_kernel, with_D = ctx.needs_input_grad
+    grad_x, grad_kernel = _conv_backward(grad, *ctx.saved_tensors, with_x, with_kernel or with_D)
+    return (
+        grad_x if with_x else None,
+        grad_kernel if with_kernel else None,
+        grad_kernel[:, 0].clone() if with_D else None,  # the skip connection is a part of the first tap
+    )
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 
 @triton.jit
@@ -459,52 +432,6 @@ def ssm_scan(
     return _scan(u.contiguous(), _plain(A), _plain(C), D, _plain(initial_state), starts)
 
 
-@torch.library.custom_op("crossover::ssm_scan_triton", mutates_args=())
-def _scan(
-    u: Tensor, A: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return scan_forward(u, A, C, D, initial_state, starts)
-
-
-@_scan.register_fake
-def _(u, A, C, D, initial_state, starts):
-    return u.new_empty(u.shape), initial_state.new_empty(initial_state.shape)
-
-
-@torch.library.custom_op("crossover::ssm_scan_triton_backward", mutates_args=())
-def _scan_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    A: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return scan_backward(grad_y, grad_state, u, A, C, D, initial_state, starts)
-
-
-@_scan_backward.register_fake
-def _(grad_y, grad_state, u, A, C, D, initial_state, starts):
-    grad_D = u.new_empty(u.shape[2], dtype=torch.float32)
-    return u.new_empty(u.shape), *(t.new_empty(t.shape) for t in (A, C)), grad_D, torch.empty_like(initial_state)
-
-
-def _scan_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(True)
-
-
-def _scan_gradients(ctx, grad_y: Tensor, grad_state: Tensor):
-    inputs = ctx.saved_tensors
-    grad_u, grad_A, grad_C, grad_D, grad_initial = _scan_backward(grad_y, grad_state, *inputs)
-    return grad_u, grad_A, grad_C, None if inputs[3] is None else grad_D, grad_initial, None
-
-
-_scan.register_autograd(_scan_gradients, setup_context=_scan_setup)
-
-
 def configuration(batch: int, E: int, N: int) -> dict[str, int]:
     """Layout of the kernels: up to eight states in a thread, fewer where there are not enough threads otherwise.
 
@@ -582,6 +509,24 @@ def _walk(
 
 def _marks(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.contiguous().view(torch.int8)
+
+
+_scan = operator("ssm_scan_triton", scan_forward)
+_scan_backward = operator("ssm_scan_triton_backward", scan_backward)
+
+
+def _scan_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(True)
+
+
+def _scan_gradients(ctx, grad_y: Tensor, grad_state: Tensor):
+    inputs = ctx.saved_tensors
+    grad_u, grad_A, grad_C, grad_D, grad_initial = _scan_backward(grad_y, grad_state, *inputs)
+    return grad_u, grad_A, grad_C, None if inputs[3] is None else grad_D, grad_initial, None
+
+
+_scan.register_autograd(_scan_gradients, setup_context=_scan_setup)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, run
+from ..operators import operator
+from ..parallel import run
 from . import torch_impl
 from .gradients import register_gradients, weight_gradient
 
@@ -39,8 +40,7 @@ def lstm_scan(
     return y.to(gates.dtype), state
 
 
-@torch.library.custom_op("crossover::lstm_scan_cpu", mutates_args=(), device_types="cpu")
-def _scan(
+def forward(
     gates: Tensor, weight: Tensor, initial_state: Tensor, starts: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, (B, L, E); the final state, (B, 2, E); activated gates, (B, L, 4, E), and cells, (B, L, E), if `keep`."""
@@ -52,19 +52,14 @@ def _scan(
     activated, cells = torch.empty(kept, L, 4, E), torch.empty(kept, L, E)
     inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, _never_if_none(starts, gates))
     n_tasks = -(-batch // cpu_kernels.ROWS)
-    run(cpu_kernels.forward, n_tasks, *map(as_array, (*inputs, y, state, activated, cells)))
+    run(cpu_kernels.forward, n_tasks, *inputs, y, state, activated, cells)
     return y, state, activated, cells
 
 
-@_scan.register_fake
-def _(gates, weight, initial_state, starts, keep):
-    (batch, L, _), E = gates.shape, weight.shape[1]
-    kept = batch if keep else 0
-    return tuple(gates.new_empty(shape) for shape in ((batch, L, E), (batch, 2, E), (kept, L, 4, E), (kept, L, E)))
+_scan = operator("lstm_scan_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::lstm_scan_cpu_backward", mutates_args=(), device_types="cpu")
-def _scan_backward(
+def backward(
     grad_y: Tensor,
     grad_state: Tensor,
     weight: Tensor,
@@ -81,14 +76,12 @@ def _scan_backward(
     grad_gates, grad_initial_state = torch.empty(batch, L, 4, E), torch.empty(batch, 2, E)
     inputs = (grad_y, grad_state, _by_gates(weight), initial_state, _never_if_none(starts, y), activated, cells)
     n_tasks = -(-batch // cpu_kernels.ROWS)
-    run(cpu_kernels.backward, n_tasks, *map(as_array, (*inputs, grad_gates, grad_initial_state)))
+    run(cpu_kernels.backward, n_tasks, *inputs, grad_gates, grad_initial_state)
     grad_gates = grad_gates.flatten(2)
     return grad_gates, weight_gradient(grad_gates, y, initial_state, starts), grad_initial_state
 
 
-@_scan_backward.register_fake
-def _(grad_y, grad_state, weight, initial_state, starts, y, activated, cells):
-    return y.new_empty(activated.flatten(2).shape), torch.empty_like(weight), torch.empty_like(initial_state)
+_scan_backward = operator("lstm_scan_cpu_backward", backward, device_types="cpu")
 
 
 register_gradients(_scan, _scan_backward)

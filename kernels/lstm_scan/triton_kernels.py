@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import exp, launch, sigmoid
 from . import torch_impl
 from .gradients import register_gradients, weight_gradient
@@ -47,44 +48,6 @@ def lstm_scan(
         initial_state = torch.zeros(batch, 2, E, device=gates.device)
     y, state, _, _ = _scan(gates.contiguous(), weight.to(gates.dtype), initial_state.float(), starts, keep)
     return y, state
-
-
-@torch.library.custom_op("crossover::lstm_scan_triton", mutates_args=())
-def _scan(
-    gates: Tensor, weight: Tensor, initial_state: Tensor, starts: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(gates, weight, initial_state, starts, keep)
-
-
-@_scan.register_fake
-def _(gates, weight, initial_state, starts, keep):
-    (batch, L, _), E = gates.shape, weight.shape[1]
-    kept = batch if keep else 0
-    of_tokens = (initial_state.new_empty(shape) for shape in ((kept, L, 4 * E), (kept, L, E)))
-    return gates.new_empty(batch, L, E), initial_state.new_empty(batch, 2, E), *of_tokens
-
-
-@torch.library.custom_op("crossover::lstm_scan_triton_backward", mutates_args=())
-def _scan_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    weight: Tensor,
-    initial_state: Tensor,
-    starts: Tensor | None,
-    y: Tensor,
-    activated: Tensor,
-    cells: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_gates, grad_initial = backward(grad_y, grad_state, weight, initial_state, starts, activated, cells)
-    return grad_gates, weight_gradient(grad_gates, y, initial_state, starts), grad_initial
-
-
-@_scan_backward.register_fake
-def _(grad_y, grad_state, weight, initial_state, starts, y, activated, cells):
-    return y.new_empty(activated.shape), torch.empty_like(weight), initial_state.new_empty(initial_state.shape)
-
-
-register_gradients(_scan, _scan_backward)
 
 
 def configuration(E: int, itemsize: int) -> dict[str, int]:
@@ -139,6 +102,26 @@ def backward(
 
 def _marks(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.contiguous().view(torch.int8)
+
+
+def gradients(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    weight: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    activated: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gates, of the recurrent weight and of the initial state."""
+    grad_gates, grad_initial = backward(grad_y, grad_state, weight, initial_state, starts, activated, cells)
+    return grad_gates, weight_gradient(grad_gates, y, initial_state, starts), grad_initial
+
+
+_scan = operator("lstm_scan_triton", forward)
+_scan_backward = operator("lstm_scan_triton_backward", gradients)
+register_gradients(_scan, _scan_backward)
 
 
 @triton.jit

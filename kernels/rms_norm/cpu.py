@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, is_small, rows, run
+from ..operators import operator
+from ..parallel import is_small, rows, run
 from . import torch_impl
 
 
@@ -43,23 +44,19 @@ def _normed(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: i
     return y.view(x.shape).to(x.dtype)
 
 
-@torch.library.custom_op("crossover::rms_norm_cpu", mutates_args=(), device_types="cpu")
-def _norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
     """y, (T, D), and 1 / rms, (T, G)."""
     from . import cpu_kernels
 
     y, rstd = torch.empty(x.shape), torch.empty(x.shape[0], n_groups)
-    run(cpu_kernels.forward, _n_tasks(x), *map(as_array, (x, _gate(z, x), weight)), eps, as_array(y), as_array(rstd))
+    run(cpu_kernels.forward, _n_tasks(x), x, _gate(z, x), weight, eps, y, rstd)
     return y, rstd
 
 
-@_norm.register_fake
-def _(x, z, weight, eps, n_groups):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], n_groups)
+_norm = operator("rms_norm_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
-def _norm_backward(
+def backward(
     grad_y: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z (empty without a gate) and weight."""
@@ -67,14 +64,11 @@ def _norm_backward(
 
     grad_x, grad_z = torch.empty(x.shape), torch.empty(_gate(z, x).shape)
     parts = torch.empty(_n_tasks(x), x.shape[1])
-    arrays = (grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
-    run(cpu_kernels.backward, len(parts), *map(as_array, arrays))
+    run(cpu_kernels.backward, len(parts), grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
     return grad_x, grad_z, parts.sum(0)
 
 
-@_norm_backward.register_fake
-def _(grad_y, x, z, weight, rstd):
-    return x.new_empty(x.shape), x.new_empty(_gate(z, x).shape), torch.empty_like(weight)
+_norm_backward = operator("rms_norm_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:

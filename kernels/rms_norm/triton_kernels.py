@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..parallel import rows
 from ..triton_kernels import launch, silu, silu_slope
 
@@ -41,42 +42,6 @@ def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_gr
         raise Unsupported(f"a group of {weight.shape[0] // n_groups} channels is wider than {MAX_WIDTH}")
     y, _ = _norm(rows(x), None if z is None else rows(z), weight, eps, n_groups)
     return y.view(x.shape)
-
-
-@torch.library.custom_op("crossover::rms_norm_triton", mutates_args=())
-def _norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
-    return forward(x, z, weight, eps, n_groups)
-
-
-@_norm.register_fake
-def _(x, z, weight, eps, n_groups):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], n_groups, dtype=torch.float32)
-
-
-@torch.library.custom_op("crossover::rms_norm_triton_backward", mutates_args=())
-def _norm_backward(
-    grad_y: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad_y, x, z, weight, rstd)
-
-
-@_norm_backward.register_fake
-def _(grad_y, x, z, weight, rstd):
-    return x.new_empty(x.shape), x.new_empty(x.shape if z is not None else 0), torch.empty_like(weight)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, z, weight, _, _ = inputs
-    ctx.save_for_backward(x, z, weight, output[1])
-
-
-def _backward(ctx, grad_y: Tensor, _: Tensor):
-    x, z, weight, rstd = ctx.saved_tensors
-    grad_x, grad_z, grad_weight = _norm_backward(grad_y, x, z, weight, rstd)
-    return grad_x, None if z is None else grad_z, grad_weight, None, None
-
-
-_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(width: int) -> dict[str, int]:
@@ -118,6 +83,24 @@ def backward(
         **options,
     )
     return grad_x, grad_z, parts.sum(0).to(weight.dtype)
+
+
+_norm = operator("rms_norm_triton", forward)
+_norm_backward = operator("rms_norm_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, z, weight, _, _ = inputs
+    ctx.save_for_backward(x, z, weight, output[1])
+
+
+def _backward(ctx, grad_y: Tensor, _: Tensor):
+    x, z, weight, rstd = ctx.saved_tensors
+    grad_x, grad_z, grad_weight = _norm_backward(grad_y, x, z, weight, rstd)
+    return grad_x, None if z is None else grad_z, grad_weight, None, None
+
+
+_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

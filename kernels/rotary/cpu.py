@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, is_small, run
+from ..operators import operator
+from ..parallel import is_small, run
 from . import torch_impl
 
 
@@ -27,18 +28,16 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10_000.0) -> 
     return next(rotated), next(rotated)
 
 
-@torch.library.custom_op("crossover::rotary_cpu", mutates_args=(), device_types="cpu")
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, L, H, P) rotated by a table, (L, P/2) each."""
     from . import cpu_kernels
 
     y = torch.empty(x.shape)
-    run(cpu_kernels.rotate, x.shape[0] * x.shape[1], *map(as_array, (x, cos, sin, y)))
+    run(cpu_kernels.rotate, x.shape[0] * x.shape[1], x, cos, sin, y)
     return y
 
 
-@_rotated.register_fake
-def _(x, cos, sin):
-    return x.new_empty(x.shape)
+_rotated = operator("rotary_cpu", forward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:

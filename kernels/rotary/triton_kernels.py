@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import operator
 from ..triton_kernels import launch
 from . import torch_impl
 
@@ -20,28 +21,6 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10_000.0) -> 
 def _dense(x: Tensor) -> Tensor:
     """The tensor with its heads side by side, copied only where they are not."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-
-
-@torch.library.custom_op("crossover::rotary_triton", mutates_args=())
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return forward(x, cos, sin)
-
-
-@_rotated.register_fake
-def _(x, cos, sin):
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx, grad_y: Tensor):
-    cos, sin = ctx.saved_tensors
-    return _rotated(_dense(grad_y), cos, -sin), None, None
-
-
-_rotated.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(H: int, half: int) -> dict[str, int]:
@@ -59,6 +38,21 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     grid = (triton.cdiv(L, options["TOKENS"]), triton.cdiv(H, options["HEADS"]), batch)
     launch(_kernel, grid, x, cos, sin, y, L, H, P // 2, x.stride(0), x.stride(1), **options)
     return y
+
+
+_rotated = operator("rotary_triton", forward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, grad_y: Tensor):
+    cos, sin = ctx.saved_tensors
+    return _rotated(_dense(grad_y), cos, -sin), None, None
+
+
+_rotated.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -7,12 +7,12 @@ first needed: numba alone takes half a second.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, run
+from ..operators import operator
+from ..parallel import run
 from . import torch_impl
 from .gradients import register_gradients
 
@@ -49,8 +49,7 @@ def selective_scan(
     return y.to(u.dtype), state
 
 
-@torch.library.custom_op("crossover::selective_scan_cpu", mutates_args=(), device_types="cpu")
-def _scan(
+def forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -79,22 +78,19 @@ def _scan(
         blocks.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
-        *map(as_array, (_zeros_if_none(initial_state, batch, E, N), _never_if_none(starts, u), checkpoints, y, state)),
+        _zeros_if_none(initial_state, batch, E, N),
+        _never_if_none(starts, u),
+        checkpoints,
+        y,
+        state,
     )
     return y, state, checkpoints
 
 
-@_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, keep):
-    from . import cpu_kernels
-
-    (batch, L, E), N = u.shape, A.shape[1]
-    checkpoints = cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N)
-    return u.new_empty(batch, L, E), u.new_empty(batch, E, N), u.new_empty(checkpoints)
+_scan = operator("selective_scan_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
-def _scan_backward(
+def backward(
     grad_y: Tensor,
     grad_state: Tensor,
     u: Tensor,
@@ -129,17 +125,17 @@ def _scan_backward(
         blocks.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
-        *map(as_array, (_never_if_none(starts, u), checkpoints, grad_y, grad_state, *outputs)),
+        _never_if_none(starts, u),
+        checkpoints,
+        grad_y,
+        grad_state,
+        *outputs,
     )
     grad_A, grad_B, grad_C, grad_D, grad_bias = map(blocks.sum_of, (parts_A, parts_B, parts_C, parts_D, parts_bias))
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial_state
 
 
-@_scan_backward.register_fake
-def _(grad_y, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts, checkpoints):
-    batch, L, E = u.shape
-    shapes = (u.shape, u.shape, A.shape, B.shape, C.shape, (E,), (batch if z is not None else 0, L, E), (E,))
-    return *(u.new_empty(shape) for shape in shapes), u.new_empty(batch, *A.shape)
+_scan_backward = operator("selective_scan_cpu_backward", backward, device_types="cpu")
 
 
 register_gradients(_scan, _scan_backward)
@@ -147,10 +143,10 @@ register_gradients(_scan, _scan_backward)
 
 def _inputs(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
-) -> list[np.ndarray]:
+) -> tuple[Tensor, ...]:
     """What both kernels take first; an empty z means no gate."""
     E = u.shape[2]
-    tensors = (
+    return (
         u,
         delta,
         A,
@@ -160,7 +156,6 @@ def _inputs(
         u.new_empty(0, 0, 0) if z is None else z,
         _zeros_if_none(bias, E),
     )
-    return [as_array(t) for t in tensors]
 
 
 def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import LOG2_E, launch, sigmoid, silu, silu_slope, softplus
 from . import torch_impl
 from .gradients import register_gradients
@@ -69,61 +70,6 @@ def selective_scan(
     A, B, C, D, bias, h = (t if t is None else t.float().contiguous() for t in (A, B, C, D, delta_bias, initial_state))
     y, state, _ = _scan(u, delta, A, B, C, D, z, bias, delta_softplus, h, starts, keep)
     return y, state
-
-
-@torch.library.custom_op("crossover::selective_scan_triton", mutates_args=())
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    starts: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, keep)
-
-
-@_scan.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, keep):
-    (batch, L, E), N = u.shape, A.shape[1]
-    return u.new_empty(u.shape), A.new_empty(batch, E, N), A.new_empty(batch if keep else 0, -(-L // CHUNK), E, N)
-
-
-@torch.library.custom_op("crossover::selective_scan_triton_backward", mutates_args=())
-def _scan_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    starts: Tensor | None,
-    states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward(grad_y, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts, states)
-
-
-@_scan_backward.register_fake
-def _(grad_y, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, starts, states):
-    batch, _, E = u.shape
-    like_u = (u.new_empty(u.shape), delta.new_empty(u.shape))
-    grad_z = u.new_empty(u.shape if z is not None else 0)
-    per_channel = (A.new_empty(E), grad_z, A.new_empty(E))
-    return *like_u, *(A.new_empty(t.shape) for t in (A, B, C)), *per_channel, A.new_empty(batch, *A.shape)
-
-
-register_gradients(_scan, _scan_backward)
 
 
 def forward_configuration(E: int, N: int) -> dict[str, int]:
@@ -295,6 +241,13 @@ def _chain(
 
 
 # Register axes
+
+
+_scan = operator("selective_scan_triton", forward)
+_scan_backward = operator("selective_scan_triton_backward", backward)
+
+
+register_gradients(_scan, _scan_backward)
 
 
 @triton.jit

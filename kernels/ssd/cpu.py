@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, run
+from ..operators import operator
+from ..parallel import run
 from . import torch_impl
 
 
@@ -71,8 +72,7 @@ def _recurrence(
     return y.view(x.shape), state.view(initial_state.shape)
 
 
-@torch.library.custom_op("crossover::ssd_cpu", mutates_args=(), device_types="cpu")
-def _scan(
+def forward(
     drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, (B, L, G, E); final state, (B, G, E, N); the state before every CHUNK tokens in the kernels' layout."""
@@ -88,22 +88,22 @@ def _scan(
         batch * G * tasks_per_row,
         tasks_per_row,
         blocks.blocks_per_task(batch * G, E),
-        *map(as_array, (drive, decay, B, C, initial_state, checkpoints, y, state)),
+        drive,
+        decay,
+        B,
+        C,
+        initial_state,
+        checkpoints,
+        y,
+        state,
     )
     return y, state, checkpoints
 
 
-@_scan.register_fake
-def _(drive, decay, B, C, initial_state, keep):
-    from . import cpu_kernels
-
-    (batch, L, G, E), N = drive.shape, B.shape[3]
-    checkpoints = cpu_kernels.checkpoint_shape(batch * G if keep else 0, L, E, N)
-    return drive.new_empty(batch, L, G, E), drive.new_empty(batch, G, E, N), drive.new_empty(checkpoints)
+_scan = operator("ssd_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::ssd_cpu_backward", mutates_args=(), device_types="cpu")
-def _scan_backward(
+def backward(
     grad_y: Tensor, grad_state: Tensor, drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of drive, decay, B, C and the initial state."""
@@ -122,15 +122,20 @@ def _scan_backward(
         batch * G * tasks_per_row,
         tasks_per_row,
         blocks.blocks_per_task(batch * G, E),
-        *map(as_array, (drive, decay, B, C, checkpoints, grad_y, grad_state, *outputs)),
+        drive,
+        decay,
+        B,
+        C,
+        checkpoints,
+        grad_y,
+        grad_state,
+        *outputs,
     )
     grad_B, grad_C = (blocks.sum_of(parts.unflatten(0, (-1, batch))) for parts in (parts_B, parts_C))
     return grad_drive, grad_decay, grad_B, grad_C, grad_initial_state
 
 
-@_scan_backward.register_fake
-def _(grad_y, grad_state, drive, decay, B, C, checkpoints):
-    return tuple(t.new_empty(t.shape) for t in (drive, decay, B, C, grad_state))
+_scan_backward = operator("ssd_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..dispatch import Unsupported
 from ..documents import document_ids
+from ..operators import operator
 from ..triton_kernels import LOG2_E, launch, sigmoid, silu, silu_slope, softplus
 
 MAX_STATES = 256
@@ -83,72 +84,6 @@ def ssd(
 def _tokens(t: Tensor) -> Tensor:
     """The tensor with the numbers of a token side by side, copied only where it must be."""
     return t if t[0, 0].is_contiguous() else t.contiguous()
-
-
-@torch.library.custom_op("crossover::ssd_triton", mutates_args=())
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    ids: Tensor | None,
-    dt_softplus: bool,
-    chunk_len: int,
-) -> tuple[Tensor, Tensor]:
-    return forward(x, dt, A, B, C, D, z, dt_bias, initial_state, ids, dt_softplus, chunk_len)
-
-
-@_ssd.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, initial_state, ids, dt_softplus, chunk_len):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
-
-
-@torch.library.custom_op("crossover::ssd_triton_backward", mutates_args=())
-def _ssd_backward(
-    grad_y: Tensor,
-    grad_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    ids: Tensor | None,
-    dt_softplus: bool,
-    chunk_len: int,
-) -> list[Tensor]:
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, ids, dt_softplus, chunk_len)
-    return backward(grad_y, grad_state, *inputs)
-
-
-@_ssd_backward.register_fake
-def _(grad_y, grad_state, x, dt, A, B, C, D, z, dt_bias, initial_state, ids, dt_softplus, chunk_len):
-    return [t.new_empty(t.shape if t is not None else 0) for t in (x, dt, A, B, C, D, z, dt_bias, initial_state)]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.dt_softplus, ctx.chunk_len = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_y: Tensor | None, grad_state: Tensor | None):
-    tensors = ctx.saved_tensors
-    if grad_y is None:
-        grad_y = torch.zeros_like(tensors[0])
-    grads = _ssd_backward(grad_y, grad_state, *tensors, ctx.dt_softplus, ctx.chunk_len)
-    return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), None, None, None
-
-
-_ssd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def configuration(L: int, P: int, N: int, itemsize: int, chunk_len: int = 0) -> dict[str, int]:
@@ -343,6 +278,27 @@ def backward(
     )
     grad_B, grad_C = (t[0] if n_splits == 1 else t.sum(0).to(B.dtype) for t in (grad_B, grad_C))
     return [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial]
+
+
+_ssd = operator("ssd_triton", forward)
+_ssd_backward = operator("ssd_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.dt_softplus, ctx.chunk_len = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y: Tensor | None, grad_state: Tensor | None):
+    tensors = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(tensors[0])
+    grads = _ssd_backward(grad_y, grad_state, *tensors, ctx.dt_softplus, ctx.chunk_len)
+    return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), None, None, None
+
+
+_ssd.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
+from ..operators import operator
 from ..triton_kernels import exp, launch, silu, softplus
 from . import torch_impl
 from .reference import n_groups
@@ -51,62 +52,6 @@ def state_update(
     return y, window, h
 
 
-@torch.library.custom_op("crossover::state_update_triton", mutates_args=())
-def _update(
-    x: Tensor,
-    dt: Tensor,
-    window: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    after = torch.empty_like(state)
-    return *forward(x, dt, window, state, weight, bias, A, D, dt_bias, after), after
-
-
-@_update.register_fake
-def _(x, dt, window, state, weight, bias, A, D, dt_bias):
-    return x.new_empty(state.shape[:3]), window.new_empty(window.shape, dtype=x.dtype), torch.empty_like(state)
-
-
-@torch.library.custom_op("crossover::state_update_triton_in_place", mutates_args={"state"})
-def _update_in_place(
-    x: Tensor,
-    dt: Tensor,
-    window: Tensor,
-    state: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return forward(x, dt, window, state, weight, bias, A, D, dt_bias, state)
-
-
-@_update_in_place.register_fake
-def _(x, dt, window, state, weight, bias, A, D, dt_bias):
-    return x.new_empty(state.shape[:3]), window.new_empty(window.shape, dtype=x.dtype)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, *grads: Tensor):
-    # nobody trains by single steps for speed: what the kernel kept to itself is computed again, with its graph
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        outputs = torch_impl.state_update(*inputs)
-    return torch.autograd.grad(outputs, inputs, grads)
-
-
-_update.register_autograd(_backward, setup_context=_setup_context)
-
-
 def configuration(P: int, N: int) -> dict[str, int]:
     """Rows of a program, the power of two that holds the states of a row, and warps: 32 numbers a thread."""
     block_n = triton.next_power_of_2(N)
@@ -142,6 +87,56 @@ def forward(
         N=N,
     )
     return y, following
+
+
+def step(
+    x: Tensor,
+    dt: Tensor,
+    window: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the next window and, in new memory, the next state."""
+    after = torch.empty_like(state)
+    return *forward(x, dt, window, state, weight, bias, A, D, dt_bias, after), after
+
+
+def step_in_place(
+    x: Tensor,
+    dt: Tensor,
+    window: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y and the next window; the next state takes the place of `state`."""
+    return forward(x, dt, window, state, weight, bias, A, D, dt_bias, state)
+
+
+_update = operator("state_update_triton", step)
+_update_in_place = operator("state_update_triton_in_place", step_in_place, mutates_args={"state"})
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, *grads: Tensor):
+    # nobody trains by single steps for speed: what the kernel kept to itself is computed again, with its graph
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        outputs = torch_impl.state_update(*inputs)
+    return torch.autograd.grad(outputs, inputs, grads)
+
+
+_update.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..parallel import as_array, is_small, rows, run
+from ..operators import operator
+from ..parallel import is_small, rows, run
 from . import torch_impl
 
 
@@ -25,32 +26,28 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _product(rows(gate).float(), rows(up).float()).view(gate.shape).to(gate.dtype)
 
 
-@torch.library.custom_op("crossover::swiglu_cpu", mutates_args=(), device_types="cpu")
-def _product(gate: Tensor, up: Tensor) -> Tensor:
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """y, (T, F)."""
     from . import cpu_kernels
 
     y = torch.empty(gate.shape)
-    run(cpu_kernels.forward, gate.shape[0], *map(as_array, (gate, up, y)))
+    run(cpu_kernels.forward, gate.shape[0], gate, up, y)
     return y
 
 
-@_product.register_fake
-def _(gate, up):
-    return gate.new_empty(gate.shape)
+_product = operator("swiglu_cpu", forward, device_types="cpu")
 
 
-@torch.library.custom_op("crossover::swiglu_cpu_backward", mutates_args=(), device_types="cpu")
-def _product_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, (T, F)."""
     from . import cpu_kernels
 
     grad_gate, grad_up = torch.empty(gate.shape), torch.empty(gate.shape)
-    run(cpu_kernels.backward, gate.shape[0], *map(as_array, (grad_y, gate, up, grad_gate, grad_up)))
+    run(cpu_kernels.backward, gate.shape[0], grad_y, gate, up, grad_gate, grad_up)
     return grad_gate, grad_up
 
 
-@_product_backward.register_fake
-def _(grad_y, gate, up):
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+_product_backward = operator("swiglu_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:

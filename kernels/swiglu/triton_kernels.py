@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators import operator
 from ..parallel import rows
 from ..triton_kernels import launch, silu, silu_slope
 
@@ -17,37 +18,6 @@ OPTIONS = {"BLOCK": 1024, "num_warps": 4}
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Same contract as reference.swiglu. Differentiable once."""
     return _product(rows(gate), rows(up)).view(gate.shape)
-
-
-@torch.library.custom_op("crossover::swiglu_triton", mutates_args=())
-def _product(gate: Tensor, up: Tensor) -> Tensor:
-    return forward(gate, up)
-
-
-@_product.register_fake
-def _(gate, up):
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("crossover::swiglu_triton_backward", mutates_args=())
-def _product_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return backward(grad_y, gate, up)
-
-
-@_product_backward.register_fake
-def _(grad_y, gate, up):
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad_y: Tensor):
-    return _product_backward(grad_y, *ctx.saved_tensors)
-
-
-_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -69,6 +39,21 @@ def backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     strides = (grad_y.stride(0), gate.stride(0), up.stride(0))
     launch(_backward_kernel, grid, grad_y, gate, up, grad_gate, grad_up, F, *strides, **OPTIONS)
     return grad_gate, grad_up
+
+
+_product = operator("swiglu_triton", forward)
+_product_backward = operator("swiglu_triton_backward", backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y: Tensor):
+    return _product_backward(grad_y, *ctx.saved_tensors)
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit
