@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.check import example, options, to
+from ...kernels.compare import example, options, to
 from ..operations.race_cases import Case
 from .limits import Counts
 
@@ -33,7 +33,7 @@ class Spec:
 
     op: str
     sizes: Mapping[str, int]
-    """What the operation's builder takes. Without a builder: what `kernels.check.example` takes."""
+    """What the operation's builder takes. Without a builder: what `kernels.compare.example` takes."""
     predicted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Milliseconds, least and most, by pass: what was expected of an H200 before anything had been measured."""
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
-from ...kernels.check import relative_error
+from ...kernels.compare import relative_error
 from ...kernels.dispatch import KernelFallbackWarning
 from ..harness.processes import Child, last_line, ready
 from ..operations.checks import EXAMPLES, Check, checks_of, device_works, explained, finite

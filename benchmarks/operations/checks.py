@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import dispatch, ops
-from ...kernels.check import example, options, relative_error, to, values_and_gradients
+from ...kernels.compare import example, options, relative_error, to, values_and_gradients
 
 __all__ = ["EXAMPLES", "FLOORS", "Check", "checks", "checks_of", "device_works", "explained", "finite"]
 
@@ -26,7 +26,7 @@ FLOORS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative error that is always allowed, by dtype."""
 
 Example = Mapping[str, Any]
-"""Arguments of `kernels.check.example`."""
+"""Arguments of `kernels.compare.example`."""
 
 # whole and partial vectors and blocks, with and without all that is optional, and one token as in decoding
 EXAMPLES: tuple[Example, ...] = (

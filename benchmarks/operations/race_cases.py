@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ...kernels.check import example, options, to
+from ...kernels.compare import example, options, to
 from ...kernels.dispatch import use_backend
 
 if TYPE_CHECKING:

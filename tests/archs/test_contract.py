@@ -13,7 +13,7 @@ import pytest
 import torch
 from crossover.archs import MIXERS, LanguageModel, Mixer, State, available, build, configure
 from crossover.archs.layers import RMSNorm
-from crossover.kernels.check import assert_same
+from crossover.kernels.compare import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

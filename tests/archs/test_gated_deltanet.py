@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from crossover.archs.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, to, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from crossover.kernels.gated_delta_rule import reference, torch_impl
 from torch import Tensor

@@ -7,7 +7,7 @@ import pytest
 import torch
 from crossover.archs import build, configure
 from crossover.archs.mixers.h3 import H3, H3Config
-from crossover.kernels.check import assert_same
+from crossover.kernels.compare import assert_same
 from torch import Tensor
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from crossover.archs import LanguageModel, ModelConfig, build, configure
 from crossover.archs.mixers.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from crossover.archs.presets import count_params
-from crossover.kernels.check import assert_same
+from crossover.kernels.compare import assert_same
 from crossover.kernels.dispatch import record_backends
 
 V = 37

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from crossover.archs import build
 from crossover.archs.mixers.mamba3 import Mamba3, Mamba3Config
-from crossover.kernels.check import assert_same, relative_error
+from crossover.kernels.compare import assert_same, relative_error
 from torch import Tensor
 
 

@@ -8,7 +8,7 @@ from crossover.archs import build
 from crossover.archs.mixers.s4 import S4, S4Config
 from crossover.archs.mixers.s4d import S4D, S4DConfig, hippo_legs, initial_poles, legs_normal_form
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, example, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor
 

@@ -20,7 +20,7 @@ from crossover.archs.mixers.cross_attention import (
 )
 from crossover.archs.presets import TOLERANCE, count_params
 from crossover.archs.seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
-from crossover.kernels.check import assert_same
+from crossover.kernels.compare import assert_same
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -6,7 +6,7 @@ import pytest
 import torch
 from crossover.kernels import ops
 from crossover.kernels.attention import torch_impl
-from crossover.kernels.check import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, example, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st

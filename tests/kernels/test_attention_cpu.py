@@ -7,7 +7,7 @@ import pytest
 import torch
 from crossover.kernels import ops
 from crossover.kernels.attention import cpu, cpu_kernels, reference
-from crossover.kernels.check import assert_same, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, record_backends, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st

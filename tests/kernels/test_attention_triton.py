@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels.attention import reference
-from crossover.kernels.check import assert_same, to, values_and_gradients
+from crossover.kernels.compare import assert_same, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st

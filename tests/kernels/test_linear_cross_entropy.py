@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, options, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, options, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, use_backend
 from crossover.kernels.linear_cross_entropy import torch_impl
 from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, triton_can_run, use_backend
 from crossover.kernels.long_conv import reference, torch_impl
 from hypothesis import Phase, given, settings

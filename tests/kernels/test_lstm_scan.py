@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, record_backends, triton_can_run, use_backend
 from crossover.kernels.lstm_scan import cpu, reference
 from crossover.kernels.simd import LANES

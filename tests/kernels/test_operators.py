@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import example, options, to, values_and_gradients
+from crossover.kernels.compare import example, options, to, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from crossover.kernels.operators import kernels_run, without_kernels
 from torch import Tensor

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, options, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, options, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import KernelFallbackWarning, Unsupported, record_backends, use_backend
 from crossover.kernels.selective_scan import cpu, reference, torch_impl
 from hypothesis import given, settings

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.kernels.check import assert_same, example, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, triton_can_run
 from crossover.kernels.selective_scan import reference
 from torch import Tensor

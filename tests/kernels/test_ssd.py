@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, options, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, example, options, relative_error, to, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, use_backend
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st

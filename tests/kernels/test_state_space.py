@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.check import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, example, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor
 

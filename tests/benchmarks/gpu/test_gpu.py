@@ -28,7 +28,7 @@ from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations.checks import checks_of
 from crossover.benchmarks.operations.race_cases import Contestant, one_pass
 from crossover.kernels import ops
-from crossover.kernels.check import example
+from crossover.kernels.compare import example
 from crossover.kernels.dispatch import Unsupported, use_backend
 from crossover.train.files import read_json_lines
 from torch import Tensor
