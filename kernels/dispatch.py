@@ -13,6 +13,8 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .cases import Cases
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -112,6 +114,7 @@ class Op(Generic[P, R]):
         torch: Callable[P, R],
         cpu: Callable[P, R] | None = None,
         triton: Callable[P, R] | None = None,
+        cases: Cases | None = None,
     ) -> None:
         self.__name__, self.__doc__ = reference.__name__, reference.__doc__
         found = {"reference": reference, "torch": torch, "cpu": cpu, "triton": triton}
@@ -120,6 +123,14 @@ class Op(Generic[P, R]):
             device: tuple(name for name in names if name in self._implementations)
             for device, names in {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}.items()
         }
+
+        self._cases = cases
+
+    @property
+    def cases(self) -> Cases:
+        """What it is checked and timed on."""
+        assert self._cases is not None, f"{self.__name__} has no cases"
+        return self._cases
 
     @property
     def backends(self) -> tuple[str, ...]:

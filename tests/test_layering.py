@@ -1,6 +1,8 @@
 """Imports run one way: kernels <- archs <- train <- benchmarks."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,38 @@ def test_the_trainer_names_no_architecture() -> None:
     text = (ROOT / "train/trainer.py").read_text() + (ROOT / "archs/model.py").read_text()
     words = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
     assert names & words == set()
+
+
+def names_in(file: Path) -> Iterator[str]:
+    """Every name that the code of a file uses or imports, and every word of its strings, but for docstrings."""
+    tree = ast.parse(file.read_text())
+    prose = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                yield name
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Import(names=aliases):
+                yield from (part for alias in aliases for part in alias.name.split("."))
+            case ast.ImportFrom(module=module, names=aliases):
+                yield from (module or "").split(".")
+                yield from (alias.name for alias in aliases)
+            case ast.Constant(value=str(text)) if node not in prose:
+                yield from re.findall(r"\w+", text)
+
+
+def test_nothing_names_an_operation_but_its_folder_the_list_and_the_peers() -> None:
+    from crossover.kernels.ops import OPS
+
+    folders = {path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")}
+    names = {*OPS, *folders}
+    known = {"kernels/ops.py", "benchmarks/gpu/peers.py"}
+    assert {"ssd", "attention"} <= set(names_in(ROOT / "benchmarks/gpu/peers.py"))
+    found = {
+        str(path): bad
+        for file in (*sources("kernels"), *sources("benchmarks"))
+        if (path := file.relative_to(ROOT)).as_posix() not in known and path.parts[1] not in folders
+        if (bad := names & set(names_in(file)))
+    }
+    assert found == {}

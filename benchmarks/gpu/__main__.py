@@ -7,8 +7,8 @@ First the machine: how fast it copies, multiplies and takes exponentials. Then e
 many processes at a time: in three precisions against the float64 definition, and at the sizes that are timed against
 plain PyTorch. Then the clock: an operation a row, the most important first, beside the peers in the same process.
 
-Writes gpu.jsonl, a line for each finding as it is made, and gpu.md. Needs nothing that PyTorch for CUDA, numba, einops
-and safetensors do not bring along. Exit codes: 0, 1 if a check or an operation of ours failed, 2 for a mistake.
+Writes gpu.jsonl, a line for each finding as it is made, and gpu.md. Needs nothing but PyTorch for CUDA and NumPy. Exit
+codes: 0, 1 if a check or an operation of ours failed, 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from typing import Any
 
 import torch
 
-from ...archs.config import nearest
 from ...kernels import ops
 from ...kernels.dispatch import KernelFallbackWarning
 from ...train.runtime import Interrupted, stop_signals
 from ..harness.processes import module_command
-from ..operations.race_cases import Contestant, one_pass
-from .cases import PASSES, Spec, Workload, build, in_order, specs_of
+from ..operations.race_cases import Case, Contestant, one_pass
+from .cases import PASSES, Spec, build, in_order, specs_of
 from .limits import Clock, CpuClock, CudaClock, Limits, machine, measure_limits
 from .peers import backend_of, one_line, racing
 from .prepare import free_memory, jobs, run_jobs
@@ -100,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _setup(asked: argparse.Namespace) -> Setup:
-    for name in asked.ops:
-        if name not in ops.OPS:
-            raise ValueError(f"unknown operation {name!r}{nearest(name, ops.OPS)}")
+    names = in_order(ops.named(asked.ops))
     device, on_gpu = torch.device(asked.device), asked.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(
@@ -114,7 +111,7 @@ def _setup(asked: argparse.Namespace) -> Setup:
     box = 0.01 if asked.quick else 0.1
     parallel = min(_MOST_PROCESSES, os.cpu_count() or 1) if asked.processes is None else asked.processes
     return Setup(
-        names=in_order(asked.ops or ops.OPS),
+        names=names,
         device=device,
         backend=asked.backend,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
@@ -204,13 +201,13 @@ def timed_rows(
                 yield _row(spec, setup, status="left out", reason="no time left")
                 continue
             try:
-                workload = build(spec, setup.device, setup.dtype)
-                contestants = racing(workload.case, setup.backend, with_peers=setup.with_peers)
-                for which in workload.counts:
-                    yield _timed_row(spec, setup, workload, contestants, limits, ready, which, deadline)
+                case = build(spec, setup.device, setup.dtype)
+                contestants = racing(case, setup.backend, with_peers=setup.with_peers)
+                for which in case.inputs.counts:
+                    yield _timed_row(spec, setup, case, contestants, limits, ready, which, deadline)
             except Exception as error:  # out of memory, most likely: a row as any other
                 yield _row(spec, setup, status="failed", reason=one_line(error))
-            workload = contestants = None
+            case = contestants = None
             free_memory()
 
 
@@ -222,7 +219,7 @@ def _row(spec: Spec, setup: Setup, **found: Any) -> dict[str, Any]:
 def _timed_row(
     spec: Spec,
     setup: Setup,
-    workload: Workload,
+    case: Case,
     contestants: Mapping[str, Contestant | str],
     limits: Limits,
     ready: Mapping[tuple[str, ...], str | None],
@@ -243,7 +240,8 @@ def _timed_row(
     timing = _tried(lambda: setup.clock(work))
     if isinstance(timing, str):
         return row | {"status": "failed", "reason": timing}
-    counts, floor = workload.counts[which], limits.floor(workload.counts[which])
+    counts = case.inputs.counts[which]
+    floor = limits.floor(counts)
     seconds = timing.ms / 1e3
     row |= {
         "status": "ok",
@@ -259,7 +257,7 @@ def _timed_row(
         "floor_ms": floor[0] if floor else None,
         "floor_is": floor[1] if floor else None,
         "percent_of_floor": 100 * floor[0] / timing.ms if floor else None,
-        "predicted_ms": spec.predicted.get(which),
+        "predicted_ms": spec.size.predicted.get(which),
     }
     peers: dict[str, dict[str, Any]] = {}
     for who, contestant in contestants.items():

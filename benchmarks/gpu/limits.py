@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from ...kernels.cases import Counts
 from ..harness.timing import rounds, timed
 
-__all__ = ["Clock", "Counts", "CpuClock", "CudaClock", "Limits", "Timing", "machine", "measure_limits"]
+__all__ = ["Clock", "CpuClock", "CudaClock", "Limits", "Timing", "machine", "measure_limits"]
 
 _FLUSH_BYTES = 256 << 20
 """Written between two runs, so that none finds its inputs in the cache: several times the largest cache there is."""
@@ -40,21 +41,6 @@ class Timing:
 
 Clock = Callable[[Callable[[], object]], Timing]
 """Times a work, which it calls once before it begins to count."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a computation cannot do without."""
-
-    bytes: float
-    """Read or written in memory."""
-    flops: float = 0.0
-    """Of matrix products."""
-    exps: float = 0.0
-    """Exponentials, and logarithms and reciprocals, which the same unit takes."""
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(bytes=self.bytes + other.bytes, flops=self.flops + other.flops, exps=self.exps + other.exps)
 
 
 @dataclass(frozen=True, kw_only=True)

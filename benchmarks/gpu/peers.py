@@ -70,9 +70,9 @@ def _forced(backend: str, contestant: Contestant) -> Contestant:
 
 def _sdpa(backend: SDPBackend, case: Case) -> Contestant:
     """scaled_dot_product_attention on one of its backends."""
-    if "window" in case.others:
+    if "window" in case.inputs.options:
         raise Absent("has no window")
-    q, k, v = (case.tensors[name] for name in "qkv")
+    q, k, v = (case.inputs.tensors[name] for name in "qkv")
 
     def run() -> Tensor:
         with sdpa_kernel([backend]):
@@ -96,10 +96,10 @@ def _flex(case: Case) -> Contestant:
     """FlexAttention, compiled, where a window or shared keys keep others out."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    q, k, v = (case.tensors[name] for name in "qkv")
-    if q.shape[1] == 1 or ("window" not in case.others and q.shape[2] == k.shape[2]):
+    q, k, v = (case.inputs.tensors[name] for name in "qkv")
+    if q.shape[1] == 1 or ("window" not in case.inputs.options and q.shape[2] == k.shape[2]):
         raise Absent("only asked where there is a window or a group of heads shares keys")
-    window = case.others.get("window", k.shape[1])
+    window = case.inputs.options.get("window", k.shape[1])
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window)
@@ -132,7 +132,7 @@ def _compiled_loss() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def _loss(case: Case) -> Contestant:
     """All logits at once under torch.compile: the memory that a fused loss saves is this one's price."""
-    x, weight, targets = (case.tensors[name] for name in ("x", "weight", "targets"))
+    x, weight, targets = (case.inputs.tensors[name] for name in ("x", "weight", "targets"))
     return Contestant(run=lambda: _compiled_loss()(x, weight, targets), leaves=[x, weight])
 
 
@@ -144,8 +144,8 @@ def _grouped_mm(case: Case) -> Contestant:
     """PyTorch's own grouped product, of 16-bit numbers."""
     if not hasattr(F, "grouped_mm"):
         raise Absent("this PyTorch has no grouped_mm")
-    x, weight = case.tensors["x"], case.tensors["weight"]
-    ends = case.tensors["counts"].cumsum(0).int()
+    x, weight = case.inputs.tensors["x"], case.inputs.tensors["weight"]
+    ends = case.inputs.tensors["counts"].cumsum(0).int()
     return Contestant(run=lambda: F.grouped_mm(x, weight.mT, offs=ends), leaves=[x, weight])
 
 
@@ -157,7 +157,7 @@ def _copies(*tensors: Tensor) -> list[Tensor]:
 def _fla(case: Case) -> Contestant:
     """flash-linear-attention's chunk_simple_gla: the recurrence alone, with steps and decays computed beforehand."""
     chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
-    t, H = case.tensors, case.tensors["x"].shape[2]
+    t, H = case.inputs.tensors, case.inputs.tensors["x"].shape[2]
     with torch.no_grad():
         dt = F.softplus(t["dt"].float() + t["dt_bias"])
         q, k = (t[name].repeat_interleave(H // t[name].shape[2], dim=2) for name in "CB")
@@ -169,7 +169,7 @@ def _fla(case: Case) -> Contestant:
 def _mamba_ssd(case: Case) -> Contestant:
     """mamba_ssm's Triton kernels of Mamba-2, in chunks of 256, as its own layer asks for."""
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    t = case.tensors
+    t = case.inputs.tensors
     x, dt, A, B, C, D, bias = inputs = [t[name] for name in ("x", "dt", "A", "B", "C", "D", "dt_bias")]
     chunk = min(256, x.shape[1])
     return Contestant(run=lambda: scan(x, dt, A, B, C, chunk, D=D, dt_bias=bias, dt_softplus=True), leaves=inputs)
@@ -178,8 +178,8 @@ def _mamba_ssd(case: Case) -> Contestant:
 def _mamba_scan(case: Case) -> Contestant:
     """mamba_ssm's CUDA kernel of Mamba, with channels before time, as it wants them."""
     scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    u, delta, B, C, z = _copies(*(case.tensors[name].mT for name in ("u", "delta", "B", "C", "z")))
-    A, D, bias = (case.tensors[name] for name in ("A", "D", "delta_bias"))
+    u, delta, B, C, z = _copies(*(case.inputs.tensors[name].mT for name in ("u", "delta", "B", "C", "z")))
+    A, D, bias = (case.inputs.tensors[name] for name in ("A", "D", "delta_bias"))
     return Contestant(
         run=lambda: scan(u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True).mT,
         leaves=[u, delta, A, B, C, D, z, bias],
@@ -189,7 +189,7 @@ def _mamba_scan(case: Case) -> Contestant:
 def _causal_conv1d(case: Case) -> Contestant:
     """The causal-conv1d package, with channels last in memory."""
     conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
-    x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
+    x, weight, bias = (case.inputs.tensors[name] for name in ("x", "weight", "bias"))
     return Contestant(run=lambda: conv(x.mT, weight, bias, activation="silu").mT, leaves=[x, weight, bias])
 
 

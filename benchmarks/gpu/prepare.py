@@ -43,19 +43,6 @@ _LAST_WORDS = 1.0
 NEAR = 3e-2
 """Relative difference between our kernel and plain PyTorch that is allowed at standard sizes, in 16 bits."""
 
-# the doctor's examples fit into one block of most kernels: these take several, one of them partial
-_BLOCKS = (
-    {"L": 300, "E": 200, "N": 16, "optional": True},
-    {"L": 256, "E": 64, "N": 16, "optional": False},
-)
-# wider heads, the usual number of taps, more classes than a block
-_BLOCKS_OF = {
-    "attention": ({"L": 300, "N": 64, "optional": True}, {"L": 256, "N": 32, "optional": False}),
-    "ssd": ({"L": 300, "E": 64, "N": 128, "optional": True}, {"L": 256, "E": 64, "N": 64, "optional": False}),
-    "causal_conv1d": ({"L": 300, "E": 200, "N": 4, "optional": True}, {"L": 256, "E": 64, "N": 4, "optional": False}),
-    "linear_cross_entropy": ({"L": 300, "E": 200, "N": 999, "optional": True},),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -87,7 +74,8 @@ def carry_out(job: Job) -> Iterator[dict[str, Any]]:
                 if not device_works(job.device):
                     return  # what is left would fail for no fault of its own
         elif job.backend in ops.OPS[job.op].backends:
-            examples = EXAMPLES[:1] if job.quick else (*EXAMPLES, *_BLOCKS_OF.get(job.op, _BLOCKS))
+            # the doctor's examples fit into one block of most kernels
+            examples = EXAMPLES[:1] if job.quick else (*EXAMPLES, *ops.OPS[job.op].cases.blocks)
             dtype = getattr(torch, job.dtype)
             for check in checks_of(
                 job.op, job.backend, job.device, dtype, examples=examples, repeats=2 if job.quick else REPEATS
@@ -102,9 +90,9 @@ def _check_row(check: Check, shape: str = "") -> dict[str, Any]:
 def _try_out(spec: Spec, job: Job) -> Iterator[dict[str, Any]]:
     """Runs every contestant of a spec once, and compares ours with plain PyTorch on what is to be timed."""
     device = torch.device(job.device)
-    workload = build(spec, device, getattr(torch, job.timed_dtype))
-    contestants = racing(workload.case, job.backend, with_peers=job.with_peers)
-    for name in workload.counts:
+    case = build(spec, device, getattr(torch, job.timed_dtype))
+    contestants = racing(case, job.backend, with_peers=job.with_peers)
+    for name in case.inputs.counts:
         results: dict[str, Sequence[Tensor]] = {}
         for who, contestant in contestants.items():
             if isinstance(contestant, str):

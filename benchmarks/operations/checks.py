@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import dispatch, ops
-from ...kernels.compare import example, options, relative_error, to, values_and_gradients
+from ...kernels.cases import Example
+from ...kernels.compare import cast, relative_error, values_and_gradients
 
 __all__ = ["EXAMPLES", "FLOORS", "Check", "checks", "checks_of", "device_works", "explained", "finite"]
 
 FLOORS = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative error that is always allowed, by dtype."""
-
-Example = Mapping[str, Any]
-"""Arguments of `kernels.compare.example`."""
 
 # whole and partial vectors and blocks, with and without all that is optional, and one token as in decoding
 EXAMPLES: tuple[Example, ...] = (
@@ -133,12 +131,12 @@ def _cases(name: str, dtype: torch.dtype, examples: Sequence[Example]) -> list[_
     for sizes in examples:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            tensors = to(example(name, **sizes), dtype)
-        others = options(name, optional=sizes["optional"], L=sizes["L"])
+            tensors = cast(ops.OPS[name].cases.example(**sizes), dtype)
+        others = ops.OPS[name].cases.example_options(optional=sizes["optional"], L=sizes["L"])
         if dtype != torch.float32 and not any(t.dtype == dtype for t in tensors.values()):
             continue
         with dispatch.use_backend("reference"):
-            expected = values_and_gradients(op, to(tensors, torch.float64), **others)
+            expected = values_and_gradients(op, cast(tensors, torch.float64), **others)
             plain = values_and_gradients(op, tensors, **others)
         allowed = {k: 2 * relative_error(plain[k], expected[k]) + FLOORS[dtype] for k in expected}
         cases.append(_Case(tensors=tensors, others=others, expected=expected, allowed=allowed))

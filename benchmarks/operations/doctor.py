@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from ...archs.config import nearest
 from ...kernels import ops
 from ...train.files import write_json
 from ...train.progress import duration
@@ -32,10 +31,7 @@ def doctor(config: DoctorConfig) -> int:
     Raises:
         ValueError: if an operation does not exist, or the folder of --json.
     """
-    names = config.ops or tuple(ops.OPS)
-    for name in names:
-        if name not in ops.OPS:
-            raise ValueError(f"unknown operation {name!r}{nearest(name, ops.OPS)}")
+    names = ops.named(config.ops)
     if config.json is not None and not config.json.parent.is_dir():
         raise ValueError(f"{config.json.parent} is not a folder: give another --json")
     begin = time.monotonic()

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ...archs.config import nearest
 from ...kernels import ops
 from ...kernels.dispatch import KernelFallbackWarning, record_backends
 from ...train.files import read_json_lines, write_text
@@ -30,7 +29,7 @@ from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
 from .peers import model_rows
-from .race_cases import Case, Compiler, Contestant, case_at, cases, compiled, contestants, one_pass
+from .race_cases import Case, Compiler, Contestant, case_of, cases, compiled, contestants, one_pass
 
 __all__ = ["bench_kernels"]
 
@@ -41,10 +40,10 @@ _SHORT = 64
 """Tokens on which the definition is tried first."""
 _MEANING = (
     "ours: the backend that is chosen by itself. The other columns say how many times longer others take: torch, plain "
-    "PyTorch; compiled, torch.compile of it (for the selective scan of a loop over 16 tokens), on one thread only; "
-    "definition, the reference, mostly a loop over tokens that autograd differentiates; peer, torch.nn.LSTM, against "
-    "which ours counts its input projection. exp floor: our time as a multiple of what its exponentials alone would "
-    "take. -: took no part."
+    "PyTorch; compiled, torch.compile of it or, where it cannot look in, of a loop over some tokens, on one thread "
+    "only; definition, the reference, mostly a loop over tokens that autograd differentiates; peer, PyTorch's own "
+    "module, against which ours counts the projections that it does too. exp floor: our time as a multiple of what its "
+    "exponentials alone would take. -: took no part."
 )
 
 
@@ -54,11 +53,7 @@ def bench_kernels(config: KernelsConfig, *, command: Sequence[str]) -> int:
     Raises:
         ValueError: if an operation does not exist, or the folder cannot be written.
     """
-    # the scan first: it is what the compiler's seconds are best spent on
-    names = config.ops or ("selective_scan", *(name for name in ops.OPS if name != "selective_scan"))
-    for name in names:
-        if name not in ops.OPS:
-            raise ValueError(f"unknown operation {name!r}{nearest(name, ops.OPS)}")
+    names = ops.named(config.ops)
     with folder_for(config.out, fresh=False) as logs, _threads_left_as_they_are(), StatusLine() as status:
         keep_freed_memory()
         verdict = apply_verdict()
@@ -161,9 +156,9 @@ def _row(
     seconds |= {name: [first[name]] for name in slow}
     medians = {name: statistics.median(all_of_one) for name, all_of_one in seconds.items()}
     floor = None
-    if case.n_exps and threads == 1:
+    if case.inputs.decays and threads == 1:
         # backward computes the states, and so the exponentials, a second time
-        floor = case.n_exps * (2 if backward else 1) * seconds_per_exp()
+        floor = case.inputs.decays * (2 if backward else 1) * seconds_per_exp()
     return {
         "op": case.op,
         "shape": case.shape,
@@ -189,7 +184,7 @@ def _too_slow(case: Case, config: KernelsConfig, backward: bool) -> str | None:
     """
     length = _SHORT
     while length < case.length:
-        seconds = timed(_CPU, one_pass(contestants(case_at(case.op, length, config))["definition"], backward))
+        seconds = timed(_CPU, one_pass(contestants(case_of(case.op, length, config))["definition"], backward))
         if seconds * min(4, case.length / length) ** 2 > 2 * config.time_box:
             return f"too slow: {seconds:.2g} s at length {length}"
         length *= 4

@@ -1,35 +1,26 @@
-"""What `crossover bench kernels` times: each operation at a standard CPU size, and who takes part in the race."""
+"""What `crossover bench kernels` times: each operation at its CPU sizes, and who takes part in the race."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...kernels import ops
-from ...kernels.compare import example, options, to
+from ...kernels.cases import Inputs, Maker, Size
 from ...kernels.dispatch import use_backend
+from ...kernels.ops import OPS
 
 if TYPE_CHECKING:
     from ..config import KernelsConfig
 
-__all__ = ["Case", "Compiler", "Contestant", "cases", "compiled", "contestants", "one_pass"]
+__all__ = ["Case", "Compiler", "Contestant", "case_of", "cases", "compiled", "contestants", "one_pass"]
 
 _LENGTH = 1024
-"""Tokens of all operations but the selective scan, which is timed at several lengths."""
-
-_CHUNK = 16
-"""Tokens of the loop that torch.compile unrolls: with half as many it trains much slower, with more it compiles for
-minutes."""
-
-# their plain PyTorch form is an opaque operator, into which torch.compile does not look
-_OPAQUE = ("selective_scan", "lstm_scan", "linear_cross_entropy", "grouped_mm")
+"""Tokens of operations that are timed at one length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +31,7 @@ class Case:
     length: int
     shape: str
     """The size as text."""
-    tensors: dict[str, Tensor]
-    others: dict[str, Any]
-    n_exps: int | None = None
-    """Exponentials that a forward pass cannot do without, where they decide."""
+    inputs: Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,112 +46,28 @@ class Contestant:
 
 def cases(name: str, config: KernelsConfig) -> list[Case]:
     """The cases of an operation."""
-    longest = config.lengths[-1]
-    lengths = config.lengths if name == "selective_scan" else (min(longest, _LENGTH),)
-    return [case_at(name, length, config) for length in lengths]
+    lengths = config.lengths if OPS[name].cases.at_every_length else (min(config.lengths[-1], _LENGTH),)
+    return [case_of(name, length, config) for length in lengths]
 
 
-def case_at(name: str, L: int, config: KernelsConfig) -> Case:
-    """An operation at length L; for operations without one, L is the number of tokens."""
+def case_of(name: str, length: int, config: KernelsConfig) -> Case:
+    """An operation at a length; for operations without one, it is the number of tokens."""
     torch.manual_seed(0)
-    B, E = config.batch_size, config.channels
-    N, H, P = 16, max(1, E // 64), min(64, E)
-    n_exps = None
-    others: dict[str, Any] = {}
-    if name == "selective_scan":
-        tensors = {
-            "u": torch.randn(B, L, E),
-            "delta": torch.randn(B, L, E) - 2,
-            "A": -torch.arange(1.0, N + 1).repeat(E, 1),
-            "B": torch.randn(B, L, N),
-            "C": torch.randn(B, L, N),
-            "D": torch.ones(E),
-            "z": torch.randn(B, L, E),
-            "delta_bias": torch.randn(E),
-        }
-        others, shape, n_exps = {"delta_softplus": True}, f"B={B} L={L} E={E} N={N}", B * L * E * N
-    elif name == "ssd":
-        tensors = {
-            "x": torch.randn(B, L, H, P),
-            "dt": torch.randn(B, L, H) - 2,
-            "A": -torch.rand(H) * 15 - 1,
-            "B": torch.randn(B, L, 1, P),
-            "C": torch.randn(B, L, 1, P),
-            "D": torch.ones(H),
-            "dt_bias": torch.randn(H),
-        }
-        others, shape = {"dt_softplus": True}, f"B={B} L={L} H={H} P={P} N={P}"
-    elif name == "attention":
-        B = max(1, B // 4)
-        tensors = {k: torch.randn(B, L, H, P) for k in "qkv"}
-        shape = f"B={B} L={L} H={H} P={P}"
-    elif name == "causal_conv1d":
-        tensors = {"x": torch.randn(B, L, E), "weight": torch.randn(E, 4), "bias": torch.randn(E)}
-        others, shape = {"activation": "silu"}, f"B={B} L={L} E={E} K=4"
-    elif name == "ssm_kernel":
-        tensors = {"A": _poles(E, 2 * N), "C": torch.randn(E, 2 * N, dtype=torch.complex64)}
-        others, shape = {"length": L}, f"L={L} E={E} N={2 * N}"
-    elif name == "long_conv":
-        tensors = {"u": torch.randn(B, L, E), "kernel": torch.randn(E, L), "D": torch.ones(E)}
-        shape = f"B={B} L={L} E={E}"
-    elif name == "ssm_scan":
-        tensors = {
-            "u": torch.randn(B, L, E),
-            "A": _poles(E, 2 * N),
-            "C": torch.randn(E, 2 * N, dtype=torch.complex64),
-            "D": torch.ones(E),
-        }
-        shape = f"B={B} L={L} E={E} N={2 * N}"
-    elif name == "lstm_scan":
-        E //= 2
-        tensors = {
-            "x": torch.randn(B, L, E),
-            "input_weight": torch.randn(4 * E, E) * E**-0.5,
-            "bias": torch.zeros(4 * E),
-            "weight": torch.randn(4 * E, E) * E**-0.5,
-        }
-        shape = f"B={B} L={L} E={E}"
-    elif name == "rms_norm":
-        tensors, others = {"x": torch.randn(B, L, E), "weight": torch.ones(E)}, {"eps": 1e-5}
-        shape = f"B={B} L={L} E={E}"
-    elif name == "gated_rms_norm":
-        tensors = {"x": torch.randn(B, L, E), "z": torch.randn(B, L, E), "weight": torch.ones(E)}
-        others, shape = {"eps": 1e-5}, f"B={B} L={L} E={E}"
-    elif name == "swiglu":
-        tensors, shape = {"gate": torch.randn(B, L, E), "up": torch.randn(B, L, E)}, f"B={B} L={L} F={E}"
-    elif name == "rotary":
-        tensors = {"q": torch.randn(B, L, H, P), "k": torch.randn(B, L, H, P), "positions": torch.arange(L)}
-        shape = f"B={B} L={L} H={H} P={P}"
-    elif name == "linear_cross_entropy":
-        T, D, V = 2 * L, E // 2, 16 * E
-        weight = torch.randn(V, D) * D**-0.5
-        tensors = {"x": torch.randn(T, D), "weight": weight, "targets": torch.randint(V, (T,))}
-        shape = f"T={T} D={D} V={V}"
-    elif name == "grouped_mm":
-        tensors = {"x": torch.randn(L, E // 4), "weight": torch.randn(8, E // 2, E // 4)}
-        tensors["counts"] = torch.bincount(torch.randint(8, (L,)), minlength=8)
-        shape = f"T={L} D={E // 4} F={E // 2} G=8"
-    else:
-        sizes = {"B": B, "L": L, "E": E // 8, "N": N}
-        tensors = to(example(name, **sizes, optional=False), torch.float32)
-        others = options(name, optional=False, L=L)
-        shape = " ".join(f"{k}={v}" for k, v in sizes.items())
-    return Case(op=name, length=L, shape=shape, tensors=tensors, others=others, n_exps=n_exps)
-
-
-def _poles(E: int, N: int) -> Tensor:
-    return torch.complex(-torch.rand(E, N) * 0.1 - 1e-3, torch.randn(E, N))
+    size = Size(sizes=OPS[name].cases.cpu(config.batch_size, length, config.channels))
+    inputs = OPS[name].cases.build(Maker(device=torch.device("cpu"), dtype=torch.float32), size.sizes)
+    return Case(op=name, length=length, shape=size.shape, inputs=inputs)
 
 
 def contestants(case: Case) -> dict[str, Contestant]:
     """What needs no compiler: "ours" (the backend that is chosen by itself), "torch", "definition", perhaps "peer"."""
-    tensors = {k: t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for k, t in case.tensors.items()}
+    op, tensors, options = OPS[case.op], case.inputs.tensors, case.inputs.options
+    for t in tensors.values():
+        if t.is_floating_point() or t.is_complex():
+            t.requires_grad_()
     leaves = [t for t in tensors.values() if t.requires_grad]
 
     def ours() -> Any:
-        if case.op != "lstm_scan":
-            return ops.OPS[case.op](**tensors, **case.others)
-        return ops.lstm_scan(F.linear(tensors["x"], tensors["input_weight"], tensors["bias"]), tensors["weight"])
+        return op.cases.call(op, tensors, options)
 
     def forced(backend: str) -> Callable[[], Any]:
         def run() -> Any:
@@ -174,10 +78,9 @@ def contestants(case: Case) -> dict[str, Contestant]:
 
     found = {"ours": ours, "torch": forced("torch"), "definition": forced("reference")}
     racing = {name: Contestant(run=run, leaves=leaves) for name, run in found.items()}
-    if case.op == "lstm_scan":
-        E, x = tensors["weight"].shape[1], tensors["x"]
-        peer = nn.LSTM(E, E, batch_first=True, device=x.device, dtype=x.dtype)
-        racing["peer"] = Contestant(run=lambda: peer(x), leaves=[x, *peer.parameters()])
+    if op.cases.library is not None:
+        run, their_leaves = op.cases.library(tensors)
+        racing["peer"] = Contestant(run=run, leaves=their_leaves)
     return racing
 
 
@@ -209,8 +112,8 @@ class Compiler:
 
     def first_call(self, case: Case, backward: bool, work: Callable[[], object]) -> str | None:
         """Calls `work`, which compiles; returns None, or in one line why it cannot take part."""
-        # the chunks of a longer scan are those of a shorter one
-        what = (case.op, backward) if case.op == "selective_scan" else (case.op, backward, case.shape)
+        # what a loop repeats is the same at every length
+        what = (case.op, backward, None if OPS[case.op].cases.loop else case.shape)
         if what in self._done:
             return None
         if self.seconds <= 0:
@@ -227,49 +130,18 @@ class Compiler:
 
 
 def compiled(case: Case) -> Contestant | None:
-    """Plain PyTorch under torch.compile, for the selective scan a loop; None where that would change nothing."""
-    tensors, others = case.tensors, case.others
+    """Plain PyTorch under torch.compile, or the operation's loop; None where that would change nothing."""
+    op, tensors, options = OPS[case.op], case.inputs.tensors, case.inputs.options
     leaves = [t for t in tensors.values() if t.requires_grad]
-    if case.op == "selective_scan":
-        if case.length % _CHUNK:
-            return None
-        return Contestant(run=lambda: _compiled_loop(**tensors), leaves=leaves)
-    if case.op in _OPAQUE:
+    if (loop := op.cases.loop) is not None:
+        fits = case.length % op.cases.loop_len == 0
+        return Contestant(run=lambda: op.cases.call(loop, tensors, options), leaves=leaves) if fits else None
+    if not op.cases.compiles:
         return None
-    op = ops.OPS[case.op]
-    function = torch.compile(lambda tensors: op(**tensors, **others), dynamic=False)
+    function = torch.compile(lambda tensors: op.cases.call(op, tensors, options), dynamic=False)
 
     def run() -> Any:
         with use_backend("torch"):
             return function(tensors)
 
     return Contestant(run=run, leaves=leaves)
-
-
-def _compiled_loop(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, delta_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The selective scan as a loop over chunks, each compiled into one function of _CHUNK unrolled steps."""
-    # a compiled function is of certain strides and of what needs a gradient: the same for every chunk and length
-    h = u.new_zeros(u.shape[0], *A.shape).requires_grad_(torch.is_grad_enabled())
-    ys = []
-    for parts in zip(*(t.split(_CHUNK, dim=1) for t in (u, delta, B, C, z)), strict=True):
-        y, h = _compiled_chunk()(h, A, D, delta_bias, *(part.contiguous() for part in parts))
-        ys.append(y)
-    return torch.cat(ys, dim=1), h
-
-
-def _chunk(
-    h: Tensor, A: Tensor, D: Tensor, delta_bias: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor]:
-    dt = F.softplus(delta + delta_bias)
-    ys = []
-    for t in range(_CHUNK):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        ys.append((h * C[:, t, None]).sum(-1))
-    return (torch.stack(ys, dim=1) + D * u) * F.silu(z), h
-
-
-@functools.cache
-def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk, dynamic=False)  # here, since its import takes seconds

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from crossover.archs.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from crossover.kernels.gated_delta_rule import reference, torch_impl
 from torch import Tensor
@@ -109,7 +109,7 @@ def test_a_layer_is_that_of_qwen3_next() -> None:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_the_operation_is_that_of_qwen3_next(form: str, backend: str) -> None:
     theirs: Callable[..., Any] = getattr(oracle(), f"torch_{form}_gated_delta_rule")
-    tensors = to(example("gated_delta_rule", L=131, E=7, N=9), torch.float32)
+    tensors = cast(ops.gated_delta_rule.cases.example(L=131, E=7, N=9), torch.float32)
     del tensors["starts"]  # which theirs does not know
 
     def as_ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, initial_state: Tensor) -> Any:
@@ -125,7 +125,7 @@ def test_the_operation_is_that_of_qwen3_next(form: str, backend: str) -> None:
 @pytest.mark.parametrize("L", [2, 7, 8, 45])
 def test_any_number_of_chunks_gives_the_same(L: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_impl, "CHUNK", 7)
-    tensors = example("gated_delta_rule", B=3, L=L, E=5, N=6)
+    tensors = ops.gated_delta_rule.cases.example(B=3, L=L, E=5, N=6)
     starts = torch.zeros(3, L, dtype=torch.bool)
     starts[0, L // 2], starts[1, L - 1], starts[1, 0] = True, True, True
     tensors["starts"] = starts
@@ -136,7 +136,7 @@ def test_any_number_of_chunks_gives_the_same(L: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("cut", [1, 16, 36])
 def test_the_state_hands_over_at_any_cut(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_impl, "CHUNK", 5)
-    tensors = example("gated_delta_rule", L=37)
+    tensors = ops.gated_delta_rule.cases.example(L=37)
     o, state = ops.gated_delta_rule(**tensors)
     sequence = {k: t for k, t in tensors.items() if k != "initial_state"}
     first, middle = ops.gated_delta_rule(**tensors | {k: t[:, :cut] for k, t in sequence.items()})
@@ -147,7 +147,7 @@ def test_the_state_hands_over_at_any_cut(cut: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_a_start_forgets_a_state_of_any_size(backend: str) -> None:
-    tensors = example("gated_delta_rule")
+    tensors = ops.gated_delta_rule.cases.example()
     tensors["initial_state"] *= 1e100
     tensors["starts"] = torch.zeros(2, 37, dtype=torch.bool)
     tensors["starts"][:, 20] = True
@@ -160,10 +160,10 @@ def test_a_start_forgets_a_state_of_any_size(backend: str) -> None:
 
 def test_decays_that_leave_nothing_do_not_disturb_the_others() -> None:
     # in a difference of running sums, the digits of the weak decays would drown in the strong ones
-    tensors = to(example("gated_delta_rule", L=50, optional=False), torch.float32)
+    tensors = cast(ops.gated_delta_rule.cases.example(L=50, optional=False), torch.float32)
     tensors["log_decay"] = tensors["log_decay"].clamp(min=-0.1)
     tensors["log_decay"][:, [3, 11]], tensors["log_decay"][0, 30] = -1e6, -torch.inf
-    expected = values_and_gradients(reference.gated_delta_rule, to(tensors, torch.float64))
+    expected = values_and_gradients(reference.gated_delta_rule, cast(tensors, torch.float64))
     assert_same(values_and_gradients(torch_impl.gated_delta_rule, tensors), expected, 1e-5)
 
 
@@ -178,13 +178,13 @@ def test_a_key_reads_the_last_value_that_was_written_to_it() -> None:
 
 @pytest.mark.parametrize("L", [1, 70])
 def test_half_precision_comes_out_as_it_went_in_and_the_state_is_wide(L: int) -> None:
-    tensors = to(example("gated_delta_rule", L=L), torch.bfloat16)
+    tensors = cast(ops.gated_delta_rule.cases.example(L=L), torch.bfloat16)
     o, state = ops.gated_delta_rule(**tensors)
     assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_autocast_leaves_the_operation_in_float32() -> None:
-    tensors = to(example("gated_delta_rule", L=70), torch.float32)
+    tensors = cast(ops.gated_delta_rule.cases.example(L=70), torch.float32)
     expected = ops.gated_delta_rule(**tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         o, state = ops.gated_delta_rule(**tensors)

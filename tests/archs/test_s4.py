@@ -8,7 +8,7 @@ from crossover.archs import build
 from crossover.archs.mixers.s4 import S4, S4Config
 from crossover.archs.mixers.s4d import S4D, S4DConfig, hippo_legs, initial_poles, legs_normal_form
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor
 
@@ -139,7 +139,7 @@ def test_a_kernel_begins_with_every_shorter_one() -> None:
 
 @pytest.mark.parametrize("cut", [1, 16, 36])
 def test_the_state_of_the_recurrence_hands_over_at_any_cut(cut: int) -> None:
-    tensors = example("dplr_scan")
+    tensors = ops.dplr_scan.cases.example()
     y, last = ops.dplr_scan(**tensors)
     first = tensors | {"u": tensors["u"][:, :cut], "starts": tensors["starts"][:, :cut]}
     y1, middle = ops.dplr_scan(**first)

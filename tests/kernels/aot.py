@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels, as they are launched at standard shapes, for GPUs that need not be here.
+"""Compiles the Triton kernels, as they are launched at the sizes of kernels/*/cases.py, for GPUs that need not be here.
 
     python tests/kernels/aot.py             prints what each costs: registers, stack, shared memory, loops
     python tests/kernels/aot.py --record    and makes that the table that test_aot.py compares with
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from crossover.kernels.ops import OPS
 from crossover.kernels.triton_kernels import Launch, record_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -54,61 +55,61 @@ def module(op: str) -> Any:
     return importlib.import_module(f"crossover.kernels.{op}.triton_kernels")
 
 
-def selective_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 16) -> None:
+def selective_scan(*, B: int, L: int, E: int, N: int) -> None:
     ops = module("selective_scan")
-    u, delta, z = meta(batch, L, E), meta(batch, L, E), meta(batch, L, E)
-    inputs = (u, delta, single(E, N), single(batch, L, N), single(batch, L, N), single(E), z, single(E), True)
+    u, delta, z = meta(B, L, E), meta(B, L, E), meta(B, L, E)
+    inputs = (u, delta, single(E, N), single(B, L, N), single(B, L, N), single(E), z, single(E), True)
     _, state, states = ops.forward(*inputs, None, None, True)
-    ops.backward(meta(batch, L, E), state, *inputs, None, states)
+    ops.backward(meta(B, L, E), state, *inputs, None, states)
 
 
-def ssd(batch: int = 8, L: int = 2048, H: int = 32, P: int = 64, G: int = 1, N: int = 128, train: bool = True) -> None:
+def ssd(*, B: int, L: int, H: int, P: int, G: int, N: int, train: bool = True) -> None:
     ops = module("ssd")
-    x, z, dt = meta(batch, L, H, P), meta(batch, L, H, P), meta(batch, L, H)
-    B, C = meta(batch, L, G, N), meta(batch, L, G, N)
-    inputs = (x, dt, single(H), B, C, single(H), z, single(H), None, None, True, 0)
+    x, z, dt = meta(B, L, H, P), meta(B, L, H, P), meta(B, L, H)
+    inputs = (x, dt, single(H), meta(B, L, G, N), meta(B, L, G, N), single(H), z, single(H), None, None, True, 0)
     ops.forward(*inputs)
     if train:
         ops.backward(x, None, *inputs)
 
 
-def attention(head_dim: int, L: int = 4096, S: int = 4096, n_kv_heads: int = 16) -> None:
+def attention(*, B: int, L: int, H: int, H_kv: int, P: int, S: int | None = None) -> None:
     ops = module("attention")
-    q, k = meta(4, L, 16, head_dim), meta(4, S, n_kv_heads, head_dim)
-    bounds = (None, None, None, True, None, head_dim**-0.5)
+    q, k = meta(B, L, H, P), meta(B, S or L, H_kv, P)
+    bounds = (None, None, None, True, None, P**-0.5)
     o, lse = ops.forward(q, k, k, *bounds)
     if L > 1:
         ops.backward(o, q, k, k, o, lse, *bounds)
 
 
-def causal_conv1d(batch: int = 8, L: int = 2048, E: int = 2048, K: int = 4) -> None:
+def causal_conv1d(*, B: int, L: int, E: int, K: int) -> None:
     ops = module("causal_conv1d")
-    inputs = (meta(batch, L, E), None, single(K, E), single(E), True, None)
+    inputs = (meta(B, L, E), None, single(K, E), single(E), True, None)
     ops.backward(ops.forward(*inputs), *inputs)
 
 
-def state_update(batch: int = 64, H: int = 32, P: int = 64, G: int = 1, N: int = 128, K: int = 4) -> None:
-    channels, state = H * P + 2 * G * N, single(batch, H, P, N)
-    token = meta(batch, channels), meta(batch, H), meta(batch, K - 1, channels), state
+def state_update(*, B: int, H: int, P: int, N: int, G: int = 1, K: int = 4) -> None:
+    channels, state = H * P + 2 * G * N, single(B, H, P, N)
+    token = meta(B, channels), meta(B, H), meta(B, K - 1, channels), state
     weights = single(channels, K), single(channels), single(H), single(H), single(H)
     module("state_update").forward(*token, *weights, state)
 
 
-def rms_norm(T: int = 16384, D: int = 2048, gated: bool = False) -> None:
+def rms_norm(*, T: int, D: int, gated: bool = False) -> None:
     ops = module("rms_norm")
     x, z, weight = meta(T, D), meta(T, D) if gated else None, single(D)
     y, rstd = ops.forward(x, z, weight, 1e-5, 1)
     ops.backward(y, x, z, weight, rstd)
 
 
-def linear_cross_entropy(T: int = 2048, V: int = 50257) -> None:
+def linear_cross_entropy(*, T: int, D: int, V: int) -> None:
+    """The kernel between the products, without gradients and with them."""
     ops = module("linear_cross_entropy")
     logits, targets = meta(T, -(-V // 16) * 16)[:, :V], meta(T, dtype=torch.int64)
     ops.rows(logits, targets, -100, None)
     ops.rows(logits, targets, -100, (single(), single()))
 
 
-def grouped_mm(T: int = 32768, D: int = 1024, F: int = 5632, G: int = 16, transposed: bool = False) -> None:
+def grouped_mm(*, T: int, D: int, F: int, G: int, transposed: bool = False) -> None:
     ops = module("grouped_mm")
     x, y, weight, counts = meta(T, D), meta(T, F), meta(G, F, D), meta(G, dtype=torch.int64)
     if transposed:
@@ -118,67 +119,72 @@ def grouped_mm(T: int = 32768, D: int = 1024, F: int = 5632, G: int = 16, transp
         ops.weight_gradient(y, x, counts)
 
 
-def ssm_kernel(E: int = 2048, N: int = 32, length: int = 2048) -> None:
+def ssm_kernel(*, E: int, N: int, L: int) -> None:
     ops = module("long_conv")
     A = meta(E, N, dtype=torch.complex64)
-    ops.kernel_backward(ops.kernel_forward(A, A, length), A, A)
+    ops.kernel_backward(ops.kernel_forward(A, A, L), A, A)
 
 
-def long_conv(batch: int = 8, L: int = 2048, E: int = 2048, dtype: torch.dtype = torch.bfloat16) -> None:
+def long_conv(*, B: int, L: int, E: int, dtype: torch.dtype = torch.bfloat16) -> None:
     ops = module("long_conv")
-    x, kernel, D = meta(batch, E, L, dtype=dtype), single(E, L), single(E)
+    x, kernel, D = meta(B, E, L, dtype=dtype), single(E, L), single(E)
     y = ops.conv_forward(x, kernel, D)
     ops.input_gradient(y, kernel, D)
     ops.kernel_gradient(y, x)
 
 
-def ssm_scan(batch: int = 8, L: int = 2048, E: int = 2048, N: int = 32) -> None:
+def ssm_scan(*, B: int, L: int, E: int, N: int) -> None:
     ops = module("long_conv")
-    A, h = meta(E, N, dtype=torch.complex64), meta(batch, E, N, dtype=torch.complex64)
-    inputs = (meta(batch, L, E), A, A, single(E), h)
-    ops.scan_backward(*ops.scan_forward(*inputs, None), *inputs, meta(batch, L, dtype=torch.bool))
+    A, h = meta(E, N, dtype=torch.complex64), meta(B, E, N, dtype=torch.complex64)
+    inputs = (meta(B, L, E), A, A, single(E), h)
+    ops.scan_backward(*ops.scan_forward(*inputs, None), *inputs, meta(B, L, dtype=torch.bool))
 
 
-def lstm_scan(batch: int = 64, L: int = 2048, E: int = 512) -> None:
+def lstm_scan(*, B: int, L: int, E: int) -> None:
     ops = module("lstm_scan")
-    weight, h = meta(4 * E, E), single(batch, 2, E)
-    y, state, activated, cells = ops.forward(meta(batch, L, 4 * E), weight, h, None, True)
+    weight, h = meta(4 * E, E), single(B, 2, E)
+    y, state, activated, cells = ops.forward(meta(B, L, 4 * E), weight, h, None, True)
     ops.backward(y, state, weight, h, None, activated, cells)
 
 
-def swiglu(T: int = 16384, F: int = 5632) -> None:
+def swiglu(*, T: int, F: int) -> None:
     ops = module("swiglu")
     gate, up = meta(T, F), meta(T, F)
     ops.backward(ops.forward(gate, up), gate, up)
 
 
-def rotary(batch: int = 8, L: int = 2048, H: int = 16, P: int = 128) -> None:
-    module("rotary").forward(meta(batch, L, H, P), single(L, P // 2), single(L, P // 2))
+def rotary(*, B: int, L: int, H: int, P: int) -> None:
+    module("rotary").forward(meta(B, L, H, P), single(L, P // 2), single(L, P // 2))
+
+
+def case(run: Callable[..., None], op: str, special: str = "", **options: Any) -> Callable[[], None]:
+    """A case at the sizes that the operation's own cases give."""
+    return lambda: run(**OPS[op].cases.aot_sizes(special), **options)
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "selective_scan": selective_scan,
-    "ssd": ssd,
-    "ssd, one sequence": lambda: ssd(batch=1, L=8192, H=24, train=False),
-    "attention, 64 wide": lambda: attention(64),
-    "attention, 128 wide": lambda: attention(128),
-    "attention, one query": lambda: attention(128, L=1, S=8192, n_kv_heads=4),
-    "causal_conv1d": causal_conv1d,
-    "state_update": state_update,
-    "ssm_kernel": ssm_kernel,
-    "long_conv": long_conv,
-    "long_conv, float32": lambda: long_conv(L=512, dtype=torch.float32),
-    "ssm_scan": ssm_scan,
-    "lstm_scan": lstm_scan,
-    "rms_norm": rms_norm,
-    "gated_rms_norm": lambda: rms_norm(gated=True),
-    "swiglu": swiglu,
-    "rotary": rotary,
-    "linear_cross_entropy": linear_cross_entropy,
-    "grouped_mm": grouped_mm,
-    "grouped_mm, gradient of x": lambda: grouped_mm(transposed=True),
+    "selective_scan": case(selective_scan, "selective_scan"),
+    "ssd": case(ssd, "ssd"),
+    "ssd, one sequence": case(ssd, "ssd", "one sequence", train=False),
+    "attention, 64 wide": case(attention, "attention", "64 wide"),
+    "attention, 128 wide": case(attention, "attention", "128 wide"),
+    "attention, one query": case(attention, "attention", "one query"),
+    "causal_conv1d": case(causal_conv1d, "causal_conv1d"),
+    "state_update": case(state_update, "state_update"),
+    "ssm_kernel": case(ssm_kernel, "ssm_kernel"),
+    "long_conv": case(long_conv, "long_conv"),
+    "long_conv, float32": case(long_conv, "long_conv", "float32", dtype=torch.float32),
+    "ssm_scan": case(ssm_scan, "ssm_scan"),
+    "lstm_scan": case(lstm_scan, "lstm_scan"),
+    "rms_norm": case(rms_norm, "rms_norm"),
+    "gated_rms_norm": case(rms_norm, "gated_rms_norm", gated=True),
+    "swiglu": case(swiglu, "swiglu"),
+    "rotary": case(rotary, "rotary"),
+    "linear_cross_entropy": case(linear_cross_entropy, "linear_cross_entropy"),
+    "grouped_mm": case(grouped_mm, "grouped_mm"),
+    "grouped_mm, gradient of x": case(grouped_mm, "grouped_mm", transposed=True),
 }
-"""Operations at standard shapes, forward and backward, in bfloat16 where the case does not say otherwise."""
+"""Operations at the sizes of their cases, forward and backward, in bfloat16 where the case does not say otherwise."""
 
 
 def launches() -> Iterator[tuple[str, Launch]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from crossover.kernels import ops
 from crossover.kernels.attention import torch_impl
-from crossover.kernels.compare import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,14 +72,14 @@ def test_a_query_reads_exactly_the_keys_it_sees(
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = example("attention")
+    tensors = ops.attention.cases.example()
     whole = values_and_gradients(ops.attention, tensors, window=7)
     monkeypatch.setattr(torch_impl, "QUERY_BLOCK", 5)
     assert_same(values_and_gradients(ops.attention, tensors, window=7), whole, 1e-12)
 
 
 def test_scale_defaults_to_the_inverse_root_of_the_head_width() -> None:
-    t = example("attention", optional=False)
+    t = ops.attention.cases.example(optional=False)
     torch.testing.assert_close(ops.attention(**t), ops.attention(**t, scale=t["q"].shape[-1] ** -0.5))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from crossover.kernels import ops
 from crossover.kernels.attention import cpu, cpu_kernels, reference
-from crossover.kernels.compare import assert_same, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, record_backends, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ def compiled(**arguments: Any) -> Tensor:
 
 
 def single(tensors: dict[str, Tensor], function: Callable[..., Any] = compiled, **others: Any) -> dict[str, Tensor]:
-    return values_and_gradients(function, to(tensors, torch.float32), **others)
+    return values_and_gradients(function, cast(tensors, torch.float32), **others)
 
 
 def assert_equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -84,7 +84,7 @@ def no_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_plain_pytorch")
 def test_the_kernel_takes_causal_self_attention_and_nothing_else() -> None:
-    tensors = to(inputs(L=3), torch.float32)
+    tensors = cast(inputs(L=3), torch.float32)
     compiled(**tensors)
     compiled(**tensors, window=3)  # hides nothing
     others: list[dict[str, Any]] = [{"causal": False}, {"window": 2}, {"starts": torch.zeros(2, 3, dtype=torch.bool)}]
@@ -96,7 +96,7 @@ def test_the_kernel_takes_causal_self_attention_and_nothing_else() -> None:
 
 @pytest.mark.usefixtures("no_plain_pytorch")
 def test_short_sequences_and_small_inputs_run_plainly_unless_forced() -> None:
-    long: dict[str, Any] = to(inputs(B=4, L=cpu.SHORT, H=4, P=40), torch.float32)
+    long: dict[str, Any] = cast(inputs(B=4, L=cpu.SHORT, H=4, P=40), torch.float32)
     ops.attention(**long)
     for cut in (lambda t: t[:, 1:], lambda t: t[:1]):
         less = {k: cut(t) for k, t in long.items()}
@@ -107,7 +107,7 @@ def test_short_sequences_and_small_inputs_run_plainly_unless_forced() -> None:
 
 @pytest.mark.parametrize("cut", [1, 31, 32, 33, 63, 64, 65, 96, 128, 149])
 def test_nothing_reads_what_comes_later(cut: int) -> None:
-    tensors = to(inputs(), torch.float32)
+    tensors = cast(inputs(), torch.float32)
     changed = {k: torch.cat([t[:, :cut], 1e3 * torch.randn_like(t[:, cut:])], 1) for k, t in tensors.items()}
     o, other = compiled(**tensors), compiled(**changed)
     assert torch.equal(o[:, :cut], other[:, :cut])
@@ -131,7 +131,7 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(size: float) -> None:
 
 
 def test_keys_beyond_every_score_get_no_weight() -> None:
-    tensors: dict[str, Any] = to(inputs(B=1, L=70, H=1, H_kv=1, P=1), torch.float32)
+    tensors: dict[str, Any] = cast(inputs(B=1, L=70, H=1, H_kv=1, P=1), torch.float32)
     tensors["q"], tensors["k"] = tensors["q"].abs(), tensors["k"].clone()
     tensors["k"][:, 0] = -float("inf")
     o = compiled(**tensors)
@@ -142,7 +142,7 @@ def test_keys_beyond_every_score_get_no_weight() -> None:
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF], ids=["default", "payload", "negative"])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_nan_reaches_whoever_reads_it(name: str, bits: int) -> None:
-    tensors = to(inputs(B=1, L=150, H=2, H_kv=2), torch.float32)
+    tensors = cast(inputs(B=1, L=150, H=2, H_kv=2), torch.float32)
     tensors[name][0, 70, 1, 5] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
     o = compiled(**tensors)
     assert not o[:, :, 0].isnan().any()
@@ -155,7 +155,7 @@ def test_nan_reaches_whoever_reads_it(name: str, bits: int) -> None:
 
 
 def test_takes_slices_transposes_and_broadcasts() -> None:
-    tensors = to(inputs(H=2, H_kv=2, P=20), torch.float32)
+    tensors = cast(inputs(H=2, H_kv=2, P=20), torch.float32)
     packed = torch.cat(list(tensors.values()), -1)  # one projection, as a mixer has it
     strided = dict(zip(tensors, packed.split(20, -1), strict=True))
     strided["q"] = tensors["q"].mT.contiguous().mT
@@ -169,7 +169,7 @@ def test_takes_slices_transposes_and_broadcasts() -> None:
 
 
 def test_reads_and_writes_only_its_own_memory(guard_bands: Any) -> None:
-    tensors = to(inputs(L=75), torch.float32)
+    tensors = cast(inputs(L=75), torch.float32)
     expected = single(tensors)
     with guard_bands.watched() as allocated:
         actual = single(tensors, lambda **t: compiled(**{k: guard_bands.surrounded(v) for k, v in t.items()}))
@@ -188,7 +188,7 @@ def test_repeats_bit_for_bit_on_any_number_of_threads() -> None:
 
 
 def test_keeps_nothing_of_size_length_squared() -> None:
-    tensors = {k: t.requires_grad_() for k, t in to(inputs(B=1, L=600, H=2, H_kv=1, P=3), torch.float32).items()}
+    tensors = {k: t.requires_grad_() for k, t in cast(inputs(B=1, L=600, H=2, H_kv=1, P=3), torch.float32).items()}
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         compiled(**tensors)
@@ -196,13 +196,13 @@ def test_keeps_nothing_of_size_length_squared() -> None:
 
 
 def test_shared_keys_equal_keys_repeated() -> None:
-    tensors = to(inputs(H=6, H_kv=2), torch.float32)
+    tensors = cast(inputs(H=6, H_kv=2), torch.float32)
     repeated = tensors | {k: tensors[k].repeat_interleave(3, dim=2) for k in "kv"}
     assert torch.equal(compiled(**tensors), compiled(**repeated))
 
 
 def test_custom_operators_are_registered_soundly() -> None:
-    t = to(inputs(L=20, V=9), torch.float32)
+    t = cast(inputs(L=20, V=9), torch.float32)
     torch.library.opcheck(cpu._attention, (*(x.requires_grad_() for x in t.values()), 0.3))
     with torch.no_grad():
         o, lse = cpu._attention(*t.values(), 0.3)
@@ -214,7 +214,7 @@ def test_compiles_into_one_graph() -> None:
     def loss(q: Tensor) -> Tensor:
         return compiled(q=2 * q, k=tensors["k"], v=tensors["v"]).square().sum()
 
-    tensors = to(inputs(L=20), torch.float32)
+    tensors = cast(inputs(L=20), torch.float32)
     q = tensors["q"].requires_grad_()
     graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(graph(q), q), torch.autograd.grad(loss(q), q))
@@ -222,10 +222,10 @@ def test_compiles_into_one_graph() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_converted(dtype: torch.dtype) -> None:
-    tensors = to(inputs(), dtype)
+    tensors = cast(inputs(), dtype)
     o = compiled(**tensors)
     assert o.dtype == dtype
-    assert torch.equal(o, compiled(**to(tensors, torch.float32)).to(dtype))
+    assert torch.equal(o, compiled(**cast(tensors, torch.float32)).to(dtype))
 
 
 def test_double_precision_is_refused_and_runs_plainly_by_default() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels.attention import reference
-from crossover.kernels.compare import assert_same, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import Unsupported
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -51,7 +51,7 @@ def inputs(B: int = 2, L: int = 50, past: int = 0, H: int = 2, H_kv: int = 1, P:
 
 
 def assert_right(tensors: dict[str, Tensor], **others: Any) -> None:
-    actual = values_and_gradients(attention, to(tensors, torch.float32), **others)
+    actual = values_and_gradients(attention, cast(tensors, torch.float32), **others)
     assert_same(actual, values_and_gradients(definition, tensors, **others), TOLERANCE)
 
 
@@ -103,7 +103,7 @@ def test_values_and_gradients_are_right_with_any_mask(
     expected = values_and_gradients(definition, tensors, **others)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernels, "DECODE_ROWS", rows)
-        assert_same(values_and_gradients(attention, to(ours, torch.float32), **others), expected, TOLERANCE)
+        assert_same(values_and_gradients(attention, cast(ours, torch.float32), **others), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(("L", "past"), [(31, 1), (32, 0), (32, 16), (33, 0), (33, 15)])
@@ -126,14 +126,14 @@ def test_heads_may_have_any_width(P: int, P_v: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)], ids=str)
 def test_half_precision_loses_no_more_than_its_own_rounding(dtype: torch.dtype, tolerance: float) -> None:
-    tensors = to(inputs(1, 50, P=32), dtype)
-    expected = values_and_gradients(definition, to(tensors, torch.float64), window=40)
+    tensors = cast(inputs(1, 50, P=32), dtype)
+    expected = values_and_gradients(definition, cast(tensors, torch.float64), window=40)
     assert_same(values_and_gradients(attention, tensors, window=40), expected, tolerance)
 
 
 @pytest.mark.parametrize("cut", [1, 33, 49])
 def test_later_keys_change_no_bit_of_earlier_outputs(cut: int) -> None:
-    t = to(inputs(), torch.float32)
+    t = cast(inputs(), torch.float32)
     changed = {name: x.clone() for name, x in t.items()}
     changed["k"][:, cut:], changed["v"][:, cut:] = 100 * torch.randn(2, 2, 50 - cut, 1, 8)
     assert torch.equal(attention(**t)[:, :cut], attention(**changed)[:, :cut])
@@ -141,7 +141,7 @@ def test_later_keys_change_no_bit_of_earlier_outputs(cut: int) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_packed_are_documents_apart(causal: bool) -> None:
-    t = to(inputs(1, 60), torch.float32)
+    t = cast(inputs(1, 60), torch.float32)
     starts = torch.zeros(1, 60, dtype=torch.bool)
     starts[0, [0, 7, 32, 33]] = True
     packed = values_and_gradients(attention, t | {"starts": starts}, causal=causal)["output 0"]
@@ -150,7 +150,7 @@ def test_documents_packed_are_documents_apart(causal: bool) -> None:
 
 
 def test_values_and_gradients_repeat_bit_for_bit() -> None:
-    tensors = to(inputs(1, 50, past=20), torch.float32)
+    tensors = cast(inputs(1, 50, past=20), torch.float32)
     first, second = (values_and_gradients(attention, tensors, window=30) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -169,7 +169,7 @@ def test_inputs_may_be_views_of_any_strides() -> None:
 
 
 def test_gradients_of_a_plain_sum_are_right() -> None:
-    t = {name: x.requires_grad_() for name, x in to(inputs(L=40), torch.float32).items()}  # its gradient is expanded
+    t = {name: x.requires_grad_() for name, x in cast(inputs(L=40), torch.float32).items()}  # its gradient is expanded
     ours, expected = (torch.autograd.grad(f(**t).sum(), list(t.values())) for f in (attention, definition))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(L: int, rows: int, monke
     def empty(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         return guarded(torch.Size(size[0] if isinstance(size[0], tuple) else size), dtype)
 
-    t = to(inputs(2, L, past=50 - L, P=20), torch.float32)
+    t = cast(inputs(2, L, past=50 - L, P=20), torch.float32)
     guarded_inputs = [guarded(x.shape, x.dtype).copy_(x) for x in t.values()]
     monkeypatch.setattr(triton_kernels, "DECODE_ROWS", rows)
     monkeypatch.setattr(torch, "empty", empty)
@@ -204,7 +204,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(L: int, rows: int, monke
 @pytest.mark.parametrize("window", [None, 1, 30])
 @pytest.mark.usefixtures("packed")
 def test_one_query_gets_the_last_row_of_the_whole(window: int | None) -> None:
-    t = to(inputs(2, 70, H=3), torch.float32)  # 210 rows are too many to pack
+    t = cast(inputs(2, 70, H=3), torch.float32)  # 210 rows are too many to pack
     whole = attention(**t, window=window)
     torch.testing.assert_close(attention(t["q"][:, -1:], t["k"], t["v"], window=window), whole[:, -1:])
     early = attention(t["q"][:, 39:40], t["k"], t["v"], window=window, kv_len=torch.tensor(40))
@@ -212,7 +212,7 @@ def test_one_query_gets_the_last_row_of_the_whole(window: int | None) -> None:
 
 
 def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient() -> None:
-    t = to(inputs(1, 40), torch.float32)
+    t = cast(inputs(1, 40), torch.float32)
     result = values_and_gradients(attention, t | {"first_key": torch.tensor([35])})
     assert all(bool(torch.isfinite(x).all()) for x in result.values())
     assert result["output 0"][:, :35].abs().max() == 0
@@ -223,7 +223,7 @@ def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient() -> None:
 def test_large_scores_do_not_overflow() -> None:
     t = inputs(1, 40)
     t["q"] *= 1e4
-    o = attention(**to(t, torch.float32))
+    o = attention(**cast(t, torch.float32))
     torch.testing.assert_close(o, definition(**t).float(), rtol=1e-3, atol=1e-3)
 
 
@@ -257,6 +257,6 @@ def test_what_it_cannot_take_is_named() -> None:
 
 
 def test_custom_operators_are_registered_soundly() -> None:
-    q, k, v = (x.requires_grad_() for x in to(inputs(1, 4), torch.float32).values())
+    q, k, v = (x.requires_grad_() for x in cast(inputs(1, 4), torch.float32).values())
     first, last = (torch.full((1, 4), x, dtype=torch.int32) for x in (0, 4))
     torch.library.opcheck(triton_kernels._attention, (q, k, v, first, last, None, True, 9, 0.3))

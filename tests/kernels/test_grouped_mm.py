@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, use_backend
 from torch import Tensor
 
@@ -33,12 +33,12 @@ def run(backend: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_any_size_have_their_own_matrices(backend: str, counts: list[int]) -> None:
     tensors = inputs(counts)
-    assert_same(run(backend, to(tensors, torch.float32)), run("reference", tensors), 1e-6)
+    assert_same(run(backend, cast(tensors, torch.float32)), run("reference", tensors), 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_rows_there_is_nothing_to_do(backend: str) -> None:
-    found = run(backend, to(inputs([0, 0]), torch.float32))
+    found = run(backend, cast(inputs([0, 0]), torch.float32))
     assert [found[k].shape for k in ("output 0", "gradient of x")] == [(0, 7), (0, 5)]
     assert torch.equal(found["gradient of weight"], torch.zeros(2, 7, 5))
 
@@ -48,24 +48,24 @@ def test_without_rows_there_is_nothing_to_do(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_need_not_fit(backend: str, counts: list[int], D: int, F: int) -> None:
     tensors = inputs(counts, D, F)
-    assert_same(run(backend, to(tensors, torch.float32)), run("reference", tensors), 1e-6)
+    assert_same(run(backend, cast(tensors, torch.float32)), run("reference", tensors), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_gradients_lose_no_more_than_their_own_rounding(backend: str, dtype: torch.dtype) -> None:
-    tensors = to(inputs([31, 0, 50], D=40, F=24), dtype)
+    tensors = cast(inputs([31, 0, 50], D=40, F=24), dtype)
     actual = run(backend, tensors)
-    assert_same(actual, run("reference", to(tensors, torch.float64)), 1e-2 if dtype == torch.bfloat16 else 1e-3)
+    assert_same(actual, run("reference", cast(tensors, torch.float64)), 1e-2 if dtype == torch.bfloat16 else 1e-3)
     assert {t.dtype for t in actual.values()} == {dtype}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_multiplies_in_its_precision(backend: str) -> None:
-    tensors = to(inputs([20, 5], D=16, F=16), torch.float32)
+    tensors = cast(inputs([20, 5], D=16, F=16), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(backend, tensors)
-    assert_same(actual, run("reference", to(to(tensors, torch.bfloat16), torch.float64)), 1e-2)
+    assert_same(actual, run("reference", cast(cast(tensors, torch.bfloat16), torch.float64)), 1e-2)
     assert actual["output 0"].dtype == torch.bfloat16
     assert actual["gradient of weight"].dtype == torch.float32
 
@@ -73,7 +73,7 @@ def test_autocast_multiplies_in_its_precision(backend: str) -> None:
 @pytest.mark.parametrize("leaf", ["x", "weight"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_either_input_may_be_frozen(backend: str, leaf: str) -> None:
-    tensors = to(inputs([3, 9]), torch.float32)
+    tensors = cast(inputs([3, 9]), torch.float32)
     expected = run(backend, tensors)[f"gradient of {leaf}"]
     tensors[leaf].requires_grad_()
     with use_backend(backend):
@@ -93,14 +93,14 @@ def test_gradients_of_a_plain_sum_are_right(backend: str) -> None:
     with use_backend("reference"):
         expected = values_and_gradients(total, tensors)
     with use_backend(backend):
-        assert_same(values_and_gradients(total, to(tensors, torch.float32)), expected, 1e-6)
+        assert_same(values_and_gradients(total, cast(tensors, torch.float32)), expected, 1e-6)
 
 
 @needs_triton
 def test_no_row_sees_another_groups() -> None:
     from crossover.kernels.grouped_mm import triton_kernels
 
-    tensors = to(inputs([20, 7, 0, 18], D=20, F=20), torch.float32)
+    tensors = cast(inputs([20, 7, 0, 18], D=20, F=20), torch.float32)
     x, weight, counts = tensors.values()
     y = triton_kernels.product(x, weight, counts)
     grad = triton_kernels.weight_gradient(y, x, counts)
@@ -123,7 +123,7 @@ def test_a_tile_writes_rows_of_its_group_alone(tiles: int, rows: int, monkeypatc
 
     launch = triton_kernels.launch
     monkeypatch.setattr(triton_kernels, "launch", first_tiles)
-    x, weight, counts = to(inputs([20, 7, 0, 18]), torch.float32).values()
+    x, weight, counts = cast(inputs([20, 7, 0, 18]), torch.float32).values()
     y = triton_kernels.product(x, weight, counts)
     # what is not written is NaN (conftest.py)
     assert torch.equal(y.isnan().any(1), torch.arange(45) >= rows)
@@ -155,12 +155,12 @@ def test_triton_names_what_it_cannot_take() -> None:
             OP(**tensors)
 
     refused(inputs([3, 2]), "float64")
-    refused(to(inputs([1] * 1024, D=1, F=1), torch.float32), "1024 groups are more than 1023")
+    refused(cast(inputs([1] * 1024, D=1, F=1), torch.float32), "1024 groups are more than 1023")
 
 
 @needs_triton
 def test_compiles_into_one_graph() -> None:
-    tensors = to(example("grouped_mm"), torch.float32)
+    tensors = cast(ops.grouped_mm.cases.example(), torch.float32)
 
     def product(**leaves: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -173,6 +173,6 @@ def test_compiles_into_one_graph() -> None:
 
 @needs_triton
 def test_custom_operators_are_registered_soundly() -> None:
-    tensors = to(inputs([4, 0, 6]), torch.float32)
+    tensors = cast(inputs([4, 0, 6]), torch.float32)
     arguments = (tensors["x"].requires_grad_(), tensors["weight"].requires_grad_(), tensors["counts"])
     torch.library.opcheck(torch.ops.crossover.grouped_mm_triton, arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, options, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, use_backend
 from crossover.kernels.linear_cross_entropy import torch_impl
 from torch import Tensor
@@ -46,7 +46,7 @@ def run(backend: str, tensors: dict[str, Tensor], **others: Any) -> dict[str, Te
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunks_without_a_counted_token_change_nothing(backend: str, ignored: slice, z_loss: float) -> None:
     tensors = inputs(ignored=ignored)
-    actual = run(backend, to(tensors, torch.float32), z_loss=z_loss)
+    actual = run(backend, cast(tensors, torch.float32), z_loss=z_loss)
     assert_same(actual, run("reference", tensors, z_loss=z_loss), 2e-6)
 
 
@@ -55,7 +55,7 @@ def test_chunks_without_a_counted_token_change_nothing(backend: str, ignored: sl
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_number_of_classes_is_taken(backend: str, T: int, V: int, z_loss: float) -> None:
     tensors = inputs(T=T, V=V)
-    actual = run(backend, to(tensors, torch.float32), z_loss=z_loss)
+    actual = run(backend, cast(tensors, torch.float32), z_loss=z_loss)
     assert_same(actual, run("reference", tensors, z_loss=z_loss), 2e-6)
 
 
@@ -74,7 +74,7 @@ def test_plain_pytorch_is_exact_in_float64(kept: int, z_loss: float, monkeypatch
 def test_any_number_may_mark_what_does_not_count(backend: str) -> None:
     tensors = inputs()
     assert_same(
-        run(backend, to(tensors, torch.float32), ignore_index=int(tensors["targets"][4]), z_loss=0.1),
+        run(backend, cast(tensors, torch.float32), ignore_index=int(tensors["targets"][4]), z_loss=0.1),
         run("reference", tensors, ignore_index=int(tensors["targets"][4]), z_loss=0.1),
         2e-6,
     )
@@ -92,14 +92,14 @@ def test_loss_and_z_loss_have_gradients_of_their_own(backend: str, of_loss: floa
     with use_backend("reference"):
         expected = values_and_gradients(weighted, tensors)
     with use_backend(backend):
-        assert_same(values_and_gradients(weighted, to(tensors, torch.float32)), expected, 2e-6)
+        assert_same(values_and_gradients(weighted, cast(tensors, torch.float32)), expected, 2e-6)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("leaf", ["x", "weight"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_frozen_costs_no_gradient(backend: str, leaf: str, z_loss: float) -> None:
-    tensors = to(inputs(), torch.float32)
+    tensors = cast(inputs(), torch.float32)
     expected = run(backend, tensors, z_loss=z_loss)[f"gradient of {leaf}"]
     saved: list[Tensor] = []
     tensors[leaf].requires_grad_()
@@ -117,7 +117,7 @@ def test_what_is_frozen_costs_no_gradient(backend: str, leaf: str, z_loss: float
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_are_never_whole(backend: str, z_loss: float) -> None:
     T, D, V = 48, 4, 33
-    tensors = {k: t.requires_grad_(t.is_floating_point()) for k, t in to(inputs(T, D, V), torch.float32).items()}
+    tensors = {k: t.requires_grad_(t.is_floating_point()) for k, t in cast(inputs(T, D, V), torch.float32).items()}
     with use_backend(backend), torch.profiler.profile(profile_memory=True) as profile:
         loss, z = OP(**tensors, z_loss=z_loss)
         (loss + z).backward()
@@ -131,10 +131,10 @@ def test_logits_are_never_whole(backend: str, z_loss: float) -> None:
 def test_half_precision_gradients_lose_no_more_than_their_own_rounding(
     backend: str, z_loss: float, dtype: torch.dtype
 ) -> None:
-    tensors = to(inputs(D=16), dtype)
+    tensors = cast(inputs(D=16), dtype)
     actual = run(backend, tensors, z_loss=z_loss)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
-    assert_same(actual, run("reference", to(tensors, torch.float64), z_loss=z_loss), tolerance)
+    assert_same(actual, run("reference", cast(tensors, torch.float64), z_loss=z_loss), tolerance)
     assert actual["output 0"].dtype == torch.float32
     assert actual["gradient of weight"].dtype == dtype
 
@@ -156,11 +156,11 @@ def test_autocast_multiplies_in_its_precision_and_keeps_the_weight_in_its_own(
     backend: str, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_impl, "KEPT", kept)
-    tensors = to(inputs(T=9, D=16), torch.float32)
-    rounded = to(tensors, torch.bfloat16)
+    tensors = cast(inputs(T=9, D=16), torch.float32)
+    rounded = cast(tensors, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(backend, tensors)
-    assert_same(actual, run("reference", to(rounded, torch.float64)), 2e-2)
+    assert_same(actual, run("reference", cast(rounded, torch.float64)), 2e-2)
     assert torch.equal(actual["output 0"], run(backend, rounded)["output 0"])
     assert actual["gradient of weight"].dtype == torch.float32
 
@@ -169,13 +169,13 @@ def test_autocast_multiplies_in_its_precision_and_keeps_the_weight_in_its_own(
 def test_large_logits_do_not_overflow(backend: str) -> None:
     tensors = inputs()
     tensors["x"] *= 1e4
-    assert_same(run(backend, to(tensors, torch.float32), z_loss=1e-9), run("reference", tensors, z_loss=1e-9), 2e-5)
+    assert_same(run(backend, cast(tensors, torch.float32), z_loss=1e-9), run("reference", tensors, z_loss=1e-9), 2e-5)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_into_one_graph(backend: str, z_loss: float) -> None:
-    tensors = to(inputs(), torch.float32)
+    tensors = cast(inputs(), torch.float32)
 
     def loss(**leaves: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -190,7 +190,7 @@ def test_compiles_into_one_graph(backend: str, z_loss: float) -> None:
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_can_be_repeated(backend: str, z_loss: float) -> None:
-    tensors = {k: t.requires_grad_(t.is_floating_point()) for k, t in to(inputs(), torch.float32).items()}
+    tensors = {k: t.requires_grad_(t.is_floating_point()) for k, t in cast(inputs(), torch.float32).items()}
     with use_backend(backend):
         loss, z = OP(**tensors, z_loss=z_loss)
     first = torch.autograd.grad(loss + z, tensors["weight"], retain_graph=True)[0]
@@ -198,7 +198,7 @@ def test_backward_can_be_repeated(backend: str, z_loss: float) -> None:
 
 
 def test_equals_pytorch_without_gradients() -> None:
-    tensors = to(inputs(ignored=slice(4)), torch.float32)
+    tensors = cast(inputs(ignored=slice(4)), torch.float32)
     expected = F.cross_entropy(tensors["x"] @ tensors["weight"].T, tensors["targets"])
     for backend in BACKENDS:
         with use_backend(backend), torch.no_grad():
@@ -208,13 +208,13 @@ def test_equals_pytorch_without_gradients() -> None:
 @needs_triton
 def test_triton_refuses_float64() -> None:
     with use_backend("triton"), pytest.raises(Unsupported, match="float64"):
-        OP(**example("linear_cross_entropy"), **options("linear_cross_entropy"))
+        OP(**ops.linear_cross_entropy.cases.example(), **ops.linear_cross_entropy.cases.example_options())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
 def test_custom_operators_are_registered_soundly(backend: str, wanted: tuple[bool, bool]) -> None:
-    tensors = to(inputs(T=5), torch.float32)
+    tensors = cast(inputs(T=5), torch.float32)
     # what is not asked for at once is frozen, or left to backward
     leaves = [tensors[k].requires_grad_(w or not any(wanted)) for k, w in zip(("x", "weight"), wanted, strict=True)]
     suffix = "" if backend == "torch" else f"_{backend}"

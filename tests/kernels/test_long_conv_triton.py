@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, triton_can_run, use_backend
 from crossover.kernels.long_conv import reference, torch_impl
 from hypothesis import Phase, given, settings
@@ -39,7 +39,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def single(B: int = 2, L: int = 19, E: int = 5, N: int = 3) -> dict[str, Tensor]:
     """All inputs of ssm_scan in float32."""
-    return to(example("ssm_scan", B=B, L=L, E=E, N=N), torch.float32)
+    return cast(ops.ssm_scan.cases.example(B=B, L=L, E=E, N=N), torch.float32)
 
 
 def scanned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,20 +48,20 @@ def scanned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_scan(tensors: dict[str, Tensor]) -> None:
     # 2e-6: float32 has 6e-8, of which sums over rows and tokens lose some
-    actual, expected = scanned(to(tensors, torch.float32)), values_and_gradients(reference.ssm_scan, tensors)
+    actual, expected = scanned(cast(tensors, torch.float32)), values_and_gradients(reference.ssm_scan, tensors)
     assert_same(actual, expected, 2e-6)
 
 
 @pytest.mark.parametrize("L", [1, 2, 7, 8, 9, 24])
 def test_any_length_around_a_tile_matches_the_definition(L: int) -> None:
-    check_scan(example("ssm_scan", B=2, L=L, E=3, N=3))
+    check_scan(ops.ssm_scan.cases.example(B=2, L=L, E=3, N=3))
 
 
 @pytest.mark.parametrize(("E", "N"), [(140, 1), (33, 5), (3, 33)])
 @pytest.mark.parametrize("threads", [0, 1 << 30], ids=["states in registers", "states over lanes"])
 def test_every_layout_matches_the_definition(E: int, N: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "ENOUGH_THREADS", threads)
-    check_scan(example("ssm_scan", B=1, L=9, E=E, N=N))
+    check_scan(ops.ssm_scan.cases.example(B=1, L=9, E=E, N=N))
 
 
 def test_layouts_fill_a_warp_and_hold_every_state() -> None:
@@ -74,7 +74,7 @@ def test_layouts_fill_a_warp_and_hold_every_state() -> None:
 
 @pytest.mark.parametrize("absent", ["D", "initial_state", "starts"])
 def test_optional_inputs_may_be_absent(absent: str) -> None:
-    tensors = example("ssm_scan", B=2, L=11, E=3, N=3)
+    tensors = ops.ssm_scan.cases.example(B=2, L=11, E=3, N=3)
     check_scan({k: t for k, t in tensors.items() if k != absent})
 
 
@@ -129,12 +129,13 @@ def test_output_ignores_the_future_exactly() -> None:
 
 
 def test_poles_on_the_unit_circle_keep_their_gradients_over_many_tokens() -> None:
-    tensors = example("ssm_scan", B=1, L=300, E=2, N=2)
+    tensors = ops.ssm_scan.cases.example(B=1, L=300, E=2, N=2)
     tensors["A"] = torch.complex(torch.zeros(2, 2), torch.tensor([[0.0, 1e-3], [0.5, 3.0]])).to(torch.complex128)
     tensors["starts"][:] = False
     expected = values_and_gradients(reference.ssm_scan, tensors)
     actual, plain = (
-        values_and_gradients(scan, to(tensors, torch.float32)) for scan in (triton_kernels.ssm_scan, reference.ssm_scan)
+        values_and_gradients(scan, cast(tensors, torch.float32))
+        for scan in (triton_kernels.ssm_scan, reference.ssm_scan)
     )
     for key, e in expected.items():  # the powers of a rounded factor drift in the definition as well
         assert relative_error(actual[key], e) <= 2 * relative_error(plain[key], e) + 2e-6, key
@@ -142,18 +143,18 @@ def test_poles_on_the_unit_circle_keep_their_gradients_over_many_tokens() -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_gradients_lose_no_more_than_their_rounding(dtype: torch.dtype) -> None:
-    tensors = to(example("ssm_scan", B=2, L=11, E=3, N=3), dtype)
+    tensors = cast(ops.ssm_scan.cases.example(B=2, L=11, E=3, N=3), dtype)
     actual = scanned(tensors)
     assert (actual["output 0"].dtype, actual["output 1"].dtype) == (dtype, torch.complex64)
-    wide = {k: t.to(torch.complex128) if t.is_complex() else t for k, t in to(tensors, torch.float64).items()}
+    wide = {k: t.to(torch.complex128) if t.is_complex() else t for k, t in cast(tensors, torch.float64).items()}
     assert_same(actual, values_and_gradients(reference.ssm_scan, wide), 1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 130])
 def test_a_kernel_of_any_length_matches_the_definition(length: int) -> None:
-    tensors = example("ssm_kernel", E=2, N=5)
+    tensors = ops.ssm_kernel.cases.example(E=2, N=5)
     expected = values_and_gradients(reference.ssm_kernel, tensors, length=length)
-    narrow = to(tensors, torch.float32)
+    narrow = cast(tensors, torch.float32)
     actual = values_and_gradients(triton_kernels.ssm_kernel, narrow, length=length)
     plain = values_and_gradients(reference.ssm_kernel, narrow, length=length)
     for key, e in expected.items():  # the phase of a late step is a large number, rounded in the definition too
@@ -161,10 +162,10 @@ def test_a_kernel_of_any_length_matches_the_definition(length: int) -> None:
 
 
 def test_many_poles_make_one_kernel() -> None:
-    tensors = to(example("ssm_kernel", E=3, N=70), torch.float32)
+    tensors = cast(ops.ssm_kernel.cases.example(E=3, N=70), torch.float32)
     with use_backend("triton"):
         actual = values_and_gradients(ops.ssm_kernel, tensors, length=20)
-    wide = to(tensors, torch.float64)
+    wide = cast(tensors, torch.float64)
     assert_same(actual, values_and_gradients(reference.ssm_kernel, wide, length=20), 5e-6)
 
 
@@ -230,7 +231,7 @@ def test_what_it_cannot_take_is_said() -> None:
 
 def convolution(B: int = 3, L: int = 77, E: int = 2, *, optional: bool = True) -> dict[str, Tensor]:
     """All inputs of long_conv in float32."""
-    return to(example("long_conv", B=B, L=L, E=E, optional=optional), torch.float32)
+    return cast(ops.long_conv.cases.example(B=B, L=L, E=E, optional=optional), torch.float32)
 
 
 def convolved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,7 +240,7 @@ def convolved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_convolution(tensors: dict[str, Tensor]) -> None:
     # 2e-6: float32 has 6e-8, of which sums over rows and tokens lose some
-    expected = values_and_gradients(reference.long_conv, to(tensors, torch.float64))
+    expected = values_and_gradients(reference.long_conv, cast(tensors, torch.float64))
     assert_same(convolved(tensors), expected, 2e-6)
 
 
@@ -289,7 +290,7 @@ def test_transposed_and_repeated_inputs_are_convolved_as_they_are() -> None:
     assert {k for k in expected if not torch.equal(actual[k], expected[k])} == set()
     # autograd hands a sum's gradient down as one number that is repeated by zero strides
     summed = values_and_gradients(lambda **t: triton_kernels.long_conv(**t).sum(), tensors)
-    wide = values_and_gradients(lambda **t: reference.long_conv(**t).sum(), to(tensors, torch.float64))
+    wide = values_and_gradients(lambda **t: reference.long_conv(**t).sum(), cast(tensors, torch.float64))
     assert_same(summed, wide, 1e-5)
 
 

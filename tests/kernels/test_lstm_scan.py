@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, record_backends, triton_can_run, use_backend
 from crossover.kernels.lstm_scan import cpu, reference
 from crossover.kernels.simd import LANES
@@ -31,18 +31,18 @@ needs_triton = pytest.mark.skipif("triton" not in MODULES, reason="Triton cannot
 
 def inputs(B: int, L: int, E: int) -> dict[str, Tensor]:
     """All inputs in float64, with a weight that neither forgets nor saturates."""
-    tensors = example("lstm_scan", B=B, L=L, E=E)
+    tensors = ops.lstm_scan.cases.example(B=B, L=L, E=E)
     return tensors | {"weight": tensors["weight"] * E**-0.5}
 
 
 def single(B: int = 2, L: int = 11, E: int = 5) -> dict[str, Tensor]:
-    return to(inputs(B, L, E), torch.float32)
+    return cast(inputs(B, L, E), torch.float32)
 
 
 def check(scan: Callable[..., Any], tensors: dict[str, Tensor]) -> None:
     # 1e-6: float32 has 6e-8, of which sums over cells and tokens lose some
     actual, expected = (
-        values_and_gradients(scan, to(tensors, torch.float32)),
+        values_and_gradients(scan, cast(tensors, torch.float32)),
         values_and_gradients(reference.lstm_scan, tensors),
     )
     assert_same(actual, expected, 1e-6)
@@ -131,7 +131,7 @@ def test_large_gates_saturate_and_small_ones_keep_their_digits(scan: Callable[..
     for scale, tolerance in ((30.0, 1e-5), (1e-4, 2e-6)):
         scaled = tensors | {k: scale * tensors[k] for k in ("gates", "initial_state")}
         with np.errstate(over="ignore"):  # the interpreter's exponentials of large numbers
-            y, state = scan(**to(scaled, torch.float32))
+            y, state = scan(**cast(scaled, torch.float32))
         expected, expected_state = reference.lstm_scan(**scaled)
         assert relative_error(y / scale, expected / scale) < tolerance
         assert relative_error(state / scale, expected_state / scale) < tolerance
@@ -142,10 +142,10 @@ def test_large_gates_saturate_and_small_ones_keep_their_digits(scan: Callable[..
 def test_half_precision_gradients_lose_no_more_than_their_rounding(
     scan: Callable[..., Any], dtype: torch.dtype
 ) -> None:
-    tensors = to(inputs(B=2, L=6, E=5), dtype)
+    tensors = cast(inputs(B=2, L=6, E=5), dtype)
     actual = values_and_gradients(scan, tensors)
     assert (actual["output 0"].dtype, actual["output 1"].dtype) == (dtype, torch.float32)
-    expected = values_and_gradients(reference.lstm_scan, to(tensors, torch.float64))
+    expected = values_and_gradients(reference.lstm_scan, cast(tensors, torch.float64))
     assert_same(actual, expected, 2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import example, options, to, values_and_gradients
+from crossover.kernels.compare import cast, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from crossover.kernels.operators import kernels_run, without_kernels
 from torch import Tensor
@@ -51,17 +51,17 @@ def test_all_operators_give_the_same_layout_without_memory() -> None:
         for name, op in ops.OPS.items():
             for backend in op.backends[1:]:
                 for dtype, optional in ((torch.float32, True), (torch.bfloat16, False)):
-                    tensors = to(example(name, L=20, optional=optional), dtype)
-                    run(name, backend, tensors, **options(name, optional=optional, L=20))
+                    tensors = cast(ops.OPS[name].cases.example(L=20, optional=optional), dtype)
+                    run(name, backend, tensors, **ops.OPS[name].cases.example_options(optional=optional, L=20))
         # what small examples do not reach
         for backend in ops.linear_cross_entropy.backends[1:]:
             for z_loss in (0.0, 0.1):
-                tensors = to(example("linear_cross_entropy", L=600, N=999), torch.float32)
+                tensors = cast(ops.linear_cross_entropy.cases.example(L=600, N=999), torch.float32)
                 run("linear_cross_entropy", backend, tensors, z_loss=z_loss)
         with torch.no_grad():
             for backend in ops.state_update.backends[1:]:
                 with use_backend(backend):
-                    ops.state_update(**to(example("state_update"), torch.float32), in_place=True)
+                    ops.state_update(**cast(ops.state_update.cases.example(), torch.float32), in_place=True)
     assert found.different == []
     assert found.seen == {name for name in OPDEFS if name.startswith("crossover::")}
 

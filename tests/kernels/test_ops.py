@@ -1,11 +1,12 @@
 """Every backend of every operation against its reference in float64: values, gradients, states."""
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, options, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,15 @@ def run(name: str, backend: str, tensors: dict[str, torch.Tensor], **others: Any
         return values_and_gradients(ops.OPS[name], tensors, **others)
 
 
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_takes_the_arguments_of_the_definition(name: str, backend: str) -> None:
+    def arguments(which: str) -> list[tuple[Any, ...]]:
+        signature = inspect.signature(ops.OPS[name]._implementations[which])
+        return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+    assert arguments(backend) == arguments("reference")
+
+
 @pytest.mark.parametrize(("name", "backend"), [one for one in IMPLEMENTATIONS if one[1] != "triton"])
 @settings(max_examples=12)
 @given(**SIZES)
@@ -43,10 +53,14 @@ def test_triton_matches_the_definition_in_float32(name: str, **drawn: Any) -> No
 
 def check_float32(name: str, backend: str, B: int, L: int, E: int, N: int, optional: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    tensors, others = example(name, B=B, L=L, E=E, N=N, optional=optional), options(name, optional=optional, L=L)
+    cases = ops.OPS[name].cases
+    tensors, others = (
+        cases.example(B=B, L=L, E=E, N=N, optional=optional),
+        cases.example_options(optional=optional, L=L),
+    )
     expected = run(name, "reference", tensors, **others)
-    actual = run(name, backend, to(tensors, torch.float32), **others)
-    plain = run(name, "reference", to(tensors, torch.float32), **others)
+    actual = run(name, backend, cast(tensors, torch.float32), **others)
+    plain = run(name, "reference", cast(tensors, torch.float32), **others)
     # no worse than twice what the definition itself loses in float32; the floor covers sums taken in another order
     for key, value in actual.items():
         allowed = 2 * relative_error(plain[key], expected[key]) + 1e-5
@@ -60,7 +74,11 @@ def test_plain_pytorch_is_exact_in_float64(
     name: str, B: int, L: int, E: int, N: int, optional: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    tensors, others = example(name, B=B, L=L, E=E, N=N, optional=optional), options(name, optional=optional, L=L)
+    cases = ops.OPS[name].cases
+    tensors, others = (
+        cases.example(B=B, L=L, E=E, N=N, optional=optional),
+        cases.example_options(optional=optional, L=L),
+    )
     assert_same(run(name, "torch", tensors, **others), run(name, "reference", tensors, **others), 1e-11)
 
 
@@ -69,9 +87,9 @@ def test_plain_pytorch_is_exact_in_float64(
 def test_half_precision_inputs_lose_no_more_than_their_own_rounding(
     name: str, backend: str, dtype: torch.dtype
 ) -> None:
-    tensors, others = to(example(name), dtype), options(name)
+    tensors, others = cast(ops.OPS[name].cases.example(), dtype), ops.OPS[name].cases.example_options()
     with use_backend("reference"):
-        expected = ops.OPS[name](**to(tensors, torch.float64), **others)
+        expected = ops.OPS[name](**cast(tensors, torch.float64), **others)
     with use_backend(backend):
         actual = ops.OPS[name](**tensors, **others)
     expected, actual = (x if isinstance(x, tuple) else (x,) for x in (expected, actual))
@@ -81,7 +99,7 @@ def test_half_precision_inputs_lose_no_more_than_their_own_rounding(
 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_takes_inputs_that_are_not_contiguous(name: str, backend: str) -> None:
-    tensors, others = to(example(name), torch.float32), options(name)
+    tensors, others = cast(ops.OPS[name].cases.example(), torch.float32), ops.OPS[name].cases.example_options()
     strided = {k: t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1) for k, t in tensors.items()}
     assert any(not t.is_contiguous() for t in strided.values())
     assert_same(run(name, backend, strided, **others), run(name, backend, tensors, **others), 1e-6)
@@ -89,7 +107,7 @@ def test_takes_inputs_that_are_not_contiguous(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_repeats_bit_for_bit(name: str, backend: str) -> None:
-    tensors, others = to(example(name), torch.float32), options(name)
+    tensors, others = cast(ops.OPS[name].cases.example(), torch.float32), ops.OPS[name].cases.example_options()
     first, second = run(name, backend, tensors, **others), run(name, backend, tensors, **others)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
@@ -97,7 +115,7 @@ def test_repeats_bit_for_bit(name: str, backend: str) -> None:
 @pytest.mark.parametrize("cut", [1, 16, 36])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
-    tensors, others = example(name), options(name)
+    tensors, others = ops.OPS[name].cases.example(), ops.OPS[name].cases.example_options()
     y, state = ops.OPS[name](**tensors, **others)
     sequence = {k for k, t in tensors.items() if k != "initial_state" and t.dim() > 1 and t.shape[1] == 37}
     first = {k: t[:, :cut] if k in sequence else t for k, t in tensors.items()}
@@ -111,7 +129,7 @@ def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_start_forgets_everything_before_it(name: str, backend: str) -> None:
-    tensors, others = example(name), options(name)
+    tensors, others = ops.OPS[name].cases.example(), ops.OPS[name].cases.example_options()
     starts = torch.zeros_like(tensors["starts"])
     starts[:, 20] = True
     with use_backend(backend):
@@ -125,7 +143,7 @@ def test_a_start_forgets_everything_before_it(name: str, backend: str) -> None:
 def test_selective_scan_keeps_nothing_of_size_length_times_states() -> None:
     # one saved tensor of (B, L, E, N) would be N = 64 times an activation
     B, L, E, N = 1, 512, 32, 64
-    tensors = to(example("selective_scan", B=B, L=L, E=E, N=N, optional=False), torch.float32)
+    tensors = cast(ops.selective_scan.cases.example(B=B, L=L, E=E, N=N, optional=False), torch.float32)
     tensors = {k: t.requires_grad_() for k, t in tensors.items()}
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -146,7 +164,7 @@ def test_custom_operators_are_registered_soundly(name: str) -> None:
     from crossover.kernels.lstm_scan import torch_impl as lstm
     from crossover.kernels.selective_scan import torch_impl as scan
 
-    tensors = to(example(name, L=20), torch.float32)
+    tensors = cast(ops.OPS[name].cases.example(L=20), torch.float32)
     t = {k: v.requires_grad_() for k, v in tensors.items() if v.is_floating_point()}
     if name == "lstm_scan":
         torch.library.opcheck(lstm._scan, (t["gates"], t["weight"], t["initial_state"], None))

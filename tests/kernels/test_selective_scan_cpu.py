@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import KernelFallbackWarning, Unsupported, record_backends, use_backend
 from crossover.kernels.selective_scan import cpu, reference, torch_impl
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def _threads() -> Iterator[None]:
 
 def single(**sizes: Any) -> dict[str, Any]:
     """All inputs in float32."""
-    return to(example("selective_scan", **sizes), torch.float32)
+    return cast(ops.selective_scan.cases.example(**sizes), torch.float32)
 
 
 def both(tensors: dict[str, Tensor], function: Callable[..., Any] = cpu.selective_scan) -> dict[str, Tensor]:
@@ -54,22 +54,22 @@ def test_values_and_gradients_match_the_definition(
     B: int, L: int, E: int, N: int, given_: set[str], softplus: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    tensors = example("selective_scan", B=B, L=L, E=E, N=N)
+    tensors = ops.selective_scan.cases.example(B=B, L=L, E=E, N=N)
     tensors = {k: t for k, t in tensors.items() if k not in OPTIONAL or k in given_}
     if not softplus:
         tensors["delta"] = tensors["delta"].exp() * 0.1
     expected = values_and_gradients(reference.selective_scan, tensors, delta_softplus=softplus)
-    actual = values_and_gradients(cpu.selective_scan, to(tensors, torch.float32), delta_softplus=softplus)
-    plain = values_and_gradients(torch_impl.selective_scan, to(tensors, torch.float32), delta_softplus=softplus)
+    actual = values_and_gradients(cpu.selective_scan, cast(tensors, torch.float32), delta_softplus=softplus)
+    plain = values_and_gradients(torch_impl.selective_scan, cast(tensors, torch.float32), delta_softplus=softplus)
     # 1e-6: sums taken in another order, and a decay of which the exponent was rounded twice
     errors = {k: (relative_error(actual[k], e), relative_error(plain[k], e)) for k, e in expected.items()}
     assert {k: e for k, e in errors.items() if not e[0] <= 2 * e[1] + 1e-6} == {}
 
 
 def test_a_long_sequence_of_a_wide_model_stays_accurate() -> None:
-    tensors = example("selective_scan", B=1, L=260, E=150, N=16)
+    tensors = ops.selective_scan.cases.example(B=1, L=260, E=150, N=16)
     # 2e-6: float32 has 6e-8, of which sums over 260 tokens lose some
-    assert_same(both(to(tensors, torch.float32)), both(tensors, reference.selective_scan), 2e-6)
+    assert_same(both(cast(tensors, torch.float32)), both(tensors, reference.selective_scan), 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_a_long_sequence_of_a_wide_model_stays_accurate() -> None:
     ids=["dt=1e-4", "dt=1e-13", "dt=1e-35", "no memory loss", "decay 0", "decay near the smallest number"],
 )
 def test_extreme_steps_and_decays(delta: float, A: float) -> None:
-    tensors = example("selective_scan", L=40, optional=False)
+    tensors = ops.selective_scan.cases.example(L=40, optional=False)
     tensors |= {"delta": tensors["delta"] + delta, "A": torch.full_like(tensors["A"], A)}
     tensors["u"] = tensors["u"] / torch.nn.functional.softplus(tensors["delta"])  # keeps the result near 1
-    tensors = to(to(tensors, torch.float32), torch.float64)  # inputs that float32 can hold
-    expected, actual = both(tensors, reference.selective_scan), both(to(tensors, torch.float32))
-    plain = both(to(tensors, torch.float32), torch_impl.selective_scan)
+    tensors = cast(cast(tensors, torch.float32), torch.float64)  # inputs that float32 can hold
+    expected, actual = both(tensors, reference.selective_scan), both(cast(tensors, torch.float32))
+    plain = both(cast(tensors, torch.float32), torch_impl.selective_scan)
     for key, e in expected.items():
         scale = e.norm().clamp(min=1e-30)
         error, allowed = ((x[key].double() - e).norm() / scale for x in (actual, plain))
@@ -256,7 +256,7 @@ def test_half_precision_is_converted_under_autocast() -> None:
 
 
 def test_double_precision_is_refused_and_runs_plainly_by_default() -> None:
-    tensors = example("selective_scan")
+    tensors = ops.selective_scan.cases.example()
     with use_backend("cpu"), pytest.raises(Unsupported, match="float64"):
         ops.selective_scan(**tensors)
     with record_backends() as used, warnings.catch_warnings():

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.kernels.compare import assert_same, example, to, values_and_gradients
+from crossover.kernels import ops
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, triton_can_run
 from crossover.kernels.selective_scan import reference
 from torch import Tensor
@@ -24,7 +25,7 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def single(**sizes: Any) -> dict[str, Tensor]:
-    return {k: t.to(DEVICE) for k, t in to(example("selective_scan", **sizes), torch.float32).items()}
+    return {k: t.to(DEVICE) for k, t in cast(ops.selective_scan.cases.example(**sizes), torch.float32).items()}
 
 
 def both(tensors: dict[str, Tensor], function: Any = scan.selective_scan) -> dict[str, Tensor]:
@@ -33,10 +34,10 @@ def both(tensors: dict[str, Tensor], function: Any = scan.selective_scan) -> dic
 
 @pytest.mark.parametrize("n_splits", [1, 2, 3])
 def test_a_split_sequence_equals_the_definition(n_splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = example("selective_scan", B=2, L=41, E=5, N=3)
+    tensors = ops.selective_scan.cases.example(B=2, L=41, E=5, N=3)
     length = {1: 48, 2: 32, 3: 16}[n_splits]
     monkeypatch.setattr(scan, "split_length", lambda *_: length)
-    actual = both({k: t.to(DEVICE) for k, t in to(tensors, torch.float32).items()})
+    actual = both({k: t.to(DEVICE) for k, t in cast(tensors, torch.float32).items()})
     # 2e-6: float32 has 6e-8, of which sums over rows and tokens lose some
     assert_same(actual, values_and_gradients(reference.selective_scan, tensors, delta_softplus=True), 2e-6)
 
@@ -47,8 +48,8 @@ def test_every_layout_equals_the_definition(E: int, N: int, tokens: int, monkeyp
     for name in ("forward_configuration", "backward_configuration"):
         choose = getattr(scan, name)
         monkeypatch.setattr(scan, name, lambda *sizes, choose=choose: choose(*sizes) | {"T": tokens})
-    tensors = example("selective_scan", B=1, L=9, E=E, N=N)
-    actual = both({k: t.to(DEVICE) for k, t in to(tensors, torch.float32).items()})
+    tensors = ops.selective_scan.cases.example(B=1, L=9, E=E, N=N)
+    actual = both({k: t.to(DEVICE) for k, t in cast(tensors, torch.float32).items()})
     assert_same(actual, values_and_gradients(reference.selective_scan, tensors, delta_softplus=True), 2e-6)
 
 
@@ -121,7 +122,7 @@ def test_extreme_steps_stay_finite() -> None:
     tensors = single(B=1, L=20, E=4, N=4)
     for shift in (-30.0, 30.0):
         moved = tensors | {"delta": tensors["delta"] + shift}
-        wide = {k: t.cpu() for k, t in to(moved, torch.float64).items()}
+        wide = {k: t.cpu() for k, t in cast(moved, torch.float64).items()}
         expected = values_and_gradients(reference.selective_scan, wide, delta_softplus=True)
         assert_same(both(moved), expected, 2e-5)  # sums of large steps cancel
 

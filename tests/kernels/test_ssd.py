@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, options, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import Unsupported, use_backend
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -61,7 +61,7 @@ def check(backend: str, chunk_len: int | None, seed: int, **sizes: Any) -> None:
     torch.manual_seed(seed)
     tensors = inputs(**sizes)
     expected = run("reference", tensors, dt_softplus=True)
-    assert_same(run(backend, to(tensors, torch.float32), dt_softplus=True, chunk_len=chunk_len), expected, 1e-5)
+    assert_same(run(backend, cast(tensors, torch.float32), dt_softplus=True, chunk_len=chunk_len), expected, 1e-5)
 
 
 @settings(DRAWN, max_examples=16)
@@ -84,12 +84,12 @@ def test_chunk_boundaries_are_nothing_special(backend: str, L: int) -> None:
     tensors["starts"] = torch.zeros(1, L, dtype=torch.bool)
     tensors["starts"][:, 15::16] = tensors["starts"][:, 16::16] = True
     expected = run("reference", tensors, dt_softplus=True)
-    assert_same(run(backend, to(tensors, torch.float32), dt_softplus=True, chunk_len=16), expected, 1e-5)
+    assert_same(run(backend, cast(tensors, torch.float32), dt_softplus=True, chunk_len=16), expected, 1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_chunk_length_changes_nothing_but_rounding(backend: str) -> None:
-    tensors = to(example("ssd", B=1, L=70), torch.float32)
+    tensors = cast(ops.ssd.cases.example(B=1, L=70), torch.float32)
     whole = run(backend, tensors, dt_softplus=True, chunk_len=64)
     for chunk_len in (16, 32):
         assert_same(run(backend, tensors, dt_softplus=True, chunk_len=chunk_len), whole, 1e-5)
@@ -98,14 +98,14 @@ def test_chunk_length_changes_nothing_but_rounding(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, in the interpreter: the overflow is meant
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decays_that_leave_nothing_do_not_overflow(backend: str) -> None:
-    tensors = example("ssd", B=1, L=40, optional=False)
+    tensors = ops.ssd.cases.example(B=1, L=40, optional=False)
     tensors["dt"] = 10.0 ** (8 * torch.rand(1, 40, 4, dtype=torch.float64) - 6)
     tensors["dt"][:, 7], tensors["dt"][:, 21:23] = 1e15, 0.0
     tensors["A"] = -torch.tensor([1e-3, 1.0, 1e3, 1e30], dtype=torch.float64)  # 1e30 * 1e15 is infinite in float32
     tensors["x"] /= tensors["dt"][..., None].clamp(min=1)  # the drive stays near one
     with use_backend("reference"):
         expected = SSD(**tensors)
-    actual = run(backend, to(tensors, torch.float32), chunk_len=16)
+    actual = run(backend, cast(tensors, torch.float32), chunk_len=16)
     assert all(torch.isfinite(t).all() for t in actual.values())
     assert relative_error(actual["output 0"], expected[0]) < 1e-5
     assert relative_error(actual["output 1"], expected[1]) < 1e-5
@@ -113,20 +113,20 @@ def test_decays_that_leave_nothing_do_not_overflow(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strong_decay_keeps_the_gradients_of_what_is_left(backend: str) -> None:
-    tensors = example("ssd", B=1, L=40, optional=False)
+    tensors = ops.ssd.cases.example(B=1, L=40, optional=False)
     tensors["A"] = -torch.tensor([1.0, 30.0, 300.0, 3000.0], dtype=torch.float64)
     expected = run("reference", tensors)
     # the sums of log decays that a chunk holds are large, and so is their rounding
-    assert_same(run(backend, to(tensors, torch.float32), chunk_len=16), expected, 2e-4)
+    assert_same(run(backend, cast(tensors, torch.float32), chunk_len=16), expected, 2e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_equal_separate_ones(backend: str) -> None:
-    tensors, L = to(example("ssd", B=1, L=50), torch.float32), 50
+    tensors, L = cast(ops.ssd.cases.example(B=1, L=50), torch.float32), 50
     bounds = [0, 5, 9, 32, 50]  # two in a chunk, one across chunks, one from a chunk's first token
     tensors["starts"] = torch.zeros(1, L, dtype=torch.bool)
     tensors["starts"][:, bounds[:-1]] = True
-    others = options("ssd")
+    others = ops.ssd.cases.example_options()
     with use_backend(backend):
         packed, last = SSD(**tensors, **others)
         for first, end in itertools.pairwise(bounds):
@@ -140,7 +140,7 @@ def test_packed_documents_equal_separate_ones(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_ignores_the_future_exactly(backend: str) -> None:
-    tensors, others = to(example("ssd", B=1, L=40), torch.float32), options("ssd")
+    tensors, others = cast(ops.ssd.cases.example(B=1, L=40), torch.float32), ops.ssd.cases.example_options()
     with use_backend(backend):
         y, _ = SSD(**tensors, **others)
         for cut in (10, 16, 31):
@@ -154,14 +154,14 @@ def test_output_ignores_the_future_exactly(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bit_for_bit_over_many_chunks(backend: str) -> None:
-    tensors, others = to(example("ssd", B=1, L=40), torch.float32), options("ssd")
+    tensors, others = cast(ops.ssd.cases.example(B=1, L=40), torch.float32), ops.ssd.cases.example_options()
     first, second = run(backend, tensors, **others), run(backend, tensors, **others)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_outside_the_inputs_is_read(backend: str) -> None:
-    tensors, others = to(example("ssd", L=21), torch.float32), options("ssd")
+    tensors, others = cast(ops.ssd.cases.example(L=21), torch.float32), ops.ssd.cases.example_options()
 
     def surrounded(t: torch.Tensor) -> torch.Tensor:
         if not t.is_floating_point():
@@ -188,7 +188,7 @@ def test_nothing_outside_the_inputs_is_read(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_equals_the_selective_scan_with_one_decay_for_all_states(backend: str) -> None:
     dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
-    tensors = to(example("ssd", L=30), dtype)
+    tensors = cast(ops.ssd.cases.example(L=30), dtype)
     tensors["B"], tensors["C"] = tensors["B"][:, :, :1], tensors["C"][:, :, :1]
     (H, P), N = tensors["x"].shape[2:], tensors["B"].shape[-1]
     channels = {
@@ -206,14 +206,14 @@ def test_equals_the_selective_scan_with_one_decay_for_all_states(backend: str) -
     with use_backend("reference"):
         y, h = ops.selective_scan(**channels, delta_softplus=True)
     with use_backend(backend):
-        y_heads, h_heads = SSD(**tensors, **options("ssd"))
+        y_heads, h_heads = SSD(**tensors, **ops.ssd.cases.example_options())
     torch.testing.assert_close(y_heads.flatten(2), y, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(h_heads.flatten(1, 2), h, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_heads_that_do_not_make_groups_are_refused(backend: str) -> None:
-    tensors = to(example("ssd", optional=False), torch.float32)
+    tensors = cast(ops.ssd.cases.example(optional=False), torch.float32)
     tensors["B"] = tensors["C"] = torch.randn(2, 37, 3, 5)
     with use_backend(backend), pytest.raises(ValueError, match="4 heads do not make 3 equal groups"):
         SSD(**tensors)
@@ -222,12 +222,12 @@ def test_heads_that_do_not_make_groups_are_refused(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_chunk_of_no_token_is_refused(backend: str) -> None:
     with use_backend(backend), pytest.raises(ValueError, match="chunk_len=0"):
-        SSD(**to(example("ssd", optional=False), torch.float32), chunk_len=0)
+        SSD(**cast(ops.ssd.cases.example(optional=False), torch.float32), chunk_len=0)
 
 
 def test_torch_keeps_nothing_of_size_length_times_chunk() -> None:
     B, L, H, P, N = 1, 512, 2, 4, 2
-    tensors = to(inputs(B, L, 1, H, P, N, frozenset()), torch.float32)
+    tensors = cast(inputs(B, L, 1, H, P, N, frozenset()), torch.float32)
     saved: list[int] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
     with use_backend("torch"), hooks:
@@ -239,7 +239,7 @@ def test_torch_keeps_nothing_of_size_length_times_chunk() -> None:
 def test_heads_of_a_group_sum_alike_in_one_program_and_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
     from crossover.kernels.ssd import triton_kernels
 
-    tensors = to(inputs(1, 20, 1, 3, 4, 5, frozenset(OPTIONAL)), torch.float32)
+    tensors = cast(inputs(1, 20, 1, 3, 4, 5, frozenset(OPTIONAL)), torch.float32)
     apart = run("triton", tensors, dt_softplus=True)
     monkeypatch.setattr(triton_kernels, "PROGRAMS", 1)
     assert_same(run("triton", tensors, dt_softplus=True), apart, 1e-6)
@@ -258,7 +258,7 @@ def test_a_sequence_cut_into_segments_is_still_one(most: int, monkeypatch: pytes
         expected = run("reference", tensors, dt_softplus=True)
         monkeypatch.setattr(triton_kernels, "FILLED", most)
         monkeypatch.setattr(triton_kernels, "SEGMENT", 1)
-        actual = run("triton", to(tensors, torch.float32), dt_softplus=True, chunk_len=16)
+        actual = run("triton", cast(tensors, torch.float32), dt_softplus=True, chunk_len=16)
         assert_same(actual, expected, 1e-5)
 
 
@@ -276,22 +276,22 @@ def test_segments_are_as_many_as_fill_the_gpu(programs: int, n_chunks: int, chun
 def test_heads_wider_than_a_block_are_done_in_parts() -> None:
     tensors = inputs(1, 18, 1, 1, 70, 3, frozenset(OPTIONAL))
     expected = run("reference", tensors, dt_softplus=True)
-    assert_same(run("triton", to(tensors, torch.float32), dt_softplus=True, chunk_len=16), expected, 1e-5)
+    assert_same(run("triton", cast(tensors, torch.float32), dt_softplus=True, chunk_len=16), expected, 1e-5)
 
 
 @needs_triton
 def test_bfloat16_gradients_lose_no_more_than_their_rounding() -> None:
-    tensors = to(example("ssd", B=1, L=40), torch.bfloat16)
-    expected = run("reference", to(tensors, torch.float64), **options("ssd"))
+    tensors = cast(ops.ssd.cases.example(B=1, L=40), torch.bfloat16)
+    expected = run("reference", cast(tensors, torch.float64), **ops.ssd.cases.example_options())
     # twice the usual tolerance: the interpreter cuts bits off where a GPU rounds
-    assert_same(run("triton", tensors, **options("ssd")), expected, 3e-2)
+    assert_same(run("triton", tensors, **ops.ssd.cases.example_options()), expected, 3e-2)
 
 
 @needs_triton
 def test_heads_too_large_for_the_kernels_are_unsupported() -> None:
     with use_backend("triton"):
         with pytest.raises(Unsupported, match="heads of 129 x 4"):
-            SSD(**to(inputs(1, 2, 1, 1, 129, 4, frozenset()), torch.float32))
+            SSD(**cast(inputs(1, 2, 1, 1, 129, 4, frozenset()), torch.float32))
         with pytest.raises(Unsupported, match="float64"):
             SSD(**inputs(1, 2, 1, 1, 4, 4, frozenset()))
 
@@ -302,7 +302,7 @@ def test_custom_operators_are_registered_soundly(backend: str) -> None:
 
     t = {
         k: v.requires_grad_()
-        for k, v in to(example("ssd", B=1, L=20, E=3, N=2), torch.float32).items()
+        for k, v in cast(ops.ssd.cases.example(B=1, L=20, E=3, N=2), torch.float32).items()
         if k != "starts"
     }
     scanned = (t["x"], t["dt"].exp(), t["A"], t["B"], t["C"])
@@ -317,7 +317,7 @@ def test_custom_operators_are_registered_soundly(backend: str) -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    tensors = to(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
+    tensors = cast(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 3):
@@ -330,7 +330,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_the_cpu_reads_and_writes_only_its_own_memory(guard_bands: Any) -> None:
-    tensors = to(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
+    tensors = cast(inputs(2, 41, 2, 3, 9, 19, frozenset(OPTIONAL)), torch.float32)
     expected = run("cpu", tensors, dt_softplus=True)
     with guard_bands.watched() as allocated:
         actual = run("cpu", {k: guard_bands.surrounded(t) for k, t in tensors.items()}, dt_softplus=True)

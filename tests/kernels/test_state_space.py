@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, values_and_gradients
+from crossover.kernels.compare import assert_same, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from torch import Tensor
 
@@ -21,14 +21,14 @@ def run(name: str, backend: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("L", [63, 64, 65, 128, 193])
 @pytest.mark.parametrize("name", SCANS)
 def test_chunks_of_documents_are_the_recurrence_with_gradients(name: str, L: int, often: float) -> None:
-    tensors = example(name, B=3, L=L, E=2, N=3) | {"starts": torch.rand(3, L) < often}
+    tensors = ops.OPS[name].cases.example(B=3, L=L, E=2, N=3) | {"starts": torch.rand(3, L) < often}
     assert_same(run(name, "torch", tensors), run(name, "reference", tensors), 1e-11)
 
 
 @pytest.mark.parametrize("name", SCANS)
 def test_nothing_of_a_document_reaches_the_next_not_even_what_is_not_finite(name: str) -> None:
     L, start = 150, 77
-    tensors = example(name, L=L) | {"starts": (torch.arange(L) == start).expand(2, L)}
+    tensors = ops.OPS[name].cases.example(L=L) | {"starts": (torch.arange(L) == start).expand(2, L)}
     tensors["u"][:, :start] = torch.inf
     with use_backend("torch"):
         y, h = ops.OPS[name](**tensors)

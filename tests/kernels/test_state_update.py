@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.compare import assert_same, example, relative_error, to, values_and_gradients
+from crossover.kernels.compare import assert_same, cast, relative_error, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 UPDATE = ops.OPS["state_update"]
+EXAMPLE = ops.state_update.cases.example
 EVERY = pytest.mark.parametrize("backend", UPDATE.backends)
 BACKENDS = [name for name in UPDATE.backends if name != "reference"]
 
@@ -53,7 +54,7 @@ def inputs(B: int, G: int, per_group: int, P: int, N: int, K: int) -> dict[str, 
 def test_matches_the_definition_for_any_sizes(backend: str, seed: int, **sizes: int) -> None:
     torch.manual_seed(seed)
     tensors = inputs(**sizes)
-    assert_same(run(backend, to(tensors, torch.float32)), run("reference", tensors), 1e-5)
+    assert_same(run(backend, cast(tensors, torch.float32)), run("reference", tensors), 1e-5)
 
 
 @EVERY
@@ -72,13 +73,13 @@ def test_is_the_convolution_and_then_the_scan_of_one_token(backend: str) -> None
     with use_backend("reference"):
         expected = values_and_gradients(in_two_operations, tensors)
     dtype, tolerance = (torch.float32, 1e-5) if backend == "triton" else (torch.float64, 1e-12)
-    assert_same(run(backend, to(tensors, dtype)), expected, tolerance)
+    assert_same(run(backend, cast(tensors, dtype)), expected, tolerance)
 
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_leaves_what_it_is_given_as_it_was(backend: str, dtype: torch.dtype) -> None:
-    tensors = to(example("state_update"), dtype) | {"state": example("state_update")["state"].float()}
+    tensors = cast(EXAMPLE(), dtype) | {"state": EXAMPLE()["state"].float()}
     before = {k: t.clone() for k, t in tensors.items()}
     with use_backend(backend):
         y, window, state = UPDATE(**tensors)
@@ -91,7 +92,7 @@ def test_leaves_what_it_is_given_as_it_was(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_place_the_new_state_takes_the_place_of_the_old(backend: str, dtype: torch.dtype) -> None:
-    tensors = to(example("state_update"), dtype) | {"state": example("state_update")["state"].float()}
+    tensors = cast(EXAMPLE(), dtype) | {"state": EXAMPLE()["state"].float()}
     with use_backend(backend):
         expected = UPDATE(**tensors)
         given_state = tensors["state"]
@@ -104,9 +105,9 @@ def test_in_place_the_new_state_takes_the_place_of_the_old(backend: str, dtype: 
 @EVERY
 def test_half_precision_rounds_the_output_alone(backend: str) -> None:
     tensors = inputs(2, 1, 4, 8, 6, K=4)
-    rounded = to(tensors, torch.bfloat16) | {"state": tensors["state"].float()}
+    rounded = cast(tensors, torch.bfloat16) | {"state": tensors["state"].float()}
     with use_backend("reference"):
-        y, window, state = UPDATE(**to(rounded, torch.float64))
+        y, window, state = UPDATE(**cast(rounded, torch.float64))
     with use_backend(backend):
         actual = UPDATE(**rounded)
     assert relative_error(actual[0], y) < 2**-8
@@ -120,7 +121,7 @@ def test_one_tap_needs_no_window(backend: str) -> None:
     with use_backend("reference"):
         y, _, state = UPDATE(**tensors)
     with use_backend(backend):
-        actual = UPDATE(**to(tensors, torch.float32))
+        actual = UPDATE(**cast(tensors, torch.float32))
     assert actual[1].shape == (2, 0, 14)
     assert relative_error(actual[0], y) < 1e-5
     assert relative_error(actual[2], state) < 1e-5
@@ -129,7 +130,7 @@ def test_one_tap_needs_no_window(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, in the interpreter: the overflow is meant
 @EVERY
 def test_a_decay_that_leaves_nothing_leaves_the_drive(backend: str) -> None:
-    tensors = to(inputs(1, 1, 2, 3, 4, K=2), torch.float32) | {"A": torch.tensor([-1e30, -1.0])}
+    tensors = cast(inputs(1, 1, 2, 3, 4, K=2), torch.float32) | {"A": torch.tensor([-1e30, -1.0])}
     tensors["dt"] = torch.tensor([[1e5, -1e5]])  # softplus: 1e5 and 0
     with use_backend(backend):
         y, _, state = UPDATE(**tensors)
@@ -141,7 +142,7 @@ def test_a_decay_that_leaves_nothing_leaves_the_drive(backend: str) -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton cannot run here")
 def test_the_kernel_compiles_whole_with_and_without_reusing_the_state() -> None:
-    tensors = to(example("state_update", B=1, E=3, N=2), torch.float32)
+    tensors = cast(EXAMPLE(B=1, E=3, N=2), torch.float32)
     compiled = torch.compile(UPDATE, fullgraph=True, backend="aot_eager")
     with use_backend("triton"):
         assert_same(values_and_gradients(compiled, tensors), values_and_gradients(UPDATE, tensors), 1e-6)
@@ -153,7 +154,7 @@ def test_the_kernel_compiles_whole_with_and_without_reusing_the_state() -> None:
 
 @EVERY
 def test_channels_that_fit_no_heads_are_refused(backend: str) -> None:
-    tensors = to(inputs(1, 1, 3, 4, 5, K=4), torch.float32)
+    tensors = cast(inputs(1, 1, 3, 4, 5, K=4), torch.float32)
     for x in (tensors["x"][:, :-1], tensors["x"][:, :12], torch.randn(1, 12 + 2 * 2 * 5)):  # two groups of three heads
         with use_backend(backend), pytest.raises(ValueError, match=f"{x.shape[1]} channels are not 3 heads of 4"):
             UPDATE(**tensors | {"x": x})

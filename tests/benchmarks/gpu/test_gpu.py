@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,26 +16,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crossover.benchmarks.gpu import __main__ as gpu
-from crossover.benchmarks.gpu import cases as gpu_cases
 from crossover.benchmarks.gpu import limits as gpu_limits
 from crossover.benchmarks.gpu import peers as gpu_peers
 from crossover.benchmarks.gpu import prepare as gpu_prepare
 from crossover.benchmarks.gpu.__main__ import Setup, main, run, timed_rows
-from crossover.benchmarks.gpu.cases import IMPORTANCE, QUICK, STANDARD, Spec, build, in_order, specs_of
-from crossover.benchmarks.gpu.limits import Counts, CpuClock, CudaClock, Limits, Timing, measure_limits
+from crossover.benchmarks.gpu.cases import Spec, build, in_order, specs_of
+from crossover.benchmarks.gpu.limits import CpuClock, CudaClock, Limits, Timing, measure_limits
 from crossover.benchmarks.gpu.peers import racing
 from crossover.benchmarks.gpu.prepare import Job, carry_out, jobs, run_jobs
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations.checks import checks_of
 from crossover.benchmarks.operations.race_cases import Contestant, one_pass
 from crossover.kernels import ops
-from crossover.kernels.compare import example
+from crossover.kernels.cases import Cases, Counts, size
 from crossover.kernels.dispatch import Unsupported, use_backend
 from crossover.train.files import read_json_lines
 from torch import Tensor
 
 from ..scripts import Script
 
+STANDARD, QUICK = ([spec for name in ops.OPS for spec in specs_of(name, quick=quick)] for quick in (False, True))
 CPU, META = torch.device("cpu"), torch.device("meta")
 H200 = Limits(bytes=4.3e12, flops=790e12, exps=132 * 16 * 1.98e9)
 
@@ -66,8 +67,8 @@ def job(op: str, **changed: Any) -> Job:
     return Job(**{"op": op, "dtype": None} | settings | changed)
 
 
-def spec(op: str, specs: tuple[Spec, ...] = QUICK, **sizes: int) -> Spec:
-    return next(one for one in specs if one.op == op and sizes.items() <= dict(one.sizes).items())
+def spec(op: str, specs: list[Spec] = QUICK, **sizes: int) -> Spec:
+    return next(one for one in specs if one.op == op and sizes.items() <= dict(one.size.sizes).items())
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., Any], backend: str = "cpu") -> None:
@@ -96,16 +97,18 @@ def replace(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., An
 def test_floors_at_standard_sizes_are_those_of_the_arithmetic(
     op: str, sizes: dict[str, int], which: str, ms: float, what: str
 ) -> None:
-    counts = build(spec(op, STANDARD, **sizes), META, torch.bfloat16).counts[which]
+    counts = build(spec(op, STANDARD, **sizes), META, torch.bfloat16).inputs.counts[which]
     floor = H200.floor(counts)
     assert floor is not None
     assert floor == (pytest.approx(ms, rel=0.03), what)
 
 
 def test_no_prediction_beats_its_floor() -> None:
-    for one in STANDARD:
-        counts = build(one, META, torch.bfloat16).counts
-        for which, (least, most) in one.predicted.items():
+    predicted = [one for one in STANDARD if one.size.predicted]
+    assert len(predicted) > 10
+    for one in predicted:
+        counts = build(one, META, torch.bfloat16).inputs.counts
+        for which, (least, most) in one.size.predicted.items():
             floor = H200.floor(counts[which])
             assert floor is not None
             assert floor[0] * 0.97 < least < most
@@ -120,26 +123,25 @@ def test_the_slowest_limit_is_the_floor_and_what_is_not_known_is_none() -> None:
 
 def test_a_window_counts_only_the_keys_it_shows() -> None:
     L, W = 13, 5
-    one = Spec(op="attention", sizes={"B": 1, "L": L, "H": 1, "H_kv": 1, "P": 16, "W": W})
+    one = Spec(op="attention", size=size(B=1, L=L, H=1, H_kv=1, P=16, W=W))
     pairs = sum(1 for q, k in itertools.product(range(L), repeat=2) if q - W < k <= q)
-    assert build(one, META, torch.bfloat16).counts["fwd"].flops == 4 * 16 * pairs
+    assert build(one, META, torch.bfloat16).inputs.counts["fwd"].flops == 4 * 16 * pairs
 
 
 def test_every_operation_is_timed_the_important_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = in_order(ops.OPS)
-    assert tuple(names[: len(IMPORTANCE)]) == IMPORTANCE
-    assert set(names) == set(ops.OPS)
-    for name, quick in itertools.product(names, (True, False)):
+    important = ["selective_scan", "ssd", "attention", "causal_conv1d", "rms_norm", "gated_rms_norm"]
+    assert in_order([*ops.OPS][::-1]) == list(ops.OPS)
+    assert list(ops.OPS)[: len(important)] == important
+    for name, quick in itertools.product(ops.OPS, (True, False)):
         assert {one.op for one in specs_of(name, quick=quick)} == {name}
     # as an operation would be that nobody has given sizes to
-    monkeypatch.delitem(gpu_cases.BUILDERS, "ssm_scan")  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(gpu_cases, "QUICK", ())
+    monkeypatch.setattr(ops.ssm_scan, "_cases", Cases(example_tensors=ops.ssm_scan.cases.example_tensors))
     (one,) = specs_of("ssm_scan", quick=True)
-    workload = build(one, CPU, torch.float32)
-    ours = racing(workload.case, "torch", with_peers=True)["ours"]
+    case = build(one, CPU, torch.float32)
+    ours = racing(case, "torch", with_peers=True)["ours"]
     assert isinstance(ours, Contestant)
     assert len(one_pass(ours, True)()) == 3  # u, A, C
-    assert workload.counts["fwd"].bytes > workload.case.tensors["u"].nbytes
+    assert case.inputs.counts["fwd"].bytes > case.inputs.tensors["u"].nbytes
 
 
 @pytest.mark.parametrize("one", QUICK, ids=lambda one: f"{one.op} {one.shape}")
@@ -147,27 +149,20 @@ def test_all_contestants_compute_the_same(one: Spec, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     gpu_peers._compiled_flex_attention.cache_clear()
     gpu_peers._compiled_loss.cache_clear()
-    workload = build(one, CPU, torch.float32)
-    found = racing(workload.case, "torch", with_peers=True)
+    case = build(one, CPU, torch.float32)
+    found = racing(case, "torch", with_peers=True)
     for who in ("cudnn", "cuDNN LSTM"):  # needs a GPU; has weights of its own
         found.pop(who, None)
-    for t in workload.case.tensors.values():  # PyTorch's FlexAttention does not differentiate on the CPU
+    for t in case.inputs.tensors.values():  # PyTorch's FlexAttention does not differentiate on the CPU
         t.requires_grad_(False)
     racers = {who: c for who, c in found.items() if isinstance(c, Contestant)}
     with use_backend("reference"):
-        expected = ops.OPS[one.op](**_arguments(workload.case), **workload.case.others)
+        expected = ops.OPS[one.op].cases.call(ops.OPS[one.op], case.inputs.tensors, case.inputs.options)
     for who, contestant in racers.items():
         out = one_pass(contestant, False)()
         y, x = (t[0] if isinstance(t, tuple) else t for t in (out, expected))
         torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-4, msg=lambda text, who=who: f"{who}: {text}")
     assert set(found) >= {"ours", *gpu_peers.PEERS.get(one.op, {})} - {"cudnn", "cuDNN LSTM"}
-
-
-def _arguments(case: Any) -> dict[str, Tensor]:
-    if case.op != "lstm_scan":
-        return case.tensors
-    t = case.tensors
-    return {"gates": F.linear(t["x"], t["input_weight"], t["bias"]), "weight": t["weight"]}
 
 
 def library(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
@@ -214,28 +209,28 @@ def test_libraries_get_our_inputs_in_their_layout(monkeypatch: pytest.MonkeyPatc
         ("selective_scan", "mamba_ssm"),
         ("causal_conv1d", "causal_conv1d"),
     ):
-        workload = build(spec(op), CPU, torch.float32)
+        case = build(spec(op), CPU, torch.float32)
         with use_backend("torch"):
-            found = racing(workload.case, "torch", with_peers=True)
+            found = racing(case, "torch", with_peers=True)
             theirs = found[who]
             assert isinstance(theirs, Contestant)
             y, *_ = out if isinstance(out := one_pass(theirs, False)(), tuple) else (out,)
             grads = one_pass(theirs, True)()
         assert all(g is not None and g.shape == leaf.shape for g, leaf in zip(grads, theirs.leaves, strict=True))
         if who == "fla":  # leaves out the skip connection
-            y = y + workload.case.tensors["D"][:, None] * workload.case.tensors["x"]
+            y = y + case.inputs.tensors["D"][:, None] * case.inputs.tensors["x"]
         with use_backend("reference"):
-            expected = ops.OPS[op](**workload.case.tensors, **workload.case.others)
+            expected = ops.OPS[op](**case.inputs.tensors, **case.inputs.options)
         torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_library_that_is_absent_or_broken_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     library(monkeypatch, "mamba_ssm")
-    found = racing(build(spec("ssd"), CPU, torch.float32).case, "torch", with_peers=True)
+    found = racing(build(spec("ssd"), CPU, torch.float32), "torch", with_peers=True)
     assert "not installed: ModuleNotFoundError: No module named 'fla'" in str(found["fla"])
     assert "mamba_ssm" in str(found["mamba_ssm"])
     monkeypatch.setattr(gpu_peers, "PEERS", {"ssd": {"odd": lambda case: {}["gone"]}})
-    assert racing(build(spec("ssd"), CPU, torch.float32).case, "torch", with_peers=True)["odd"] == "KeyError: 'gone'"
+    assert racing(build(spec("ssd"), CPU, torch.float32), "torch", with_peers=True)["odd"] == "KeyError: 'gone'"
 
 
 class FakeCuda:
@@ -297,7 +292,7 @@ def test_limits_are_measured_and_a_fast_copy_is_a_high_rate() -> None:
 
 
 def test_a_row_holds_rates_floor_prediction_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Spec(op="rms_norm", sizes={"T": 8, "D": 16}, predicted={"fwd": (1.0, 2.0)})
+    one = Spec(op="rms_norm", size=size({"fwd": (1.0, 2.0)}, T=8, D=16))
     monkeypatch.setattr(gpu, "specs_of", lambda name, quick: [one])
     x = torch.ones(1)
     peers = {
@@ -430,9 +425,10 @@ def test_unwritten_memory_and_results_that_change_are_found(monkeypatch: pytest.
 
 def test_examples_for_a_gpu_take_several_blocks_and_suit_every_operation() -> None:
     for name in ops.OPS:
-        for sizes in gpu_prepare._BLOCKS_OF.get(name, gpu_prepare._BLOCKS):
+        cases = ops.OPS[name].cases
+        for sizes in cases.blocks:
             assert sizes["L"] > 128
-            example(name, **sizes)
+            cases.example(**sizes)
 
 
 def test_a_job_tells_who_is_ready_and_out_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,11 +525,23 @@ def test_triton_kernels_are_checked_and_timed(tmp_path: Path) -> None:
     assert timed == [("triton", {"torch"})] * 2
 
 
+def test_contributing_shows_commands_that_are_understood() -> None:
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    shown = re.findall(r'^make gpu(?: GPU="(.*?)")? ', text, re.MULTILINE)
+    assert len(shown) == 5
+    for words in shown:
+        asked = gpu._parser().parse_args(words.split())
+        assert set(asked.ops) <= ops.OPS.keys()
+    assert "--ops" in " ".join(shown)
+    assert "--quick" in " ".join(shown)
+
+
 BLOCKER = """
 import sys
 
 class Refuse:
-    names = {"tyro", "datasets", "tensorboard", "matplotlib", "transformers", "rich", "tokenizers"}
+    names = {"tyro", "datasets", "tensorboard", "matplotlib", "transformers", "rich", "tokenizers", "numba", "einops"}
+    names |= {"safetensors"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

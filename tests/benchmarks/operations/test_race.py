@@ -10,11 +10,11 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.config import KernelsConfig
 from crossover.benchmarks.operations import peers
 from crossover.benchmarks.operations import race as kernels
-from crossover.benchmarks.operations import race_cases as kernel_cases
 from crossover.benchmarks.operations.exp_rate import seconds_per_exp
 from crossover.benchmarks.operations.race import bench_kernels
-from crossover.benchmarks.operations.race_cases import Compiler, case_at, cases, contestants
+from crossover.benchmarks.operations.race_cases import Compiler, case_of, cases, compiled, contestants
 from crossover.kernels import ops
+from crossover.kernels.selective_scan import cases as scan_cases
 from crossover.train.files import read_json_lines
 
 TINY = {"lengths": (16,), "batch_size": 2, "channels": 16, "time_box": 0.001, "compile_box": 0.0}
@@ -59,11 +59,12 @@ def test_all_contestants_compute_the_same(name: str) -> None:
 
 
 def test_the_compiled_loop_is_the_selective_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_at("selective_scan", 32, KernelsConfig(**TINY))
-    monkeypatch.setattr(kernel_cases, "_compiled_chunk", lambda: kernel_cases._chunk)
-    loop = kernel_cases.compiled(case)
+    case = case_of("selective_scan", 32, KernelsConfig(**TINY))
+    monkeypatch.setattr(scan_cases, "compiled_chunk", lambda: scan_cases.chunk)
+    loop = compiled(case)
     assert loop is not None
     torch.testing.assert_close(loop.run(), contestants(case)["ours"].run(), rtol=1e-4, atol=1e-4)
+    assert compiled(case_of("selective_scan", 33, KernelsConfig(**TINY))) is None
 
 
 def test_a_definition_that_would_take_too_long_is_left_out_and_said_so(
@@ -79,7 +80,7 @@ def test_a_definition_that_would_take_too_long_is_left_out_and_said_so(
 
 
 def test_compiling_ends_with_its_seconds_but_not_for_what_is_compiled_already() -> None:
-    scan, longer, norm = (case_at(name, L, KernelsConfig(**TINY)) for name, L in SIZES)
+    scan, longer, norm = (case_of(name, L, KernelsConfig(**TINY)) for name, L in SIZES)
     compiler = Compiler(1e-9)
     assert compiler.first_call(scan, False, lambda: None) is None
     assert compiler.first_call(longer, False, lambda: None) is None
@@ -130,18 +131,18 @@ def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_loop_is_compiled_once_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
-    monkeypatch.setattr(kernel_cases, "_CHUNK", 2)
-    kernel_cases._compiled_chunk.cache_clear()
+    monkeypatch.setattr(scan_cases, "LOOP_LEN", 2)
+    scan_cases.compiled_chunk.cache_clear()
     graphs = []
     for L in (4, 8, 16):
         inputs = {name: torch.randn(2, L, 3) for name in ("u", "delta", "z")}
         inputs |= {name: torch.randn(2, L, 2) for name in ("B", "C")}
         inputs |= {"A": -torch.rand(3, 2), "D": torch.randn(3), "delta_bias": torch.randn(3)}
-        leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+        leaves: dict[str, Any] = {name: t.requires_grad_() for name, t in inputs.items()}
         with torch.no_grad():
-            kernel_cases._compiled_loop(**leaves)
-        y, _ = kernel_cases._compiled_loop(**leaves)
+            scan_cases.loop(**leaves)
+        y, _ = scan_cases.loop(**leaves)
         y.sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == graphs[2]
-    kernel_cases._compiled_chunk.cache_clear()
+    scan_cases.compiled_chunk.cache_clear()
