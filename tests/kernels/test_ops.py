@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 IMPLEMENTATIONS = [(name, backend) for name, op in ops.OPS.items() for backend in op.backends if backend != "reference"]
-STATEFUL = ("selective_scan", "ssd", "causal_conv1d", "ssm_scan", "dplr_scan", "gated_delta_rule", "lstm_scan")
+STATEFUL = [name for name, op in ops.OPS.items() if {"initial_state", "starts"} <= op.cases.example().keys()]
 SIZES = {
     "B": st.integers(1, 3),
     "L": st.integers(1, 70),
