@@ -10,13 +10,15 @@ from crossover.archs.mixer import State
 from torch import Tensor
 
 FEW_TAPS = {"h3": {"d_conv": 3}}  # whose defaults trace 64 operations a layer
+OWN = {"jamba": ["mamba+moe", "attention+mlp"], "samba": ["attention"]}
+"""Layers of the hybrids, without those that another architecture has too."""
 
 
 def one_of_each_layer(name: str) -> LanguageModel:
-    """The smallest model that holds every kind of layer of an architecture."""
+    """The smallest model that holds every kind of layer of an architecture, of a hybrid those that are its own."""
     torch._dynamo.reset()
     sizes: dict[str, Any] = {"d_model": 32, "vocab_size": 17, **FEW_TAPS.get(name, {})}
-    kinds = list(dict.fromkeys(configure(name, n_layers=1, **sizes).pattern))
+    kinds = OWN.get(name) or list(dict.fromkeys(configure(name, n_layers=1, **sizes).pattern))
     return build(name, n_layers=len(kinds), pattern=kinds, **sizes)
 
 
