@@ -6,12 +6,14 @@ with a "-" are published models, sizes included: the table PUBLISHED.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 
 from .config import ModelConfig, Seq2SeqConfig
@@ -471,15 +473,21 @@ def _width(make: Callable[..., ModelConfig], multiple: int, i: int) -> ModelConf
 
 
 def _closest(count: Callable[[int], int], target: int) -> int:
-    """The i >= 1 whose count is closest to the target, for a count that grows with i."""
-    high = 1
-    while count(high) < target:
-        high *= 2
-    low = max(1, high // 2)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return min((low, high), key=lambda i: abs(count(i) - target))
+    """The i >= 1 whose count is closest to the target, for a count that grows with i, and nearly as a quadratic does.
+
+    Counting is slow. Three counts say how it grows, and so about where to look; what is counted there says how far off.
+    """
+    counts = {i: count(i) for i in (1, 8, 64)}
+    growth = np.polynomial.Polynomial.fit([*counts], [*counts.values()], 2)
+    while True:
+        low = max((i for i, n in counts.items() if n < target), default=0)
+        high = min((i for i, n in counts.items() if n >= target and i > low), default=16 * low)
+        if high - low == 1:
+            return min((i for i in (low, high) if i), key=lambda i: abs(counts[i] - target))
+        nearest = min(counts, key=lambda i: abs(counts[i] - target))
+        wanted = growth(nearest) + target - counts[nearest]
+        guess = low + 1 + bisect.bisect_left(range(low + 1, high - 1), wanted, key=growth)
+        counts[guess] = count(guess)
 
 
 __all__ = [

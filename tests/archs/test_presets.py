@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.archs import PUBLISHED, Mixer, ModelConfig, available, build, configure, register_mixer
+from crossover.archs import PUBLISHED, Mixer, ModelConfig, available, build, configure, presets, register_mixer
 from crossover.archs.presets import PRESETS, TOLERANCE, count_params, find
 from crossover.archs.registry import MIXERS
 
@@ -35,6 +35,19 @@ def test_given_sizes_are_kept_and_the_rest_is_solved() -> None:
     config = configure("transformer", n_params=2_000_000, n_layers=3, d_model=192)
     assert (config.n_layers, config.d_model) == (3, 192)
     assert count_params(config) == pytest.approx(2_000_000, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("n_params", [300_000, 999_999, 250_000_000])
+@pytest.mark.parametrize("name", ["mamba", "lstm"])  # which have no ffn whose width would be solved too
+def test_the_width_is_the_nearest_and_found_by_counting_few_models(
+    name: str, n_params: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[ModelConfig] = []
+    monkeypatch.setattr(presets, "count_params", lambda config: counted.append(config) or count_params(config))
+    chosen = configure(name, n_params=n_params, n_layers=2, vocab_size=64).d_model
+    assert len(counted) <= 10
+    near = [configure(name, d_model=d, n_layers=2, vocab_size=64) for d in (chosen - 4, chosen, chosen + 4)]
+    assert min(near, key=lambda config: abs(count_params(config) - n_params)).d_model == chosen
 
 
 def test_an_unreachable_size_names_the_nearest() -> None:
