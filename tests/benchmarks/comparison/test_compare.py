@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison import compare
 from crossover.benchmarks.config import CompareConfig
 from crossover.benchmarks.context.cells import Failure
@@ -30,9 +31,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def words(text: Path, out: Path, *more: str) -> list[str]:
+    return ["compare", "--data", str(text), "--out", str(out), *OPTIONS, *more]
+
+
 def command(text: Path, out: Path, *more: str) -> list[str]:
     main = "import sys; from crossover.benchmarks.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", main, "compare", "--data", str(text), "--out", str(out), *OPTIONS, *more]
+    return [sys.executable, "-c", main, *words(text, out, *more)]
 
 
 @pytest.mark.slow
@@ -91,14 +96,16 @@ def test_ctrl_c_keeps_what_exists_reports_it_and_the_same_command_goes_on(text: 
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_recorded_and_the_others_go_on(text: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_is_recorded_and_the_others_go_on(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     (out / "transformer-s0").mkdir(parents=True)
     (out / "transformer-s0" / "checkpoints").touch()  # a file where the trainer needs a folder
-    done = subprocess.run(command(text, out, "--context", "16"), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "transformer-s0 did not finish" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main(words(text, out, "--context", "16")) == 1
+    complaints = capsys.readouterr().err
+    assert "transformer-s0 did not finish" in complaints
+    assert "Traceback" not in complaints
     summary = json.loads((out / "summary.json").read_text())
     status = {row["arch"]: row["status"] for row in summary["quality"]}
     assert status["mamba"] == "done"
@@ -123,12 +130,11 @@ def test_a_measurement_that_fails_makes_the_comparison_fail(
 
 
 @pytest.mark.slow
-def test_bench_lr_names_the_best_rate(text: Path, tmp_path: Path) -> None:
-    main = "import sys; from crossover.benchmarks.cli import main; sys.exit(main())"
+def test_bench_lr_names_the_best_rate(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--archs mamba --rates 1e-6 3e-3 --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256"
-    words = ["bench", "lr", *options.split(), "--threads", "1", "--data", str(text), "--out", str(tmp_path / "lr")]
-    done = subprocess.run([sys.executable, "-c", main, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code = main(["bench", "lr", *options.split(), "--threads", "1", "--data", str(text), "--out", str(tmp_path / "lr")])
+    said, complaints = capsys.readouterr()
+    assert code == 0, complaints
     lines = (tmp_path / "lr" / "lr.csv").read_text().splitlines()
     assert [line.split(",")[-1] for line in lines] == ["best", "False", "True"]
-    assert "best, at the end of the list: try further" in done.stdout
+    assert "best, at the end of the list: try further" in said
