@@ -64,7 +64,7 @@ def _opened(
     if lm.config.kind == "seq2seq":
         if not texts:
             raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
-        # each ends as in training, and the target begins as there (train/pairs.py)
+        # each ends as in training, and the target begins as there (train/objectives/pairs.py)
         sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
         return [""] * len(texts), functools.partial(lm.generate, sources, start_token=end)
     texts = texts or [""]
