@@ -10,6 +10,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ..train.config import Count
+from .harness.format import format_bytes
 
 __all__ = [
     "ARCHS",
@@ -23,7 +24,6 @@ __all__ = [
     "LearningRateConfig",
     "MeasureConfig",
     "ReportConfig",
-    "format_bytes",
     "parse_bytes",
 ]
 
@@ -40,15 +40,6 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"'{text}' is not a size in bytes; write it like 3GiB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def format_bytes(n_bytes: float) -> str:
-    """Writes a size with three significant digits in powers of 1024: 3 GiB, 1.5 MiB, 132 KiB."""
-    size, units = float(n_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while abs(size) >= 999.5 and unit != "TiB":
-        size, unit = size / 1024, next(units)
-    return f"{size:.3g} {unit}"
 
 
 ByteSize = Annotated[

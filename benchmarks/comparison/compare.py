@@ -12,10 +12,11 @@ from typing import Any
 from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
 from ...train.files import write_json
 from ...train.runtime import Interrupted, stop_signals
-from ..config import CompareConfig, ContextConfig, format_bytes
+from ..config import CompareConfig, ContextConfig
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
 from ..context.jobs import ContextJob, context_jobs
 from ..harness.folder import folder_for
+from ..harness.format import format_bytes
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch

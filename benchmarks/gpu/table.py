@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..harness.format import number
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 
 __all__ = ["line_of", "markdown"]
@@ -66,21 +67,17 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     predicted = row["predicted_ms"]
     return [
         *head,
-        _number(row["ms"]),
-        _number(row["tb_per_second"]),
-        _number(row["tflop_per_second"]) if row["flops"] else "-",
+        number(row["ms"]),
+        number(row["tb_per_second"]),
+        number(row["tflop_per_second"]) if row["flops"] else "-",
         "-" if row["percent_of_floor"] is None else f"{row['percent_of_floor']:.0f}",
         row["floor_is"] or "-",
-        "-" if predicted is None else " to ".join(map(_number, predicted)),
-        _number(row["launch_ms"]),
+        "-" if predicted is None else " to ".join(map(number, predicted)),
+        number(row["launch_ms"]),
         ", ".join(
-            f"{who} {_number(one['ms'])} ({one['ratio']:.2f}x)" for who, one in row["peers"].items() if "ms" in one
+            f"{who} {number(one['ms'])} ({one['ratio']:.2f}x)" for who, one in row["peers"].items() if "ms" in one
         ),
     ]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], seconds: float) -> str:

@@ -1,8 +1,6 @@
 """Numbers as tables, figures and sentences show them. A dash stands for what was not measured."""
 
-from ...train.progress import duration
-
-__all__ = ["DASH", "count", "duration", "format_bytes", "number", "whole"]
+__all__ = ["DASH", "count", "format_bytes", "number", "whole"]
 
 DASH = "-"
 

@@ -24,6 +24,7 @@ from ...train.runtime import is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict
 from ..config import KernelsConfig
 from ..harness.folder import append_jsonl, folder_for
+from ..harness.format import number
 from ..harness.progress import StatusLine
 from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
@@ -194,8 +195,7 @@ def _too_slow(case: Case, config: KernelsConfig, backward: bool) -> str | None:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     ratios = [f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else "-" for name in _OTHERS]
     floor = "-" if row["times_floor"] is None else f"{row['times_floor']:.1f}x"
-    ours = row["seconds"]["ours"] * 1e3
-    milliseconds = f"{ours:.3g}" if ours < 999.5 else f"{ours:,.0f}"
+    milliseconds = number(row["seconds"]["ours"] * 1e3)
     return [row["op"], row["shape"], row["pass"], str(row["threads"]), milliseconds, row["backend"], *ratios, floor]
 
 
