@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from crossover.archs import PUBLISHED, ModelConfig, available, configure
 
+pytestmark = pytest.mark.quick
+
 BASE = {"d_model": 8, "n_layers": 3, "vocab_size": 5, "pattern": ["mamba+mlp", "attention"]}
 
 

@@ -221,6 +221,7 @@ def test_an_encoder_refuses_a_state(name: str, options: dict[str, Any]) -> None:
         mixer(torch.randn(1, 3, 8, dtype=torch.float64), State())
 
 
+@pytest.mark.quick
 @over_both
 def test_training_makes_no_state_and_reaches_every_parameter(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
@@ -240,6 +241,7 @@ def test_training_makes_no_state_and_reaches_every_parameter(name: str, options:
     assert untouched == without_rope | alone
 
 
+@pytest.mark.quick
 @over_the_registry
 def test_gradients_flow_through_a_given_state(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
@@ -259,6 +261,7 @@ def test_declared_parameter_names_exist(name: str, options: dict[str, Any]) -> N
     assert mixer.no_weight_decay | set(mixer.lr_scale) <= own
 
 
+@pytest.mark.quick
 @over_the_registry
 def test_state_is_a_value(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
@@ -320,6 +323,7 @@ def logits_and_gradients(lm: LanguageModel, logits: Tensor) -> dict[str, Tensor]
 DOCUMENTS = {"lengths": st.lists(st.integers(1, 7), min_size=1, max_size=3), "padding": st.integers(0, 5), "seed": SEED}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", available())
 @settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, LENGTH), max_size=3), **DOCUMENTS)
@@ -348,6 +352,7 @@ def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
         torch.testing.assert_close(in_chunks(), expected["logits"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", [*available("encoder"), *available()])
 @settings(max_examples=3)
 @given(**DOCUMENTS)

@@ -128,6 +128,7 @@ def test_gpt2_is_theirs_in_float64(tmp_path: Path) -> None:
     assert (actual - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("arch", ["gpt2", "transformer", "mamba", "mamba2", "jamba", "bert"])
 def test_our_models_come_back_bit_for_bit(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:

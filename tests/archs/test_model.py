@@ -60,6 +60,7 @@ def test_packed_documents_have_the_loss_of_documents_apart(name: str) -> None:
     torch.testing.assert_close(mean.float(), packed.mean().float())
 
 
+@pytest.mark.quick
 @every_architecture
 def test_greedy_generation_equals_rerunning_the_whole_sequence(name: str) -> None:
     lm = tiny(name).eval()
@@ -87,6 +88,7 @@ def test_a_cache_that_would_overflow_says_so() -> None:
         lm(torch.randint(11, (1, 5)), lm.init_state(1, 4))
 
 
+@pytest.mark.quick
 @every_model
 def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     lm = tiny(name, tie_embeddings=name != "lstm")
@@ -105,6 +107,7 @@ def test_a_loaded_model_has_memory_of_its_own_aligned_and_in_the_precision_of_th
     assert {p.data_ptr() % 64 for p in again.parameters()} == {0}
 
 
+@pytest.mark.quick
 def test_all_weights_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
     tiny("transformer").save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")

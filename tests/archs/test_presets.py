@@ -31,6 +31,7 @@ def test_counting_on_meta_equals_counting_weights(name: str) -> None:
     assert count_params(config) == sum(distinct.values())
 
 
+@pytest.mark.quick
 def test_given_sizes_are_kept_and_the_rest_is_solved() -> None:
     config = configure("transformer", n_params=2_000_000, n_layers=3, d_model=192)
     assert (config.n_layers, config.d_model) == (3, 192)
@@ -55,6 +56,7 @@ def test_an_unreachable_size_names_the_nearest() -> None:
         configure("mamba", n_params=1000)
 
 
+@pytest.mark.quick
 def test_options_go_to_whatever_has_them() -> None:
     config = configure("jamba", n_heads=2, d_state=4, top_k=1, tie_embeddings=False, norm_eps=1e-6)
     assert config.mixer["attention"]["n_heads"] == 2
@@ -64,6 +66,7 @@ def test_options_go_to_whatever_has_them() -> None:
     assert (config.tie_embeddings, config.norm_eps) == (False, 1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -323,6 +323,7 @@ def test_options_reach_both_sides_and_depths_may_differ() -> None:
     assert (deep.n_layers, deep.encoder.n_layers) == (6, 5)
 
 
+@pytest.mark.quick
 @every_model
 def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     lm, (source, target) = build(name, d_model=24, n_layers=2, vocab_size=11), pair()

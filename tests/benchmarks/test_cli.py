@@ -7,6 +7,8 @@ from crossover.benchmarks.cli import main
 
 from .fake_runs import write_run
 
+pytestmark = pytest.mark.quick
+
 
 def run(*words: str) -> tuple[int, str]:
     """Runs a command in this process and returns its exit code."""

@@ -1,6 +1,8 @@
 import pytest
 from crossover.benchmarks.config import ARCHS, CompareConfig, MeasureConfig, parse_bytes
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),

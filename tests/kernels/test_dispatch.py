@@ -15,6 +15,8 @@ from crossover.kernels.dispatch import (
     use_backend,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def reference(x: torch.Tensor) -> str:
     return "reference"

@@ -82,6 +82,7 @@ def test_plain_pytorch_is_exact_in_float64(
     assert_same(run(name, "torch", tensors, **others), run(name, "reference", tensors, **others), 1e-11)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_half_precision_inputs_lose_no_more_than_their_own_rounding(
@@ -112,6 +113,7 @@ def test_repeats_bit_for_bit(name: str, backend: str) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cut", [1, 16, 36])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
@@ -126,6 +128,7 @@ def test_state_hands_over_at_any_cut(name: str, cut: int) -> None:
     torch.testing.assert_close(last, state)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_start_forgets_everything_before_it(name: str, backend: str) -> None:
@@ -151,6 +154,7 @@ def test_selective_scan_keeps_nothing_of_size_length_times_states() -> None:
     assert max(saved) < B * L * E * N / 8
 
 
+@pytest.mark.quick
 def test_loss_of_no_counted_token_is_zero_and_has_zero_gradient() -> None:
     x = torch.randn(5, 3, requires_grad=True)
     loss, z = ops.linear_cross_entropy(x, torch.randn(4, 3), torch.full((5,), -100), z_loss=0.1)

@@ -125,6 +125,7 @@ def test_exp2_is_sound_next_to_its_limits() -> None:
     assert np.all(np.isinf(high) == (grid(127, 128.5) >= 128))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("n", range(LANES + 1))
 def test_partial_vectors_touch_nothing_else(n: int) -> None:
     x, y = np.arange(1, 33, dtype=np.float32), np.full(32, -1, np.float32)
@@ -163,6 +164,7 @@ def test_a_kernel_without_a_place_for_its_code_is_compiled_anyway() -> None:
     assert x.tolist() == [1, 1, 1]
 
 
+@pytest.mark.quick
 def test_code_on_disk_is_keyed_by_this_vocabulary_too() -> None:
     compiled: Any = apply_exp2
     assert [cell.cell_contents for cell in compiled.py_func.__closure__] == [simd._VERSION]

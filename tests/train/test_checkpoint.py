@@ -82,11 +82,13 @@ def test_a_checkpoint_alone_rebuilds_its_model(tmp_path: Path) -> None:
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.quick
 def test_the_state_comes_back_with_the_step(tmp_path: Path) -> None:
     state = read_state(saved(tmp_path, 7))
     assert (state["step"], state["note"]) == (7, 7)
 
 
+@pytest.mark.quick
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     last = saved(tmp_path, 5, 10, 15)
     assert files_below(tmp_path) == ["step-00000010", "step-00000015"]
@@ -102,6 +104,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "absent") is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", "config.json"])
 def test_a_flipped_byte_is_found(name: str, tmp_path: Path) -> None:
     path = saved(tmp_path, 5)

@@ -102,6 +102,7 @@ def test_a_model_table_gives_the_whole_model(tmp_path: Path) -> None:
     assert wider.model.configure(300) == dataclasses.replace(expected, d_model=64, mixer={"attention": {"n_heads": 4}})
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda f: f.stem)
 def test_the_run_files_of_the_repository_describe_runs(file: Path) -> None:
     run = run_of(str(file))
@@ -128,6 +129,7 @@ def test_option_values_are_toml_and_bare_words_are_strings() -> None:
     assert spec.all_options() == {"a": 2, "b": [1, 2], "c": {"d": True}, "e": "word", "f": "x=y"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

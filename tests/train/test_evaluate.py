@@ -15,6 +15,8 @@ from crossover.train.objectives.next_token import NextToken, buckets
 from crossover.train.runtime import Interrupted, Precision
 from crossover.train.score import bits_per_byte
 
+pytestmark = pytest.mark.quick
+
 
 class Judge:
     """An untrained model with an objective that only judges it."""

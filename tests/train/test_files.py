@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from crossover.train.files import read_json, read_json_lines, write_json
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_reader_never_sees_half_a_json_file(tmp_path: Path) -> None:
     path = tmp_path / "run.json"

@@ -10,6 +10,8 @@ from crossover.train.config import OptimConfig
 from crossover.train.optim import adamw, learning_rate, param_groups, set_learning_rate
 from torch import nn
 
+pytestmark = pytest.mark.quick
+
 
 class Recurrence(nn.Module):
     """A layer with exceptions, as mixers state them."""

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from crossover.train.progress import Display, duration, farewell
 
+pytestmark = pytest.mark.quick
+
 TRAINED = {"step": 5, "train/loss": 1.25, "perf/tokens_per_second": 1234.5}
 
 

@@ -8,6 +8,8 @@ from crossover.train.files import read_json_lines
 from crossover.train.record import MetricsLog, provenance
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.quick
+
 
 def training(step: int) -> dict[str, float]:
     return {"step": step, "tokens": step * 8, "train/loss": 1 / step, "perf/tokens_per_second": 10.0 * step}

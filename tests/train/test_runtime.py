@@ -32,6 +32,7 @@ class FakeClock:
         return self.now
 
 
+@pytest.mark.quick
 def test_the_stopwatch_counts_training_only() -> None:
     clock = FakeClock()
     watch = Stopwatch(clock=clock)
@@ -100,6 +101,7 @@ def test_the_cpu_takes_bf16_only_where_it_has_instructions_for_it(
     assert "bf16 instructions" in chosen.reason
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_autocast_sets_the_arithmetic_of_products(name: str, dtype: torch.dtype) -> None:
     weight = torch.ones(2, 2)
@@ -122,6 +124,7 @@ def test_the_real_allocator_error_of_the_cpu_means_out_of_memory() -> None:
     assert is_out_of_memory(caught.value)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -184,6 +187,7 @@ def _in_a_new_process(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result(timeout=60)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_where_it_is_safe(signum: signal.Signals) -> None:

@@ -101,6 +101,7 @@ def after_step(step: int, action: Callable[[], None]) -> Callable[[int, Any], An
     return change
 
 
+@pytest.mark.quick
 def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> None:
     run = config(tmp_path, eval_every=3, checkpoint_every=3)
     outcome = fit(run, corpus, command=["crossover", "train"])
@@ -156,6 +157,7 @@ def test_the_final_validation_is_that_of_the_saved_weights(tmp_path: Path, corpu
     assert found["bits_per_byte"] == result["val_bits_per_byte"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("arch", ["transformer", "mamba", "jamba", "lstm"])
 def test_an_interrupted_run_continues_bit_for_bit(
     arch: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch

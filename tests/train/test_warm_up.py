@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 TOKENS = RandomTokens(vocab_size=256, batch_size=8, seq_len=128)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["transformer", "jamba"])
 def test_the_random_state_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()

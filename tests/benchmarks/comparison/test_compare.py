@@ -113,6 +113,7 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(
     assert "transformer-s0: " in (out / "report.html").read_text()
 
 
+@pytest.mark.quick
 def test_a_measurement_that_fails_makes_the_comparison_fail(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,8 @@ from crossover.train.config import DataConfig
 
 from ..fake_runs import write_run
 
+pytestmark = pytest.mark.quick
+
 
 def test_lowest_bits_per_byte_wins() -> None:
     rows = rate_rows([("mamba", 1e-3, 2.3), ("mamba", 2e-3, 2.1), ("mamba", 4e-3, 2.2), ("lstm", 1e-3, 3.0)])

@@ -22,6 +22,8 @@ from crossover.benchmarks.harness.sizes import size_arch
 
 from ..fake_runs import append_line, write_json
 
+pytestmark = pytest.mark.quick
+
 DIGEST = "c0ffee" * 10 + "abcd"
 
 

@@ -87,6 +87,7 @@ def test_a_measured_cell_has_plausible_values(tmp_path: Path) -> None:
     assert 32 * 32 * 2 * 4 <= train.state_bytes <= 32 * 32 * 2 * 4 + 1024
 
 
+@pytest.mark.quick
 def test_memory_that_runs_out_is_a_recorded_point_and_the_other_phases_are_measured(tmp_path: Path) -> None:
     # A training batch of 2^25 tokens needs 4 GiB for the first activation alone.
     cells = measure([job(context_len=64, tokens_per_batch=2**25, memory_limit=2**29)], tmp_path)
@@ -253,6 +254,7 @@ def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: py
     assert [cell.phase for cell in read_cells(tmp_path / "context.jsonl")] == ["decode"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("returncode", "last_words", "status"),
     [
@@ -285,6 +287,7 @@ def test_jobs_are_made_from_sizes_lengths_and_settings() -> None:
         assert json.loads(json.dumps(one.settings)) == one.settings
 
 
+@pytest.mark.quick
 def test_measurements_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     write(tmp_path, job(time_box=9.0).cell("train", status="done"))
     with pytest.raises(ValueError, match="another time_box; give the same options, another --out, or --fresh"):

@@ -20,6 +20,7 @@ def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -
     return Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> None:
@@ -89,6 +90,7 @@ def test_decoding_starts_every_repeat_from_the_same_context() -> None:
     assert set(lengths) == {16, 17}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -78,6 +78,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., An
     monkeypatch.setattr(ops.OPS[op], "_implementations", kept | {backend: function})
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("op", "sizes", "which", "ms", "what"),
     [
@@ -291,6 +292,7 @@ def test_limits_are_measured_and_a_fast_copy_is_a_high_rate() -> None:
     assert CpuClock(seconds=0.0)(lambda: time.sleep(0.002)).ms >= 2
 
 
+@pytest.mark.quick
 def test_a_row_holds_rates_floor_prediction_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Spec(op="rms_norm", size=size({"fwd": (1.0, 2.0)}, T=8, D=16))
     monkeypatch.setattr(gpu, "specs_of", lambda name, quick: [one])
@@ -352,6 +354,7 @@ def test_what_does_not_fit_is_listed_as_left_out(tmp_path: Path) -> None:
     assert "rms\\_norm, T=32 D=32: no time left" in page
 
 
+@pytest.mark.quick
 def test_a_run_writes_every_finding_with_its_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--device", "cpu", "--quick", "--backend", "torch", "--processes", "0", "--skip-peers"]
     assert main([*words, "--out", str(tmp_path), "--ops", "grouped_mm", "rms_norm"]) == 0
@@ -431,6 +434,7 @@ def test_examples_for_a_gpu_take_several_blocks_and_suit_every_operation() -> No
             cases.example(**sizes)
 
 
+@pytest.mark.quick
 def test_a_job_tells_who_is_ready_and_out_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(case: Any) -> Contestant:
         return Contestant(run=lambda: 1 / 0, leaves=[])

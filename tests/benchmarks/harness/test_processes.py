@@ -14,6 +14,8 @@ from crossover.train.runtime import stop_signals
 
 from ..scripts import Script
 
+pytestmark = pytest.mark.quick
+
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 POLITE = """
 import signal, sys, time

@@ -4,6 +4,8 @@ import re
 import pytest
 from crossover.benchmarks.harness.progress import Progress, Schedule, StatusLine, Task
 
+pytestmark = pytest.mark.quick
+
 
 def tasks() -> list[Task]:
     return [

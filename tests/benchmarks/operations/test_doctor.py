@@ -15,6 +15,8 @@ from crossover.kernels.dispatch import Unsupported, record_backends, switched_of
 from crossover.train import health
 from crossover.train.verdict import apply_verdict, store_verdict
 
+pytestmark = pytest.mark.quick
+
 OPS = ("linear_cross_entropy", "rms_norm")
 
 

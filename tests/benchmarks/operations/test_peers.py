@@ -63,6 +63,7 @@ def race(monkeypatch: pytest.MonkeyPatch, folder: Path, *scripts: Script) -> lis
         return peers.race_rows(ORDER, time_box=0.0, logs=folder)
 
 
+@pytest.mark.quick
 def test_the_ratio_is_the_median_over_turns_and_the_first_turn_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_process_trains_once_for_every_time_it_is_told(who: str, monkeypatch: 
     assert all(seconds > 0 for seconds in turns)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("step", ["our_step", "their_step"])
 def test_a_training_step_changes_every_parameter(step: str) -> None:
     pytest.importorskip("transformers", reason="needs the extra [hf]")

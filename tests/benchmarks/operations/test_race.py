@@ -48,6 +48,7 @@ def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsy
     assert capsys.readouterr().out.count("\n") > len(rows)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ops.OPS)
 def test_all_contestants_compute_the_same(name: str) -> None:
     (case,) = cases(name, KernelsConfig(**TINY))

@@ -6,6 +6,8 @@ from crossover.benchmarks.report.crossovers import Crossover, Curve, Point, all_
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.quick
+
 LENGTHS = (128, 512, 2048, 8192)
 
 

@@ -24,6 +24,8 @@ from ..fake_runs import (
     write_run,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_of_steps_recorded_twice_the_later_record_counts(tmp_path: Path) -> None:
     home = write_run(tmp_path, "mamba")

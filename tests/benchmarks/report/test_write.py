@@ -41,6 +41,7 @@ def words(page: str) -> str:
     return re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
 
 
+@pytest.mark.quick
 def test_first_paragraph_states_crossovers_with_uncertainty_and_the_best_model(page: str) -> None:
     first = re.search(r'<div class="lead">\s*<p>(.*?)</p>', page)
     assert first is not None
@@ -51,6 +52,7 @@ def test_first_paragraph_states_crossovers_with_uncertainty_and_the_best_model(p
     assert "zlib 1.86 and xz 1.47" in text
 
 
+@pytest.mark.quick
 def test_page_has_no_script_and_no_outside_reference(page: str) -> None:
     elements = _Elements(page).found
     assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in elements}
@@ -127,6 +129,7 @@ def test_markdown_has_the_same_findings_and_links_its_figures(folder: Path, page
     assert all((folder / link).exists() for link in links)
 
 
+@pytest.mark.quick
 def test_csv_has_every_cell_with_its_keys(folder: Path) -> None:
     with (folder / "context.csv").open() as file:
         rows = list(csv.DictReader(file))

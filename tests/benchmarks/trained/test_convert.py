@@ -8,6 +8,8 @@ from crossover.archs.hf import from_hf, to_hf
 from crossover.benchmarks.cli import main
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.quick
+
 
 def model(**options: object) -> LanguageModel:
     return build("mamba", d_model=20, n_layers=2, d_state=5, **options)

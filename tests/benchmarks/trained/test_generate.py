@@ -15,6 +15,8 @@ from crossover.kernels import dispatch
 from crossover.train.data.tokenizer import BytesTokenizer
 from crossover.train.verdict import store_verdict
 
+pytestmark = pytest.mark.quick
+
 Capture = pytest.CaptureFixture[str]
 
 

@@ -12,6 +12,8 @@ from crossover.archs import LanguageModel, build
 from crossover.benchmarks.trained.scoring import complete, encode_pair, loglikelihoods, windows
 from crossover.train.data.tokenizer import BytesTokenizer, Tokenizer, open_tokenizer
 
+pytestmark = pytest.mark.quick
+
 BYTES = BytesTokenizer()
 
 

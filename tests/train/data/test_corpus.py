@@ -61,6 +61,7 @@ def documents_of(corpus: Corpus, tokens: np.ndarray) -> list[str]:
 # the corpus
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("tokenizer", "dtype"), [("bytes", np.uint8), ("bpe:300", np.uint16)])
 def test_the_streams_hold_every_document_once_between_separators(
     tokenizer: str, dtype: type[np.generic], folder: Path
@@ -132,6 +133,7 @@ def test_the_summary_is_json_and_names_what_a_result_must_say(folder: Path) -> N
 # the cache
 
 
+@pytest.mark.quick
 def test_the_second_load_reads_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(folder)
     monkeypatch.setattr("crossover.train.data.corpus._write", lambda *_: pytest.fail("written again"))
@@ -264,6 +266,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
     assert len(set(batch(batch_size=200)[:, 0].tolist())) > 190
 
 
+@pytest.mark.quick
 def test_batches_are_the_same_on_every_machine() -> None:
     batch = train_batch(stream(1_000_000), seed=7, step=123, batch_size=4, seq_len=2)
     assert batch[:, 0].tolist() == [372452, 214552, 33980, 950851]

@@ -148,6 +148,7 @@ def test_blocks_end_at_blank_lines_where_there_are_any() -> None:
     assert all(block.endswith("\n\n") for block in blocks)
 
 
+@pytest.mark.quick
 def test_one_large_text_file_is_split_by_blocks(tmp_path: Path, cache: Path) -> None:
     play = "".join(f"Speaker {i}:\nWords of the speech number {i}.\n\n" for i in range(30_000))
     path = write(tmp_path, {"play.log": play}) / "play.log"
@@ -260,6 +261,7 @@ def test_a_folder_without_text_says_what_it_left_out(tmp_path: Path, cache: Path
         read(write(tmp_path / "data", {"a.png": b"1", "b.zip": b"2"}), cache)
 
 
+@pytest.mark.quick
 def test_a_missing_path_is_refused_with_the_alternatives(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(DataError, match=r"no file or folder .*nowhere: give --data stdlib, a path, or hf:NAME"):
         read(tmp_path / "nowhere", cache)

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+pytestmark = pytest.mark.quick
+
 TEXTS = [f"def name_{i}(value):\n    return value + {i}  # naïve café 漢字\n" for i in range(60)]
 texts = st.text(st.characters(codec="utf-8"))
 

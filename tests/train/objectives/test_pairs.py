@@ -207,6 +207,7 @@ def test_validation_is_the_mean_over_target_tokens_of_pairs_alone(rows_at_once: 
     assert found["bits_per_byte"] == pytest.approx(nats / n_bytes / np.log(2), rel=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("arch", ["encdec", "seq2seq", "mamba"])
 def test_a_run_on_pairs_leaves_what_every_run_leaves(arch: str, tmp_path: Path, corpus: PairData) -> None:
     run = config(tmp_path, arch, grad_accumulation=2, seq_len=20)
