@@ -9,6 +9,8 @@ from crossover.benchmarks.context.cell import FORMAT, Cell, Status, read_cells
 
 from ..fake_runs import append_line, cell
 
+pytestmark = pytest.mark.quick
+
 KEYS = [
     "format", "arch", "label", "phase", "context_len", "n_params", "n_active_params", "batch_size", "tokens_per_second",
     "spread", "repeats", "peak_bytes", "peak_method", "state_bytes", "backend", "dtype", "status", "error", "model",

@@ -5,6 +5,8 @@ import pytest
 from crossover.benchmarks.harness.folder import append_jsonl, folder_for
 from crossover.train.files import read_json_lines
 
+pytestmark = pytest.mark.quick
+
 
 def test_one_command_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     with folder_for(tmp_path / "out", fresh=False) as logs:

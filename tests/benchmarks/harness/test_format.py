@@ -2,6 +2,8 @@ import pytest
 from crossover.benchmarks.config import parse_bytes
 from crossover.benchmarks.harness.format import count, format_bytes, number, whole
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("value", "text"),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from crossover.benchmarks.harness.timing import quantiles, rounds, take_turns, timed
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 
 

@@ -1,6 +1,7 @@
 import re
 from html.parser import HTMLParser
 
+import pytest
 from crossover.benchmarks.report.document import (
     Block,
     Details,
@@ -15,6 +16,8 @@ from crossover.benchmarks.report.document import (
     to_html,
     to_markdown,
 )
+
+pytestmark = pytest.mark.quick
 
 MARKUP = "a < b & 'c' *d* _e_ | `f` [g](h) #i \"j\""
 FIGURE = Figure(name="speed", caption="What it *shows*.", alt="Lines", light=b"<svg/>", dark=b"<svg></svg>")

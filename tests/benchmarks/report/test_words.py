@@ -6,6 +6,8 @@ import pytest
 from crossover.benchmarks.report.crossovers import Point, crossover
 from crossover.benchmarks.report.words import Span, and_list, span_of
 
+pytestmark = pytest.mark.quick
+
 LENGTHS = (100, 200, 400, 800)
 FLAT = (10, 10, 10, 10)
 

@@ -13,6 +13,8 @@ import pytest
 from crossover.train.data import DataError
 from crossover.train.data.records import kind_of, read_rows
 
+pytestmark = pytest.mark.quick
+
 ROWS: list[dict[str, Any]] = [
     {"text": "2020-01-01", "n": 1, "other": [1, 2]},
     {"text": "1e5", "n": None, "other": []},
