@@ -16,9 +16,9 @@ from crossover.benchmarks.comparison.runs import (
 )
 from crossover.benchmarks.config import ARCHS, CompareConfig
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
+from crossover.benchmarks.harness.sizes import size_arch
 from crossover.train.command_line import parse
 from crossover.train.config import RunConfig
-from crossover.benchmarks.harness.sizes import size_arch
 
 from ..fake_runs import append_line, write_json
 
