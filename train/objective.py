@@ -3,18 +3,20 @@
 A loss is a sum of means. Each term is a mean over so many things (targets, masked tokens, pairs), a count that the host
 knows before the forward pass. Counts are added over the parts of a batch and over processes, and each part's mean is
 weighed by its share: accumulation, padding and any number of processes then give the gradient of the whole batch, for
-every objective alike.
+every objective alike. The load balance of experts is no such mean: it is judged within each forward pass.
 
 An objective is one file in train/objectives/ and one line in its registry; tests/train/test_objectives.py tests it by
-that.
+that, on the data that its `example` writes.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -83,6 +85,23 @@ class Objective(abc.ABC, Generic[Row, B]):
         Raises:
             ValueError: if the data cannot be used.
         """
+
+    @classmethod
+    def example(cls, folder: Path) -> tuple[Path, Any]:
+        """Writes a small data set that shows what it learns from, by which tests/train/test_objectives.py tests it.
+
+        Here it is short texts; an objective of other data overrides this. The same is written at every call: some
+        sixty rows or more, none longer than 48 bytes.
+
+        Args:
+            folder: an empty one, for the data and what the options name.
+
+        Returns:
+            The value of run.data.source, and options, an instance of Config.
+        """
+        lines = [json.dumps({"text": f"Document {i} has {i * i} words."}) for i in range(60)]
+        (folder / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return folder / "texts.jsonl", cls.Config()
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError, with the remedy, unless models of this config can learn the objective from its data."""

@@ -101,6 +101,14 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
         columns = (options.source, options.target)
         return cls(load_pairs(run.data, columns, progress=progress), seed=run.seed, train=run.train)
 
+    @classmethod
+    def example(cls, folder: Path) -> tuple[Path, PairsConfig]:
+        """Numbers of one to four digits, and their digits in reverse."""
+        numbers = [str(i * i) for i in range(100)]
+        lines = [json.dumps({"source": number, "target": number[::-1]}) for number in numbers]
+        (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return folder / "pairs.jsonl", PairsConfig()
+
     def check(self, config: Any) -> None:
         """See Objective.check."""
         if config.kind not in self.kinds:
