@@ -18,18 +18,55 @@ BELOW = {
 }
 
 
-def imports(file: Path) -> set[tuple[str, ...]]:
-    """Absolute dotted names of what `file` imports, with `crossover` left out of our own."""
-    found: set[tuple[str, ...]] = set()
-    package = file.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(file.read_text())):
+Name = tuple[str, ...]
+
+
+def imported(tree: ast.AST, package: Name) -> list[tuple[str, Name, Name]]:
+    """What is imported by a module of `package`: its local name, what that stands for, and all that was named.
+
+    The last two differ for `import a.b`, which binds a. Names are dotted ones, with `crossover` left out of our own.
+    """
+    found: list[tuple[str, Name, Name]] = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module or "").split(".")) if node.module else base
-            found |= {(*module, alias.name) for alias in node.names}
+            for alias in node.names:
+                name = (*module, alias.name)
+                found.append((alias.asname or alias.name, name, name))
         elif isinstance(node, ast.Import):
-            found |= {tuple(alias.name.split(".")) for alias in node.names}
-    return {name[1:] if name[0] == "crossover" else name for name in found}
+            for alias in node.names:
+                name = tuple(alias.name.split("."))
+                found.append((alias.asname, name, name) if alias.asname else (name[0], name[:1], name))
+    return [(local, own(bound), own(name)) for local, bound, name in found]
+
+
+def own(name: Name) -> Name:
+    return name[1:] if name[:1] == ("crossover",) else name
+
+
+def used(tree: ast.AST, package: Name) -> set[Name]:
+    """What a module of `package` imports by name, and what it reads from the modules that it imports."""
+    bound = {local: name for local, name, _ in imported(tree, package)}
+    found, inner = set[Name](), set[ast.AST]()
+    for node in ast.walk(tree):  # an attribute comes before what it is read from
+        chain, root = (), node
+        while isinstance(root, ast.Attribute):
+            chain, root = (root.attr, *chain), root.value
+        if isinstance(root, ast.Name) and root.id in bound and node not in inner:
+            found.add(own((*bound[root.id], *chain)))
+        if isinstance(node, ast.Attribute):
+            inner.add(node.value)
+    return found | {name for _, _, name in imported(tree, package) if len(name) > 1}
+
+
+def parsed(file: Path) -> tuple[ast.AST, Name]:
+    return ast.parse(file.read_text()), file.relative_to(ROOT).parts[:-1]
+
+
+def imports(file: Path) -> set[Name]:
+    """Dotted names of what `file` imports, with `crossover` left out of our own."""
+    return {name for _, _, name in imported(*parsed(file))}
 
 
 def sources(folder: str) -> list[Path]:
@@ -101,3 +138,28 @@ def test_nothing_names_an_operation_but_its_folder_the_list_and_the_peers() -> N
         if (bad := names & set(names_in(file)))
     }
     assert found == {}
+
+
+@pytest.mark.parametrize("file", ["train/evaluate.py", "train/learner.py", "train/trainer.py"])
+def test_what_trains_knows_models_by_build_and_objectives_by_their_interface(file: str) -> None:
+    names = used(*parsed(ROOT / file))
+    models = {name for name in names if name[0] == "archs" and name[1:2] not in {("build",), ("ModelConfig",)}}
+    objectives = {name for name in names if name[:2] == ("train", "objectives")}
+    assert models | objectives == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from ..archs import build", {"archs.build"}),
+        ("from .. import archs as a\ndef f(x: a.ModelConfig): return [a.presets.find(x).label]", {
+            "archs.ModelConfig", "archs.presets.find",
+        }),
+        ("from .. import archs\ngetattr(archs, name)", {"archs"}),
+        ("import crossover.archs.presets\ncrossover.archs.build()", {"archs.presets", "archs.build"}),
+        ("def f():\n    from .objectives.pairs import Pairs as P", {"train.objectives.pairs.Pairs"}),
+        ("from . import objectives", {"train.objectives"}),
+    ],
+)  # fmt: skip
+def test_uses_are_seen_however_they_are_written(code: str, expected: set[str]) -> None:
+    assert {".".join(name) for name in used(ast.parse(code), ("train",))} == expected
