@@ -48,6 +48,7 @@ def run(path: Path, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_prints_what_it_promises(path: Path, tmp_path: Path) -> None:
     output = run(path, tmp_path)

@@ -45,6 +45,7 @@ def run(code: str, site: Path, cwd: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started_in", ["an empty folder", "the repository"])
 def test_the_wheel_and_a_package_named_kernels_hide_neither_one(site: Path, tmp_path: Path, started_in: str) -> None:
     cwd = ROOT if started_in == "the repository" else tmp_path

@@ -44,6 +44,7 @@ def test_make_targets_exist(line: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
+@pytest.mark.slow
 def test_python_runs_as_shown(tmp_path: Path) -> None:
     for code in blocks("python"):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -27,6 +27,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*available(), *available("encoder")])
 def test_compiles_to_one_graph_with_the_same_loss_and_gradients(name: str) -> None:
     lm = one_of_each_layer(name)

@@ -44,6 +44,7 @@ def test_matches_the_definition_in_float32(name: str, backend: str, **drawn: Any
     check_float32(name, backend, **drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, backend in IMPLEMENTATIONS if backend == "triton"])
 @settings(max_examples=3)  # the interpreter is slow
 @given(**SIZES)

@@ -65,6 +65,7 @@ def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(
     assert expected in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_process_saves_says_so_and_continues(
     signum: signal.Signals, code: int, options: tuple[str, ...], tmp_path: Path

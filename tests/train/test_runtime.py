@@ -150,6 +150,7 @@ def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before()
     assert size * 0.9 < memory.peak_bytes() < size * 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="an allocator setting of glibc")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     default, kept = _in_a_new_process(_page_faults)

@@ -64,6 +64,7 @@ def worker(*phases: str, end: str = "", **found: Any) -> Script:
     return Script("job, _ = order", *(f"parent.send(job.cell({phase!r}, **{found}))" for phase in phases), end)
 
 
+@pytest.mark.slow
 def test_a_measured_cell_has_plausible_values(tmp_path: Path) -> None:
     cells = measure([job()], tmp_path)
     assert [cell.phase for cell in cells] == list(PHASES)

@@ -555,6 +555,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.slow
 def test_it_runs_through_the_link_where_little_more_than_pytorch_is_installed(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     (tmp_path / "crossover").symlink_to(root)

@@ -29,6 +29,7 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = KernelsConfig(**TINY, models=False, threads=2, out=tmp_path)
     assert bench_kernels(config, command=["crossover", "bench", "kernels"]) == 0
