@@ -7,16 +7,19 @@ a source (seq2seq.py) are written by the same loop, from a state that has read i
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .mixer import State
+from .registry import nearest
 
 if TYPE_CHECKING:
     from .model import LanguageModel
@@ -28,49 +31,74 @@ __all__ = [
     "OnToken",
     "Prompts",
     "Sampling",
+    "Until",
     "extend",
     "filled",
     "generate",
     "read",
     "rows_of",
     "step_in_place",
+    "takes_sampling",
     "without_padding",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 PREFILL_CHUNK = 2048
 """Tokens of each prompt read at once unless told otherwise: enough to keep a device busy, at bounded memory."""
 
 NO_TOKEN = -1
-"""What a callback sees of a row that has ended."""
+"""The token that stands for none, in rows that have ended."""
 
 Prompts: TypeAlias = Tensor | Sequence[Tensor | Sequence[int]]
 """(B, L) int64, or a list of rows that may differ in length."""
 
 OnToken: TypeAlias = Callable[[int, Tensor], object]
-"""Called with the number of the step, from 0, and the token of each row, (B,) int64."""
+"""A function that is called with the number of the step, from 0, and the token of each row, (B,) int64."""
+
+Until: TypeAlias = Callable[[int, Tensor], bool]
+"""A function of the number of a row and the tokens drawn for it so far, (n,) int64: whether the row ends with them."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from logits. What is set applies in the order of the fields, but the temperature.
+    """How a continuation is drawn and where it ends: the options of every `generate`.
+
+    What is set of repetition_penalty, temperature, top_k and top_p applies in this order.
+
+    Args:
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: draws among this many most likely tokens; None means all.
+        top_p: draws among the fewest tokens that hold this much probability (arXiv:1904.09751); None means all.
+        generator: source of randomness, unused at temperature 0; None means PyTorch's global one.
+        repetition_penalty: divides positive logits of tokens that the row already holds, prompt included, and
+            multiplies negative ones (CTRL, arXiv:1909.05858, section 4.1, which leaves the sign out); 1 does nothing.
+        stop_tokens: tokens that end the row in which they are drawn.
+        until: called after every step with the number of each row that has not ended and the tokens drawn for it so
+            far, (n,) int64; the row ends where it returns True.
+        prefill_chunk: tokens of each prompt read at once, which bounds the memory of activations; None means 2048.
+        on_token: called after every step with its number, from 0, and the token of each row, (B,) int64: -1 in rows
+            that had ended before.
 
     Raises:
         ValueError: if a value is out of its range.
     """
 
-    repetition_penalty: float = 1.0
-    """Positive logits of tokens in the prompt or in the continuation so far are divided by this, negative ones
-    multiplied (CTRL, arXiv:1909.05858, section 4.1, which leaves the sign out); 1 does nothing."""
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Draws among this many most likely tokens."""
     top_p: float | None = None
-    """Draws among the fewest tokens that hold this much probability (arXiv:1904.09751)."""
+    generator: torch.Generator | None = None
+    _: KW_ONLY
+    repetition_penalty: float = 1.0
+    stop_tokens: Sequence[int] = ()
+    until: Until | None = None
+    prefill_chunk: int | None = None
+    on_token: OnToken | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be 0, which takes the most likely token, or more")
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -78,22 +106,21 @@ class Sampling:
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 does nothing")
 
-    def draw(self, logits: Tensor, seen: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One token for each row, (B,) int64. Nothing is read back from the device.
+    def draw(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Draws one token for each row, (B,) int64. Nothing is read back from the device.
 
         Args:
             logits: (B, V).
             seen: (B, V) bool, True for the tokens that are penalized.
-            generator: source of randomness; None means PyTorch's global one. Unused at temperature 0.
         """
         if self.temperature == 0:
             return self._penalized(logits, seen).argmax(-1)
         probs = self.probabilities(logits, seen)
         # the draw of torch.multinomial, which would first check its input on the host
-        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+        return (probs / torch.empty_like(probs).exponential_(generator=self.generator)).argmax(-1)
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """What `draw` draws from at a temperature above 0, (B, V)."""
+        """The probabilities that `draw` follows at a temperature above 0, (B, V)."""
         logits = self._penalized(logits, seen) / self.temperature
         if self.top_k is not None:
             kept, index = logits.topk(min(self.top_k, logits.shape[-1]))
@@ -115,35 +142,36 @@ class Sampling:
         return torch.where(seen, penalized, logits)
 
 
+def takes_sampling(function: Function) -> Function:
+    """Lists the options of Sampling in the signature and the docstring of a function that passes *args, **options on.
+
+    Calling it with a name that is in neither is a TypeError with the nearest one.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters = sorted([*own, *inspect.signature(Sampling).parameters.values()], key=lambda p: p.kind)
+    known = [p.name for p in parameters if p.default is not p.empty]
+
+    @functools.wraps(function)
+    def with_known_options(*args: Any, **options: Any) -> Any:
+        for name in options.keys() - signature.parameters.keys() - set(known):
+            raise TypeError(f"{function.__name__}() has no option {name!r}{nearest(name, known)}")
+        return function(*args, **options)
+
+    described = inspect.cleandoc(Sampling.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    with_known_options.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{described}"
+    vars(with_known_options)["__signature__"] = signature.replace(parameters=parameters)
+    return cast("Function", with_known_options)
+
+
 @torch.inference_mode()
-def generate(
-    lm: LanguageModel,
-    prompt: Prompts,
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    stop_tokens: Sequence[int] = (),
-    prefill_chunk: int | None = None,
-    on_token: OnToken | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor | list[Tensor]:
+def generate(lm: LanguageModel, prompt: Prompts, max_new_tokens: int, sampling: Sampling) -> Tensor | list[Tensor]:
     """Continues each prompt: LanguageModel.generate says how."""
     tokens, starts = _batch(prompt, next(lm.parameters()).device)
-    new = extend(
-        lm,
-        tokens,
-        lm.init_state(len(tokens), tokens.shape[1] + max_new_tokens),
-        max_new_tokens,
-        sampling,
-        starts=starts,
-        penalized=tokens,
-        stop_tokens=stop_tokens,
-        prefill_chunk=prefill_chunk,
-        on_token=on_token,
-        generator=generator,
-    )
+    state = lm.init_state(len(tokens), tokens.shape[1] + max_new_tokens)
+    new = extend(lm, tokens, state, max_new_tokens, sampling, starts=starts, penalized=tokens)
     if isinstance(prompt, Tensor):
-        return torch.cat([tokens, filled(new, stop_tokens)], dim=1)
+        return torch.cat([tokens, filled(new, sampling.stop_tokens)], dim=1)
     rows = zip(rows_of(prompt, new.device), without_padding(new), strict=True)
     return [torch.cat([row, added]) for row, added in rows]
 
@@ -157,10 +185,6 @@ def extend(
     *,
     starts: Tensor | None = None,
     penalized: Tensor | None = None,
-    stop_tokens: Sequence[int] = (),
-    prefill_chunk: int | None = None,
-    on_token: OnToken | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Reads tokens into a state, and draws those that follow one at a time.
 
@@ -171,13 +195,9 @@ def extend(
         unread: the tokens to begin with, (B, L) int64, L at least 1.
         state: what came before them; there must be room in it for them and max_new_tokens - 1 more.
         max_new_tokens: most tokens to draw for each row.
-        sampling: how they are drawn.
+        sampling: how they are drawn, and where rows end.
         starts: (B, L) bool, True at the first token of a document.
         penalized: tokens that the repetition penalty is on from the first draw on, (B, n) int64; None means none.
-        stop_tokens: tokens that end the row in which they are drawn.
-        prefill_chunk: as `chunk` of `read`.
-        on_token: called after every draw.
-        generator: source of randomness; None means PyTorch's global one.
 
     Returns:
         The tokens drawn, (B, n) int64, NO_TOKEN in rows that had ended before.
@@ -187,18 +207,19 @@ def extend(
         seen = unread.new_zeros(len(unread), lm.config.vocab_size, dtype=torch.bool)
         if penalized is not None:
             seen.scatter_(1, penalized, True)
-    stops = unread.new_tensor(list(stop_tokens))
+    stops = unread.new_tensor(sampling.stop_tokens)
     rows = torch.arange(len(unread), device=unread.device)  # of those in the batch
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
     for n in range(max_new_tokens):
-        logits, state = read(lm, unread, state, starts=starts, chunk=prefill_chunk)
-        step, starts = sampling.draw(logits, seen, generator), None
+        logits, state = read(lm, unread, state, starts=starts, chunk=sampling.prefill_chunk)
+        step, starts = sampling.draw(logits, seen), None
         new[rows, n] = step
-        if on_token is not None:
-            on_token(n, new[:, n])
+        if sampling.on_token is not None:
+            sampling.on_token(n, new[:, n])
         if seen is not None:
             seen.scatter_(1, step[:, None], True)
-        if len(stops) and not (goes_on := torch.isin(step, stops, invert=True)).all():
+        goes_on = _goes_on(rows, new[:, : n + 1], stops, sampling.until)
+        if goes_on is not None and not goes_on.all():
             left = goes_on.nonzero().flatten()
             if not len(left):
                 return new[:, : n + 1]
@@ -208,8 +229,20 @@ def extend(
     return new
 
 
+def _goes_on(rows: Tensor, new: Tensor, stops: Tensor, until: Until | None) -> Tensor | None:
+    """Which of `rows` do not end with the last of their new tokens, (n,) bool; None where nothing could end one."""
+    if not len(stops) and until is None:
+        return None
+    goes_on = torch.isin(new[rows, -1], stops, invert=True)
+    if until is not None:
+        for i in goes_on.nonzero().flatten().tolist():
+            row = int(rows[i])
+            goes_on[i] = not until(row, new[row])
+    return goes_on
+
+
 def filled(new: Tensor, stop_tokens: Sequence[int]) -> Tensor:
-    """What `extend` returns, with the first of stop_tokens where a row had ended before."""
+    """Replaces NO_TOKEN in what `extend` returns by the first of stop_tokens, if there is any."""
     return new.masked_fill(new == NO_TOKEN, stop_tokens[0]) if stop_tokens else new
 
 

@@ -299,22 +299,14 @@ class LanguageModel(nn.Module):
         return ffns + linear_flops(self.transform) + 2.0 * self.output_weight.numel()
 
     @overload
-    def generate(self, prompt: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    def generate(self, prompt: Tensor, max_new_tokens: int = 64, *args: Any, **options: Any) -> Tensor: ...
     @overload
-    def generate(self, prompt: Sequence[Tensor | Sequence[int]], *args: Any, **kwargs: Any) -> list[Tensor]: ...
     def generate(
-        self,
-        prompt: generation.Prompts,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        prefill_chunk: int | None = None,
-        on_token: generation.OnToken | None = None,
+        self, prompt: Sequence[Tensor | Sequence[int]], max_new_tokens: int = 64, *args: Any, **options: Any
+    ) -> list[Tensor]: ...
+    @generation.takes_sampling
+    def generate(
+        self, prompt: generation.Prompts, max_new_tokens: int = 64, *args: Any, **options: Any
     ) -> Tensor | list[Tensor]:
         """Continues each prompt by sampling: the prompt in chunks, then one token at a time.
 
@@ -322,35 +314,18 @@ class LanguageModel(nn.Module):
             prompt: (B, L) int64, or a list of rows, (L,) each, of any lengths: in one batch they give what they would
                 alone. L is at least 1.
             max_new_tokens: most tokens to add to each.
-            temperature: divides the logits; 0 always takes the most likely token.
-            top_k: samples among this many most likely tokens.
-            top_p: samples among the fewest tokens that hold this much probability (arXiv:1904.09751).
-            generator: source of randomness; None means PyTorch's global one.
-            repetition_penalty: makes tokens that the row already holds, prompt included, less likely where it is above
-                1 (arXiv:1909.05858, section 4.1).
-            stop_tokens: tokens that end the row in which they are drawn.
-            prefill_chunk: tokens of each prompt read at once; None means 2048.
-            on_token: called after every step with its number, from 0, and the token of each row, (B,) int64: -1 in rows
-                that had ended before.
+            args: the first options of generation.Sampling.
+            options: options of generation.Sampling by name, such as temperature=0.8, top_p=0.95.
 
         Returns:
             For a tensor (B, L + n), where n is less than max_new_tokens only if all rows ended earlier, and rows that
-            ended before others are filled up with the first of stop_tokens. For a list a list, in which each row ends
-            with the stop token where one was drawn.
+            ended before others are filled up with the first of stop_tokens, or with -1 where there is none. For a list
+            a list, in which each row ends with the token that ended it.
 
         Raises:
             ValueError: for an empty prompt, an option out of its range, or an encoder.
         """
-        sampling = generation.Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-        )
-        return generation.generate(
-            *(self, prompt, max_new_tokens, sampling),
-            stop_tokens=stop_tokens,
-            prefill_chunk=prefill_chunk,
-            on_token=on_token,
-            generator=generator,
-        )
+        return generation.generate(self, prompt, max_new_tokens, generation.Sampling(*args, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""

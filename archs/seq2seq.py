@@ -103,68 +103,54 @@ class Seq2Seq(nn.Module):
         return state
 
     @overload
-    def generate(self, source: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    def generate(self, source: Tensor, max_new_tokens: int = 64, *args: Any, **options: Any) -> Tensor: ...
     @overload
-    def generate(self, source: Sequence[Tensor | Sequence[int]], *args: Any, **kwargs: Any) -> list[Tensor]: ...
+    def generate(
+        self, source: Sequence[Tensor | Sequence[int]], max_new_tokens: int = 64, *args: Any, **options: Any
+    ) -> list[Tensor]: ...
+    @generation.takes_sampling
     @torch.inference_mode()
     def generate(
         self,
         source: generation.Prompts,
         max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        *,
+        *args: Any,
         source_len: Tensor | None = None,
         start_token: int = 0,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        on_token: generation.OnToken | None = None,
+        **options: Any,
     ) -> Tensor | list[Tensor]:
-        """Writes a target for each source by sampling. What is not said here is as in LanguageModel.generate.
+        """Writes a target for each source by sampling.
 
         Args:
             source: (B, S) int64, or a list of rows, (S,) each, of any lengths: in one batch they give what they would
                 alone. S is at least 1.
             max_new_tokens: longest target.
-            temperature: divides the logits; 0 always takes the most likely token.
-            top_k: samples among this many most likely tokens.
-            top_p: samples among the fewest tokens that hold this much probability.
-            generator: source of randomness; None means PyTorch's global one.
+            args: the first options of generation.Sampling.
             source_len: (B,) int64, for a padded tensor only.
             start_token: what the decoder reads first, as in training.
-            repetition_penalty: makes tokens that the target already holds less likely; those of the source are not.
-            stop_tokens: tokens that end a target.
-            on_token: called after every step with its number and the token of each target.
+            options: options of generation.Sampling by name, such as temperature=0.8. A repetition penalty is on the
+                tokens that the target holds, not on those of the source, and a source is always read whole.
 
         Returns:
             The targets without the start token: for a tensor (B, T) int64, where targets that ended before others are
-            filled up with the first of stop_tokens; for a list a list, in which each target ends with its stop token
-            where one was drawn.
+            filled up with the first of stop_tokens, or with -1 where there is none; for a list a list, in which each
+            target ends with the token that ended it.
 
         Raises:
-            ValueError: for an empty source, or an option out of its range.
+            ValueError: for an empty source, an option out of its range, or prefill_chunk.
         """
-        sampling = generation.Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-        )
+        sampling = generation.Sampling(*args, **options)
+        if sampling.prefill_chunk is not None:
+            raise ValueError("an encoder reads a source as a whole: leave prefill_chunk out")
         rows = generation.rows_of(source, self.decoder.embedding.weight.device)
         padded = pad_sequence(rows, batch_first=True)
         if not isinstance(source, Tensor):
             source_len = _lengths(rows)
-        new = generation.extend(
-            self.decoder,
-            padded.new_full((len(padded), 1), start_token),
-            self.encode(padded, source_len, max_len=max_new_tokens),
-            max_new_tokens,
-            sampling,
-            stop_tokens=stop_tokens,
-            on_token=on_token,
-            generator=generator,
-        )
+        first = padded.new_full((len(padded), 1), start_token)
+        state = self.encode(padded, source_len, max_len=max_new_tokens)
+        new = generation.extend(self.decoder, first, state, max_new_tokens, sampling)
         if isinstance(source, Tensor):
-            return generation.filled(new, stop_tokens)
+            return generation.filled(new, sampling.stop_tokens)
         return generation.without_padding(new)
 
     @property

@@ -91,7 +91,6 @@ def _score(lm: LanguageModel, x: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(scores), torch.cat(greedy)
 
 
-@torch.inference_mode()
 def complete(
     lm: LanguageModel,
     tokenizer: Tokenizer,
@@ -112,15 +111,14 @@ def complete(
         raise ValueError(f"max_new_tokens={max_new_tokens} leave no room for a prompt in max_len={max_len}")
     ids = tokenizer.encode(prompt).tolist() or [tokenizer.separator]
     ids = ids if max_len is None else ids[-(max_len - max_new_tokens) :]
-    step = torch.tensor([ids], device=lm.embedding.weight.device)
-    state, new, text = lm.init_state(1, len(ids) + max_new_tokens), [], ""
-    for _ in range(max_new_tokens):
-        logits, state, _ = lm(step, state)
-        step = logits[:, -1].argmax(-1, keepdim=True)
-        if (token := int(step)) == tokenizer.separator:
-            break
-        new.append(token)
-        text = tokenizer.decode(new)
-        if found := [text.index(stop) for stop in stops if stop in text]:
-            return text[: min(found)]
-    return text
+
+    def holds_stop(row: int, new: Tensor) -> bool:
+        text = tokenizer.decode(new.tolist())
+        return any(stop in text for stop in stops)
+
+    (tokens,) = lm.generate(
+        [ids], max_new_tokens, temperature=0, stop_tokens=[tokenizer.separator], until=holds_stop if stops else None
+    )
+    new = tokens[len(ids) :].tolist()
+    text = tokenizer.decode(new[:-1] if new[-1:] == [tokenizer.separator] else new)
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
-from crossover.archs import LanguageModel, available, build
+from crossover.archs import LanguageModel, Seq2Seq, available, build
 from crossover.archs.generation import NO_TOKEN, DecodeGraph, Sampling, read, step_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,7 +132,7 @@ def test_equal_logits_do_not_widen_top_k() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    tokens = Sampling(top_k=3).draw(logits.expand(20_000, -1), generator=torch.Generator().manual_seed(0))
+    tokens = Sampling(top_k=3, generator=torch.Generator().manual_seed(0)).draw(logits.expand(20_000, -1))
     expected = torch.tensor([3.0, 2.0, 1.0, -math.inf]).softmax(0)
     shares = tokens.bincount(minlength=4) / len(tokens)
     assert shares[3] == 0
@@ -177,6 +179,54 @@ def test_rows_of_a_tensor_are_filled_up_with_the_first_stop_token() -> None:
         end = next((i for i in range(4, 13) if whole[i] == stop), 12) + 1
         assert row == whole[:end] + [stop] * (len(row) - end)
     assert lm.generate(prompt[:1], 9, temperature=0, stop_tokens=[stop]).shape == (1, 6)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mamba"])
+@torch.no_grad()
+def test_until_ends_a_row_by_all_that_was_drawn_for_it_and_the_others_go_on_as_if_alone(name: str) -> None:
+    lm, rows = tiny(name), prompts_of(3, 6, 2)
+    free = [row[len(prompt) :].tolist() for row, prompt in zip(lm.generate(rows, 9, temperature=0), rows, strict=True)]
+    wanted = [free[0][:4], free[1][:7], [-5]]  # the third is never found
+    calls: list[tuple[int, int]] = []
+
+    def until(row: int, new: Tensor) -> bool:
+        calls.append((row, len(new)))
+        return new.tolist() == wanted[row]
+
+    found = lm.generate(rows, 9, temperature=0, until=until)
+    new = [row[len(prompt) :].tolist() for row, prompt in zip(found, rows, strict=True)]
+    assert new == [free[0][:4], free[1][:7], free[2]]
+    assert sorted(calls) == [(row, n) for row, last in enumerate([4, 7, 9]) for n in range(1, last + 1)]
+
+
+def test_until_is_not_asked_of_rows_that_a_stop_token_has_ended_and_a_tensor_is_filled_with_no_token() -> None:
+    lm, prompt = tiny("lstm"), torch.randint(V, (2, 4))
+    free = lm.generate(prompt, 5, temperature=0)
+    asked: list[int] = []
+    lm.generate(prompt[:1], 5, temperature=0, stop_tokens=[free[0, 4].item()], until=lambda row, _: asked.append(row))
+    assert asked == []
+    found = lm.generate(prompt, 5, temperature=0, until=lambda row, new: row == 1 and len(new) == 2)
+    assert found[0].tolist() == free[0].tolist()
+    assert found[1].tolist() == free[1, :6].tolist() + [NO_TOKEN] * 3
+
+
+def test_every_option_can_be_given_and_is_shown_by_help() -> None:
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    for generate in (LanguageModel.generate, Seq2Seq.generate):
+        parameters = inspect.signature(generate).parameters
+        assert [p for p in parameters if p in names] == names
+        assert [name for name, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD][2:] == [
+            "max_new_tokens", "temperature", "top_k", "top_p", "generator",
+        ]  # fmt: skip
+        assert all(f"\n    {name}: " in (generate.__doc__ or "") for name in names)
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    prompt = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"generate\(\) has no option 'tempratur'; did you mean 'temperature'\?"):
+        tiny("lstm").generate(prompt, 1, tempratur=0)
+    with pytest.raises(TypeError, match=r"has no option 'start_tokens'; did you mean 'start_token'\?"):
+        build("seq2seq", d_model=8, n_layers=2).generate(prompt, 1, start_tokens=0)
 
 
 def test_the_callback_sees_every_step_in_order_and_rows_that_have_ended_as_no_token() -> None:

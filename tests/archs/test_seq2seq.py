@@ -221,6 +221,11 @@ def test_sources_that_are_none_are_refused(sources: Any, message: str) -> None:
         tiny("encdec").generate(sources, 1)
 
 
+def test_a_source_is_not_read_in_chunks() -> None:
+    with pytest.raises(ValueError, match="reads a source as a whole: leave prefill_chunk out"):
+        tiny("encdec").generate([[1, 2]], 1, prefill_chunk=4)
+
+
 def test_cross_attention_is_its_definition() -> None:
     torch.manual_seed(5)
     layer = CrossAttention(12, CrossAttentionConfig(n_heads=6, n_kv_heads=2, head_dim=3, bias=True)).double()
