@@ -3,7 +3,7 @@
 from . import presets
 from .config import ModelConfig
 from .ffn import FFN
-from .mixer import Mixer, State
+from .mixer import Mixer, State, Zeros
 from .model import Backbone, Block, LanguageModel, LMLoss, LMOutput
 from .presets import PUBLISHED, available, build, configure
 from .registry import FFNS, MIXERS, register_mixer
@@ -24,6 +24,7 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqConfig",
     "State",
+    "Zeros",
     "available",
     "build",
     "configure",

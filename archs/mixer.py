@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,16 @@ class State:
         return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
+class Zeros(NamedTuple):
+    """A tensor of an empty state."""
+
+    shape: tuple[int, ...]
+    """Its axes after the batch."""
+    at_least: torch.dtype | None = None
+    """The least precision that it is kept in, whatever that of the activations: float32 or complex64, which float64
+    makes float64 or complex128; None means the precision of the activations."""
+
+
 S = TypeVar("S", bound=State)
 C = TypeVar("C")
 
@@ -64,6 +74,9 @@ class Mixer(nn.Module, Generic[C, S]):
 
     Config: ClassVar[type[Any]]
     """Frozen dataclass of options, every field with a default."""
+
+    State: ClassVar[type[Any]]
+    """Subclass of `State` with the tensors of `state_layout`; its other fields have defaults."""
 
     no_weight_decay: ClassVar[frozenset[str]] = frozenset()
     """Names of this module's own parameters that the optimizer must not decay (A_log, ...). Vectors never decay."""
@@ -113,10 +126,19 @@ class Mixer(nn.Module, Generic[C, S]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> S:
-        """An empty state for `batch_size` rows of at most `max_len` tokens (recurrent mixers ignore max_len).
+        """An empty state for `batch_size` rows of at most `max_len` tokens.
 
-        `dtype` is that of the activations kept; recurrent states stay in float32 whatever it is.
+        `dtype` is that of the activations kept; what `state_layout` declares to be wider stays so.
         """
+        activations = dtype or torch.get_default_dtype()
+        tensors: dict[str, Tensor] = {}
+        for name, (shape, at_least) in self.state_layout(max_len).items():
+            precision = torch.promote_types(activations, at_least or activations)
+            tensors[name] = torch.zeros(batch_size, *shape, device=device, dtype=precision)
+        return self.State(**tensors)
+
+    def state_layout(self, max_len: int) -> Mapping[str, Zeros]:
+        """The tensors of an empty state by name (recurrent mixers ignore max_len): recurrences are kept in float32."""
         raise NotImplementedError
 
     def flops_per_token(self, context_len: float) -> float:

@@ -7,7 +7,7 @@ takes what every mixer takes: a state, so that it reads in chunks and generates,
 from dataclasses import dataclass
 
 import torch
-from crossover.archs import Mixer, ModelConfig, State, build, register_mixer
+from crossover.archs import Mixer, ModelConfig, State, Zeros, build, register_mixer
 from torch import Tensor, nn
 
 
@@ -31,6 +31,7 @@ class EMA(Mixer[EMAConfig, EMAState]):
     """y = out_proj(h silu(gate_proj(x))), where h is the moving average of x."""
 
     Config = EMAConfig
+    State = EMAState
     no_weight_decay = frozenset({"logit"})
 
     def __init__(self, d_model: int, config: EMAConfig, *, residual_scale: float = 1.0) -> None:
@@ -57,16 +58,9 @@ class EMA(Mixer[EMAConfig, EMAState]):
         y = self.out_proj(torch.stack(averages, dim=1) * nn.functional.silu(self.gate_proj(x)))
         return y, None if state is None else EMAState(h)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> EMAState:
-        """See Mixer.init_state."""
-        return EMAState(torch.zeros(batch_size, self.d_model, device=device, dtype=dtype))
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {"h": Zeros((self.d_model,))}
 
     def flops_per_token(self, context_len: float) -> float:
         """Two projections, and five operations per channel."""

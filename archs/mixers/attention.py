@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ..layers import linear, linear_flops
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class Attention(Mixer[AttentionConfig, KVCache]):
     """o = softmax(q k^T / sqrt(P)) v per head, projected back to D."""
 
     Config = AttentionConfig
+    State = KVCache
 
     def __init__(self, d_model: int, config: AttentionConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
@@ -163,22 +164,11 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         if not self.config.causal:
             raise ValueError("attention with causal=false sees the tokens to come and has no state: use causal=true")
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCache:
-        """An empty cache of `max_len` tokens, or of window - 1 where that is less; ValueError for an encoder."""
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """A cache of `max_len` tokens, or of window - 1 where that is less; ValueError for an encoder."""
         self._check_causal()
         capacity = max_len if self.config.window is None else min(max_len, self.config.window - 1)
-        shape = (batch_size, capacity, self.n_kv_heads, self.head_dim)
-        return KVCache(
-            k=torch.zeros(shape, device=device, dtype=dtype),
-            v=torch.zeros(shape, device=device, dtype=dtype),
-        )
+        return dict.fromkeys(("k", "v"), Zeros((capacity, self.n_kv_heads, self.head_dim)))
 
     def flops_per_token(self, context_len: float) -> float:
         """Projections, and scores and weighted values over what the token sees: 4 H P each key."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 _NO_STATE = "a bidirectional mixer sees the tokens to come and has no state: generate with a decoder"
 
@@ -67,14 +67,7 @@ class Bidirectional(Mixer[BidirectionalConfig, State]):
         reverse_y, _ = self.backwards(x.flip(1), starts=ends)
         return y + reverse_y.flip(1), None
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> State:
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """Raises ValueError: there is no state."""
         raise ValueError(_NO_STATE)
 

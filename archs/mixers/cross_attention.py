@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import linear, linear_flops
-from ..mixer import C, Mixer, State
+from ..mixer import C, Mixer, State, Zeros
 from .attention import Attention, AttentionConfig
 
 CHUNK_NUMBERS = 1 << 24
@@ -46,6 +46,8 @@ class Reader(Mixer[C, Memory]):
     So it needs its state in training too, and hands it on as it came.
     """
 
+    State = Memory
+
     k_proj: nn.Linear
     v_proj: nn.Linear
 
@@ -71,17 +73,9 @@ class Reader(Mixer[C, Memory]):
         """(B, T, D) -> (B, T, D)."""
         raise NotImplementedError
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Memory:
-        """The memory of sources of `max_len` tokens that are all zeros: it has the size of any other."""
-        widths = self.k_proj.out_features, self.v_proj.out_features
-        return Memory(*(torch.zeros(batch_size, max_len, n, device=device, dtype=dtype) for n in widths))
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """The memory of sources of `max_len` tokens: zeros have the size of any other."""
+        return {"k": Zeros((max_len, self.k_proj.out_features)), "v": Zeros((max_len, self.v_proj.out_features))}
 
     def flops_per_token(self, context_len: float) -> float:
         """One target token without what it spends on each source token (`flops_per_pair`)."""

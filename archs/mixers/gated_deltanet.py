@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import RMSNorm, linear, linear_flops, step_bias
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 CHUNK = 64
 """Tokens that a sequence is computed in chunks of, for the count of FLOPs."""
@@ -65,6 +65,7 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
     """
 
     Config = GatedDeltaNetConfig
+    State = GatedDeltaNetState
     no_weight_decay = frozenset({"A_log", "dt_bias"})
 
     def __init__(self, d_model: int, config: GatedDeltaNetConfig, *, residual_scale: float = 1.0) -> None:
@@ -110,21 +111,12 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         dtype = torch.promote_types(b.dtype, torch.float32)
         return torch.sigmoid(b.to(dtype)) * (2 if self.config.negative_eigenvalues else 1)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> GatedDeltaNetState:
-        """See Mixer.init_state."""
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        heads = (self.n_heads, self.head_dim, self.d_state)
-        return GatedDeltaNetState(
-            conv=torch.zeros(batch_size, self.config.d_conv - 1, self.d_qkv, device=device, dtype=dtype),
-            memory=torch.zeros(batch_size, *heads, device=device, dtype=wide),
-        )
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {
+            "conv": Zeros((self.config.d_conv - 1, self.d_qkv)),
+            "memory": Zeros((self.n_heads, self.head_dim, self.d_state), at_least=torch.float32),
+        }
 
     def flops_per_token(self, context_len: float) -> float:
         """The recurrence: 7 P N a head, one for the decay and two each to look up k, to write and to look up q."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import linear, linear_flops
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 from .s4d import discretize, initial_poles
 
 
@@ -52,6 +52,7 @@ class H3(Mixer[H3Config, H3State]):
     """y = out_proj(q SSM_diag(SSM_shift(k) v^T)) per head, with one diagonal SSM for all entries of a head (eq. 1)."""
 
     Config = H3Config
+    State = H3State
     no_weight_decay = frozenset({"log_dt", "A_log", "A_imag"})
     lr_scale = MappingProxyType({"log_dt": 0.25, "A_log": 0.25, "A_imag": 0.25})  # as in S4D
 
@@ -103,21 +104,13 @@ class H3(Mixer[H3Config, H3State]):
             h = h.unflatten(0, rows)
         return y.view_as(kv), h
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> H3State:
-        """See Mixer.init_state."""
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
         P = self.config.head_dim
-        wide = torch.complex128 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.complex64
-        return H3State(
-            conv=torch.zeros(batch_size, self.config.d_conv - 1, self.d_model, device=device, dtype=dtype),
-            ssm=torch.zeros(batch_size, P, P, *self.A_log.shape, device=device, dtype=wide),
-        )
+        return {
+            "conv": Zeros((self.config.d_conv - 1, self.d_model)),
+            "ssm": Zeros((P, P, *self.A_log.shape), at_least=torch.complex64),
+        }
 
     def flops_per_token(self, context_len: float) -> float:
         """Projections, gates, 2 K D for the shift, and 12 N in each channel of the diagonal SSM."""

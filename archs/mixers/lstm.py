@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import linear, linear_flops
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class LSTM(Mixer[LSTMConfig, LSTMState]):
     """One LSTM layer and a projection back to the residual stream."""
 
     Config = LSTMConfig
+    State = LSTMState
 
     def __init__(self, d_model: int, config: LSTMConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
@@ -49,17 +50,9 @@ class LSTM(Mixer[LSTMConfig, LSTMState]):
         y, lstm = ops.lstm_scan(self.in_proj(x), self.weight, None if state is None else state.lstm, starts)
         return self.out_proj(y), None if state is None else LSTMState(lstm)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> LSTMState:
-        """See Mixer.init_state."""
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        return LSTMState(torch.zeros(batch_size, 2, self.d_inner, device=device, dtype=wide))
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {"lstm": Zeros((2, self.d_inner), at_least=torch.float32)}
 
     def flops_per_token(self, context_len: float) -> float:
         """Projections, the recurrent product, and 10 operations per cell for the gates."""

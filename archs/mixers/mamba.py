@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import RMSNorm, linear, linear_flops, step_bias
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Mamba(Mixer[MambaConfig, MambaState]):
     """x, z = in_proj(u); x = silu(conv(x)); y = SSM(A, B(x), C(x), dt(x))(x) silu(z); out_proj(y). Section 3.4."""
 
     Config = MambaConfig
+    State = MambaState
     no_weight_decay = frozenset({"A_log"})
 
     def __init__(self, d_model: int, config: MambaConfig, *, residual_scale: float = 1.0) -> None:
@@ -84,20 +85,12 @@ class Mamba(Mixer[MambaConfig, MambaState]):
         # the window is a view of the whole input, which the state must not keep alive
         return self.out_proj(y), None if state is None else MambaState(conv.clone(), ssm)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> MambaState:
-        """See Mixer.init_state."""
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        return MambaState(
-            conv=torch.zeros(batch_size, self.config.d_conv - 1, self.d_inner, device=device, dtype=dtype),
-            ssm=torch.zeros(batch_size, self.d_inner, self.config.d_state, device=device, dtype=wide),
-        )
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {
+            "conv": Zeros((self.config.d_conv - 1, self.d_inner)),
+            "ssm": Zeros((self.d_inner, self.config.d_state), at_least=torch.float32),
+        }
 
     def flops_per_token(self, context_len: float) -> float:
         """Projections, the convolution, 9 E N for the scan and 2 E for skip and gate."""

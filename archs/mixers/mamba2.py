@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
     """z, xBC, dt = in_proj(u); x, B, C = silu(conv(xBC)); out_proj(norm(SSD(x, dt, A, B, C) silu(z))). Figure 6."""
 
     Config = Mamba2Config
+    State = Mamba2State
     no_weight_decay = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(self, d_model: int, config: Mamba2Config, *, residual_scale: float = 1.0) -> None:
@@ -110,21 +111,12 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
         y, conv, ssm = ops.state_update(*inputs, in_place=self.may_write_in_place(*inputs))
         return y[:, None], Mamba2State(conv, ssm)
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Mamba2State:
-        """See Mixer.init_state."""
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        heads = (self.n_heads, self.head_dim, self.config.d_state)
-        return Mamba2State(
-            conv=torch.zeros(batch_size, self.config.d_conv - 1, self.d_xBC, device=device, dtype=dtype),
-            ssm=torch.zeros(batch_size, *heads, device=device, dtype=wide),
-        )
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {
+            "conv": Zeros((self.config.d_conv - 1, self.d_xBC)),
+            "ssm": Zeros((self.n_heads, self.head_dim, self.config.d_state), at_least=torch.float32),
+        }
 
     def flops_per_token(self, context_len: float) -> float:
         """The recurrence: 5 E N for decay, drive and output of the state."""

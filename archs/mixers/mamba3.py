@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 SMALLEST_FADE = 1e-9
 """-A dt stops here, where exp(A dt) has long been one in float32: the scan's input is divided by it."""
@@ -75,6 +75,7 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
     """
 
     Config = Mamba3Config
+    State = Mamba3State
     no_weight_decay = frozenset({"D", "dt_bias"})
 
     def __init__(self, d_model: int, config: Mamba3Config, *, residual_scale: float = 1.0) -> None:
@@ -151,23 +152,15 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
         return y, before + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None]
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Mamba3State:
-        """See Mixer.init_state."""
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
         H, P, N = self.n_heads, self.head_dim, self.config.d_state
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        return Mamba3State(
-            ssm=torch.zeros(batch_size, H, P, N, device=device, dtype=wide),
-            x=torch.zeros(batch_size, H, P, device=device, dtype=dtype),
-            B=torch.zeros(batch_size, H, N, device=device, dtype=wide),
-            angle=torch.zeros(batch_size, H, self.n_angles, device=device, dtype=wide),
-        )
+        return {
+            "ssm": Zeros((H, P, N), at_least=torch.float32),
+            "x": Zeros((H, P)),
+            "B": Zeros((H, N), at_least=torch.float32),
+            "angle": Zeros((H, self.n_angles), at_least=torch.float32),
+        }
 
     def flops_per_token(self, context_len: float) -> float:
         """The recurrence: 7 E N for the decay, two drives and the output of the state."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..layers import linear, linear_flops
-from ..mixer import Mixer, State
+from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ class S4D(Mixer[S4DConfig, S4DState]):
     """y = GLU(out_proj(gelu(K * u + D u))), where K is the kernel of a diagonal SSM per channel."""
 
     Config = S4DConfig
+    State = S4DState
     no_weight_decay = frozenset({"log_dt", "A_log", "A_imag"})
     # the authors train these at 0.001 beside 0.004 for the rest
     lr_scale = MappingProxyType({"log_dt": 0.25, "A_log": 0.25, "A_imag": 0.25})
@@ -144,17 +145,9 @@ class S4D(Mixer[S4DConfig, S4DState]):
             state = None if state is None else S4DState(ssm)
         return F.glu(self.out_proj(F.gelu(y))), state
 
-    def init_state(
-        self,
-        batch_size: int,
-        max_len: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> S4DState:
-        """See Mixer.init_state."""
-        wide = torch.complex128 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.complex64
-        return S4DState(torch.zeros(batch_size, *self.A_log.shape, device=device, dtype=wide))
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {"ssm": Zeros(tuple(self.A_log.shape), at_least=torch.complex64)}
 
     def flops_per_token(self, context_len: float) -> float:
         """The recurrence: a complex multiply-add (8) and the real part of an output product (4) per state."""

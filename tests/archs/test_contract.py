@@ -275,6 +275,24 @@ def test_state_is_a_value(name: str, options: dict[str, Any]) -> None:
 
 
 @over_the_registry
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_an_empty_state_is_zeros_in_the_precision_of_the_activations_or_float32_at_least(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    state, on_meta = (
+        make(name, options, 8, 0).init_state(3, 9, device=device, dtype=dtype) for device in ("cpu", "meta")
+    )
+    for key, value in state.tensors().items():
+        assert value.dtype in (dtype, wide, wide.to_complex())
+        assert len(value) == 3
+        assert not value.any()
+        assert (on_meta.tensors()[key].shape, on_meta.tensors()[key].dtype) == (value.shape, value.dtype)
+    if name != "attention":
+        assert {wide, wide.to_complex()} & {value.dtype for value in state.tensors().values()}
+
+
+@over_the_registry
 def test_state_keeps_no_more_alive_than_it_declares(name: str, options: dict[str, Any]) -> None:
     mixer = make(name, options, 8, 0)
     state = mixer.init_state(1, 500, dtype=torch.float64)
