@@ -132,10 +132,8 @@ class ModelConfig:
         return cls, config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, from which `from_dict` makes an equal config."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        sections = {name: {k: dict(v) for k, v in values[name].items()} for name in ("mixer", "ffn")}
-        return values | sections | {"pattern": list(self.pattern)}
+        """Returns JSON values (lists, no tuples), from which `from_dict` makes an equal config."""
+        return {f.name: _json_value(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -198,6 +196,9 @@ class Seq2SeqConfig(ModelConfig):
         shared = {name: getattr(self, name) for name in _SHARED}
         return ModelConfig(**{"n_layers": n_periods * len(self.source["pattern"]), **shared, **self.source})
 
-    def to_dict(self) -> dict[str, Any]:
-        """See ModelConfig.to_dict."""
-        return super().to_dict() | {"source": {**self.source, "pattern": list(self.source["pattern"])}}
+
+def _json_value(value: Any) -> Any:
+    """Makes dicts of mappings and lists of tuples, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    return [_json_value(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -21,6 +21,9 @@ from .mixer import Mixer, State
 
 M = TypeVar("M", bound=nn.Module)
 
+FORMAT = 1
+"""Format of saved models, which config.json carries. Files of every earlier format stay readable."""
+
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)) where there is an ffn; norm(x + mixer(x)) and so on for post-norm."""
@@ -336,7 +339,8 @@ class LanguageModel(nn.Module):
         """Reads what `save_pretrained` wrote. Nothing in it is executed.
 
         Raises:
-            ValueError: if it is an encoder-decoder, its configuration is not valid, or the weights are not of it.
+            ValueError: if it is an encoder-decoder, its configuration is not valid or of a newer version, or the
+                weights are not of it.
         """
         config = read_config(folder)
         if config.kind == "seq2seq":
@@ -345,16 +349,28 @@ class LanguageModel(nn.Module):
 
 
 def write_pretrained(model: Any, folder: str | Path) -> None:
-    """Writes a model's model.safetensors, and its config as config.json."""
+    """Writes a model's model.safetensors, and its config and the format of both as config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a saved model of any kind."""
-    return ModelConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+    """Reads the config of a saved model of any kind.
+
+    Raises:
+        ValueError: if a later version wrote it, in a format that is not known here, or it is not valid.
+    """
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text())
+    found = values.pop("format", 1)  # the first versions wrote none
+    if found not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"{path} is of format {found}, and this version of crossover reads formats up to {FORMAT}: a newer version"
+            " wrote it, so update crossover"
+        )
+    return ModelConfig.from_dict(values)
 
 
 def read_weights(model: M, folder: str | Path) -> M:

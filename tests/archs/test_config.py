@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from crossover.archs import PUBLISHED, ModelConfig, available, configure
+from crossover.archs.config import KINDS
 
 pytestmark = pytest.mark.quick
 
@@ -15,10 +16,30 @@ def test_the_pattern_repeats_from_the_first_layer() -> None:
     assert ModelConfig.from_dict(BASE).layers == (("mamba", "mlp"), ("attention", None), ("mamba", "mlp"))
 
 
-@pytest.mark.parametrize("name", [*available(), *available("encoder"), *PUBLISHED])
-def test_a_config_survives_json(name: str) -> None:
-    config = configure(name)
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+NAMES = [name for kind in KINDS for name in available(kind)]
+CONFIGS = {name: configure(name) for name in [*NAMES, *PUBLISHED]}
+CONFIGS["jamba in both directions"] = configure("jamba", bidirectional=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_is_written_as_json_values_from_which_an_equal_config_is_made(config: ModelConfig) -> None:
+    values = config.to_dict()
+    assert values == json.loads(json.dumps(values))
+    again = ModelConfig.from_dict(values)
+    assert (type(again), again) == (type(config), config)
+
+
+def test_tuples_among_options_are_written_as_lists_too() -> None:
+    mixer = {"mamba": {"kind": "bidirectional", "of": "mamba", "options": {"d_state": (4, [(8,)])}}}
+    config = ModelConfig.from_dict(BASE | {"mixer": mixer})
+    assert config.to_dict()["mixer"]["mamba"]["options"] == {"d_state": [4, [[8]]]}
+    assert config.mixer == mixer
+
+
+def test_what_to_dict_gives_is_the_callers_own() -> None:
+    config = ModelConfig.from_dict(BASE | {"mixer": {"mamba": {"d_state": 4}}})
+    config.to_dict()["mixer"]["mamba"]["d_state"] = 5
+    assert config.mixer == {"mamba": {"d_state": 4}}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Block, Backbone and LanguageModel, on every architecture."""
 
 import copy
+import json
 import math
 import pickle
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from crossover.archs import Backbone, LanguageModel, ModelConfig, available, build
+from crossover.archs import Backbone, LanguageModel, ModelConfig, Seq2Seq, available, build, open_pretrained
 from crossover.archs.ffns.mlp import MLP, MLPConfig
 from crossover.archs.ffns.moe import MoE, MoEConfig
 from crossover.archs.layers import LearnedPositions
@@ -98,6 +99,27 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     assert (again.output_weight is again.embedding.weight) == (name != "lstm")
     tokens = torch.randint(11, (1, 7))
     assert torch.equal(again(tokens).logits, lm(tokens).logits)
+
+
+def test_a_saved_model_carries_its_format_and_one_without_is_of_the_first(tmp_path: Path) -> None:
+    lm = tiny("mamba")
+    lm.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    assert values == {"format": 1, **lm.config.to_dict()}
+    del values["format"]
+    path.write_text(json.dumps(values))
+    assert LanguageModel.from_pretrained(tmp_path).config == lm.config
+
+
+@pytest.mark.parametrize("found", [2, "2026-12", None])
+@pytest.mark.parametrize("load", [LanguageModel.from_pretrained, Seq2Seq.from_pretrained, open_pretrained])
+def test_a_format_of_a_newer_version_is_refused(load: Callable[[Path], object], found: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"format": found, "layers": "as nobody knows yet"}))
+    with pytest.raises(
+        ValueError, match=r"^\S*/config\.json is of format (2|2026-12|None), .*a newer version wrote it"
+    ):
+        load(tmp_path)
 
 
 def test_a_loaded_model_has_memory_of_its_own_aligned_and_in_the_precision_of_the_file(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Models of a source and a target: what they see, how they decode, their sizes, and their layers by definition."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -335,7 +334,6 @@ def test_a_saved_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None
     lm.save_pretrained(tmp_path)
     again = Seq2Seq.from_pretrained(tmp_path)
     assert again.config == lm.config
-    assert again.config.to_dict() == json.loads(json.dumps(lm.config.to_dict()))
     assert "decoder.head.weight" not in again.state_dict()
     assert torch.equal(again(source, target).logits, lm(source, target).logits)
 
