@@ -16,11 +16,11 @@ __all__ = ["KINDS", "ModelConfig", "Options", "Seq2SeqConfig", "nearest"]
 Options = Mapping[str, Mapping[str, Any]]
 
 KINDS = ("decoder", "encoder", "seq2seq")
-"""What a model is for: a decoder reads left to right and predicts the next token, an encoder reads in both directions
-and predicts masked tokens, a seq2seq model reads one sequence and predicts another."""
+"""Kinds of models: a decoder reads left to right and predicts the next token, an encoder reads in both directions and
+predicts masked tokens, a seq2seq model reads one sequence and predicts another."""
 
 _SHARED = ("d_model", "vocab_size", "norm", "norm_eps", "prenorm", "bias", "positions", "max_positions")
-_OF_SOURCE = ("pattern", "n_layers", "mixer", "ffn")
+_SOURCE_KEYS = ("pattern", "n_layers", "mixer", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class ModelConfig:
     bias: bool = False
     """Whether the projections of every mixer and ffn that has an option `bias` have biases."""
     positions: str = "none"
-    """What is added to the embeddings: "none", or "learned", a vector for each position in the document."""
+    """Vectors that are added to the embeddings: "none", or "learned", one for each position in the document."""
     max_positions: int | None = None
     """Longest context of learned positions, in tokens."""
     head: str = "linear"
-    """What makes logits of the last layer's output: "linear", one projection, or "mlm", as BERT predicts masked tokens:
-    a layer with GELU and a norm, then a projection with a bias."""
+    """Head that makes logits of the last layer's output: "linear", one projection, or "mlm", as BERT predicts masked
+    tokens: a layer with GELU and a norm, then a projection with a bias."""
     tie_embeddings: bool = True
     """Whether the output projection is the embedding itself."""
 
@@ -172,8 +172,8 @@ class Seq2SeqConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in self.source:
-            if key not in _OF_SOURCE:
-                raise ValueError(f"unknown key model.source.{key}{nearest(key, _OF_SOURCE)}")
+            if key not in _SOURCE_KEYS:
+                raise ValueError(f"unknown key model.source.{key}{nearest(key, _SOURCE_KEYS)}")
         if "pattern" not in self.source:
             raise ValueError("model.source lacks the pattern of the encoder, such as ['encoder+mlp']")
         object.__setattr__(self, "source", dict(self.source) | {"pattern": tuple(self.source["pattern"])})
@@ -186,7 +186,7 @@ class Seq2SeqConfig(ModelConfig):
 
     @property
     def kind(self) -> str:
-        """seq2seq."""
+        """Always "seq2seq"."""
         return "seq2seq"
 
     @property

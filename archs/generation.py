@@ -62,7 +62,7 @@ Until: TypeAlias = Callable[[int, Tensor], bool]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a continuation is drawn and where it ends: the options of every `generate`.
+    """The options of every `generate`: how a continuation is drawn and where it ends.
 
     What is set of repetition_penalty, temperature, top_k and top_p applies in this order.
 
@@ -208,7 +208,7 @@ def extend(
         if penalized is not None:
             seen.scatter_(1, penalized, True)
     stops = unread.new_tensor(sampling.stop_tokens)
-    rows = torch.arange(len(unread), device=unread.device)  # of those in the batch
+    rows = torch.arange(len(unread), device=unread.device)  # numbers of the rows in the batch
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
     for n in range(max_new_tokens):
         logits, state = read(lm, unread, state, starts=starts, chunk=sampling.prefill_chunk)
@@ -230,7 +230,7 @@ def extend(
 
 
 def _goes_on(rows: Tensor, new: Tensor, stops: Tensor, until: Until | None) -> Tensor | None:
-    """Which of `rows` do not end with the last of their new tokens, (n,) bool; None where nothing could end one."""
+    """Marks the rows that do not end with the last of their new tokens, (n,) bool; None where nothing could end one."""
     if not len(stops) and until is None:
         return None
     goes_on = torch.isin(new[rows, -1], stops, invert=True)
@@ -341,10 +341,10 @@ class DecodeGraph:
         """Takes a state over, as `init_state` or reading a prompt gave it."""
         self._lm = lm
         self._state = [_without_numbers(layer) for layer in state]
-        some = next(iter(state[0].tensors().values()))
-        self._tokens = torch.zeros(len(some), dtype=torch.int64, device=some.device)
+        first = next(iter(state[0].tensors().values()))
+        self._tokens = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        if some.is_cuda:
+        if first.is_cuda:
             self._warm_up()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):  # nothing runs yet, so the state stays as it is
@@ -384,7 +384,7 @@ def step_in_place(lm: LanguageModel, tokens: Tensor, state: Sequence[State]) -> 
 
 
 def _without_numbers(state: State) -> State:
-    """The same state with each of its plain numbers as a tensor, ()."""
+    """Makes a tensor, (), of each plain number of a state."""
     device = next(iter(state.tensors().values())).device
     numbers = {name: value for name, value in vars(state).items() if isinstance(value, int)}
     return dataclasses.replace(state, **{name: torch.tensor(value, device=device) for name, value in numbers.items()})

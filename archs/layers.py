@@ -60,7 +60,7 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "laye
 
 @dataclass
 class PositionState(State):
-    """How far a sequence has come."""
+    """The position that a sequence has reached."""
 
     first: Tensor
     """Index of the first token of the current document, (B,) int64."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass
 class State:
-    """What a mixer carries from one token to the next. Subclasses add fields: tensors, batch first, and plain numbers.
+    """The memory of a mixer between two tokens. Subclasses add fields: tensors, batch first, and plain numbers.
 
     A state is consumed by the call it is passed to: the callee may reuse its storage, so keep only the state that comes
     back, or `clone` first.
@@ -36,7 +36,7 @@ class State:
         return self._map(torch.clone)
 
     def detach(self) -> Self:
-        """The same values outside the autograd graph, for truncated backpropagation."""
+        """A state with the same values outside the autograd graph, for truncated backpropagation."""
         return self._map(torch.detach)
 
     def select(self, rows: Tensor) -> Self:

@@ -127,25 +127,25 @@ class Backbone(nn.Module):
 
 
 class LMOutput(NamedTuple):
-    """What a language model returns."""
+    """Output of a language model."""
 
     logits: Tensor
     """(B, L, V)."""
     state: list[State] | None
-    """As `init_state` gave it, or None where none was given."""
+    """The states after the last token, in the form of `init_state`; None where none were given."""
     aux_loss: Tensor
     """Sum of the blocks' auxiliary losses, a scalar."""
 
 
 class LMLoss(NamedTuple):
-    """What a language model returns where targets are given: no logits, which are never all in memory."""
+    """Output of a language model that is given targets: no logits, which are never all in memory."""
 
     loss: Tensor
     """Mean cross-entropy in nats per token, a scalar."""
     aux_loss: Tensor
-    """As in LMOutput: to be added to the loss."""
+    """Sum of the blocks' auxiliary losses, to be added to the loss, a scalar."""
     state: list[State] | None = None
-    """As in LMOutput."""
+    """See LMOutput.state."""
 
 
 class TiedHead(nn.Module):
@@ -212,21 +212,21 @@ class LanguageModel(nn.Module):
     def hidden(
         self, tokens: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None
     ) -> tuple[Tensor, list[State] | None, Tensor]:
-        """What the backbone makes of tokens, (B, L) int64: x, (B, L, D), the state after them, the auxiliary loss."""
+        """Runs the backbone over tokens, (B, L) int64: x, (B, L, D), the state after them, and the auxiliary loss."""
         return self.backbone(self.embedding(tokens), state, starts=starts)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of what `hidden` gave, or of some of its positions: (..., D) -> (..., V)."""
+        """Makes logits of the x of `hidden`, or of some of its positions: (..., D) -> (..., V)."""
         x = self.transform(x)
         return self.head(x, self.embedding.weight) if isinstance(self.head, TiedHead) else self.head(x)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats of targets, (B, L) int64, given what `hidden` made of the tokens, (B, L, D); -100 is not counted.
+        """Mean cross-entropy in nats of targets, (B, L) int64, given the x of `hidden`, (B, L, D); -100 is not counted.
 
-        The same as of `logits(x)`, which are never all in memory.
+        It equals that of `logits(x)`, which are never all in memory.
         """
         x, weight = self.transform(x).flatten(0, 1), self.output_weight
-        if self.head.bias is not None:  # it is the weight of a channel that is always one
+        if self.head.bias is not None:  # the bias is the weight of a channel that is always one
             x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, self.head.bias[:, None]], dim=1)
         loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
         return loss
@@ -234,8 +234,8 @@ class LanguageModel(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats per token, and the auxiliary loss to be added to it, both scalars.
 
-        The same as `out.loss` and `out.aux_loss` of `self(tokens, targets=targets)`, which is what a wrapper of the
-        model (DDP, FSDP2, torch.compile) must be called with.
+        They are `out.loss` and `out.aux_loss` of `out = self(tokens, targets=targets)`, which is how a wrapper of the
+        model (DDP, FSDP2, torch.compile) must be called.
         """
         out = self(tokens, starts=starts, targets=targets)
         return out.loss, out.aux_loss

@@ -23,7 +23,7 @@ from .registry import nearest
 from .seq2seq import Seq2Seq, model_of
 
 TOLERANCE = 0.02
-"""How far a sized model may be from the number of parameters asked for, relative."""
+"""Largest distance of a sized model from the number of parameters asked for, relative."""
 
 UNTUNED = 2e-3
 """Learning rate of the architectures that nobody has tuned yet: the Transformer's."""
@@ -350,7 +350,7 @@ def build(
 
 
 def _configure(preset: Preset, **options: Any) -> ModelConfig:
-    """Sorts options by who takes them."""
+    """Gives each option to the preset, the config or the layers that have it."""
     own = {key: options.pop(key) for key in _parameters(preset.make) if key in options}
     fields = dict(preset.make(**own))
     cls = Seq2SeqConfig if preset.kind == "seq2seq" else ModelConfig
@@ -385,7 +385,7 @@ def _spread(skeleton: ModelConfig, fields: dict[str, Any], options: Mapping[str,
 
 
 def _encoder(config: ModelConfig) -> ModelConfig:
-    """The same layers, seeing the whole sequence."""
+    """Makes an encoder of a decoder: the same layers, which see the whole sequence."""
     if config.kind == "seq2seq":
         raise ValueError("a seq2seq model has an encoder, and its decoder must be causal: leave bidirectional out")
     mixers: dict[str, Mapping[str, Any]] = {}
@@ -411,8 +411,8 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _depth(preset: Preset, n_params: int, period: int) -> int:
     """Layers by the preset's rule, in whole periods of the pattern."""
-    wanted = preset.n_layers_at_1m * (n_params / 1e6) ** 0.25
-    return max(1, round(wanted / period)) * period
+    n_layers = preset.n_layers_at_1m * (n_params / 1e6) ** 0.25
+    return max(1, round(n_layers / period)) * period
 
 
 def count_params(config: ModelConfig) -> int:
@@ -423,8 +423,8 @@ def count_params(config: ModelConfig) -> int:
         with torch.device("meta"):
             return model_of(config).n_params
     # all periods are alike, so two models say what any number of them holds
-    one, two = (count_params(dataclasses.replace(config, n_layers=n * period)) for n in (1, 2))
-    return one + (n_periods - 1) * (two - one)
+    of_one, of_two = (count_params(dataclasses.replace(config, n_layers=n * period)) for n in (1, 2))
+    return of_one + (n_periods - 1) * (of_two - of_one)
 
 
 def _size(preset: Preset, make: Callable[..., ModelConfig], n_params: int, options: dict[str, Any]) -> ModelConfig:

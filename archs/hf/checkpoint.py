@@ -235,7 +235,7 @@ def _values(family: Family, ours: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problems(family: Family, ours: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
-    """What would be lost: what these options, read again, say otherwise."""
+    """The options that would be lost, in words: those of which these values, read again, say something else."""
     try:
         lm, problems = _skeleton(family, _nested(values))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What Hugging Face calls the parts of each architecture: one table of options and one of tensors per `model_type`.
+"""Hugging Face's names of the parts of each architecture: a table of options and one of tensors per `model_type`.
 
 Every table is read in both directions. Options are dotted paths of ModelConfig, where the part after "mixer." or "ffn."
 is the kind of layer, as in the tensor tables.
@@ -22,15 +22,15 @@ class Option:
     default: Any
     """The value that Hugging Face takes where config.json has none."""
     path: str
-    """Ours."""
+    """Our option that it stands for."""
     also: str | None = None
-    """A second option of ours that theirs stands for."""
+    """A second option of ours that it stands for."""
     values: Mapping[Any, Any] | None = None
     """Their value -> ours, where they differ; others are not supported."""
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All of ours."""
+        """All of our options that it stands for."""
         return (self.path,) if self.also is None else (self.path, self.also)
 
 
@@ -42,11 +42,11 @@ class Family:
     architecture: str
     """The class with the language-model head."""
     prefix: str
-    """What the names of that class have before those of the class without the head."""
+    """Prefix that the names of that class have and those of the class without the head lack."""
     layers: Callable[[Mapping[str, Any]], list[str]]
     """config.json -> an entry "mixer+ffn" for each layer."""
     places: Callable[[Sequence[str]], dict[str, Any]] = lambda layers: {}
-    """The reverse: options of config.json that give these layers, as far as there are any."""
+    """The reverse of `layers`: options of config.json that give these layers, as far as there are any."""
     options: Mapping[str, Option]
     """Their options that are options here."""
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Family:
     required: Mapping[str, Any] = field(default_factory=dict)
     """Their options that we do not have: the only value that we compute, which is also their default."""
     implied: Mapping[str, str] = field(default_factory=dict)
-    """What our layers fix by themselves -> their option, which must agree."""
+    """Options that our layers fix by themselves -> their option, which must agree."""
     tensors: Mapping[str, str]
     """Our parameter or module -> theirs; {i} is the layer."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Family:
     unpack: Callable[[Tensors], Tensors] = dict
     """Tensors as stored -> one tensor for each parameter of ours, under the names of the table."""
     pack: Callable[[Tensors], Tensors] = dict
-    """The reverse."""
+    """The reverse of `unpack`."""
 
     @property
     def kinds(self) -> frozenset[str]:

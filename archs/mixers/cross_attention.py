@@ -24,7 +24,7 @@ CHUNK_NUMBERS = 1 << 24
 
 @dataclass
 class Memory(State):
-    """What a reader keeps of the source. It does not grow with the target."""
+    """Keys and values of the source, which a reader keeps. They do not grow with the target."""
 
     k: Tensor
     """Keys, (B, S, d_k)."""
@@ -34,7 +34,7 @@ class Memory(State):
     """Tokens of each source, (B,) int64, at least 1: what follows them is padding; None where nothing is padded."""
 
     def visible(self) -> Tensor | None:
-        """Which keys are of the source and not padding, (B, S) bool; None where all are."""
+        """Marks the keys that are of the source and not padding, (B, S) bool; None where all are."""
         if self.source_len is None:
             return None
         return torch.arange(self.k.shape[1], device=self.k.device) < self.source_len[:, None]

@@ -49,7 +49,7 @@ class GatedDeltaNetConfig:
 
 @dataclass
 class GatedDeltaNetState(State):
-    """Constant in the context length."""
+    """State of Gated DeltaNet, constant in the context length."""
 
     conv: Tensor
     """The last K - 1 inputs of the convolutions, (B, K-1, 2 H N + H P)."""
@@ -92,11 +92,9 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         conv, memory = (None, None) if state is None else (state.conv, state.memory)
         qkv, conv = ops.causal_conv1d(qkv, self.conv_weight, None, "silu", initial_state=conv, starts=starts)
         q, k, v = (t.unflatten(-1, (H, -1)) for t in qkv.split([H * N, H * N, H * P], dim=-1))
-        o, memory = ops.gated_delta_rule(
-            *(_scaled_to(N**-0.5, q), _scaled_to(1, k), v, self._log_decay(dt), self._writing_strength(b)),
-            initial_state=memory,
-            starts=starts,
-        )
+        q, k = _scaled_to(N**-0.5, q), _scaled_to(1, k)
+        log_decay, beta = self._log_decay(dt), self._writing_strength(b)
+        o, memory = ops.gated_delta_rule(q, k, v, log_decay, beta, initial_state=memory, starts=starts)
         o = ops.swiglu(z.unflatten(-1, (H, P)), self.norm(o)).flatten(2)
         # the window is a view of the whole input, which the state must not keep alive
         return self.out_proj(o), None if state is None else GatedDeltaNetState(conv.clone(), memory)

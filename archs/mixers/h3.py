@@ -40,7 +40,7 @@ class H3Config:
 
 @dataclass
 class H3State(State):
-    """Constant in the context length."""
+    """State of H3, constant in the context length."""
 
     conv: Tensor
     """The state of the shift SSM, its last K - 1 inputs, (B, K-1, D)."""
@@ -118,12 +118,12 @@ class H3(Mixer[H3Config, H3State]):
         return self._gated_flops() + 12 * channels * self.A_log.shape[1]
 
     def sequence_flops(self, seq_len: int) -> float:
-        """The same, but the diagonal SSM is a convolution: two FFTs per channel, and a kernel and its FFT per head."""
+        """Projections, gates and shift, and a convolution: two FFTs per channel, and a kernel and its FFT per head."""
         H, channels = len(self.A_log), self.d_model * self.config.head_dim
         fft = 5 * 2 * seq_len * math.log2(2 * seq_len)
         kernel = 2 * self.config.d_state * seq_len
         return seq_len * self._gated_flops() + (2 * channels + H) * fft + H * kernel
 
     def _gated_flops(self) -> float:
-        """What both forms share, per token: projections, shift, products with v and q."""
+        """FLOPs that both forms share, per token: projections, shift, products with v and q."""
         return linear_flops(self) + 2 * self.shift_weight.numel() + 3 * self.d_model * self.config.head_dim

@@ -22,7 +22,7 @@ class LSTMConfig:
 
 @dataclass
 class LSTMState(State):
-    """Constant in the context length."""
+    """State of LSTM, constant in the context length."""
 
     lstm: Tensor
     """Output and cell of the last token, (B, 2, E), float32."""

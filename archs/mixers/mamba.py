@@ -35,7 +35,7 @@ class MambaConfig:
 
 @dataclass
 class MambaState(State):
-    """Constant in the context length."""
+    """State of Mamba, constant in the context length."""
 
     conv: Tensor
     """The last K - 1 inputs of the convolution, (B, K-1, E)."""
@@ -80,8 +80,9 @@ class Mamba(Mixer[MambaConfig, MambaState]):
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         # the bias goes to the scan, which adds it in float32: in bfloat16 it would lose the smallest step sizes
         y, ssm = ops.selective_scan(
-            x, self.dt_proj(delta), A, B, C, self.D, z, self.dt_bias, True, initial_state=ssm, starts=starts
-        )
+            x, self.dt_proj(delta), A, B, C, self.D, z,
+            delta_bias=self.dt_bias, delta_softplus=True, initial_state=ssm, starts=starts,
+        )  # fmt: skip
         # the window is a view of the whole input, which the state must not keep alive
         return self.out_proj(y), None if state is None else MambaState(conv.clone(), ssm)
 

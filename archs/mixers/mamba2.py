@@ -36,7 +36,7 @@ class Mamba2Config:
 
 @dataclass
 class Mamba2State(State):
-    """Constant in the context length."""
+    """State of Mamba-2, constant in the context length."""
 
     conv: Tensor
     """The last K - 1 inputs of the convolution, (B, K-1, E + 2 G N)."""
@@ -86,7 +86,7 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
     def _many_tokens(
         self, xBC: Tensor, dt: Tensor, A: Tensor, state: Mamba2State | None, starts: Tensor | None
     ) -> tuple[Tensor, Mamba2State | None]:
-        """y, (B, L, H, P), of the convolution and the scan."""
+        """Runs the convolution and the scan: y, (B, L, H, P), and the state after them."""
         conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
         xBC, conv = ops.causal_conv1d(xBC, self.conv_weight, self.conv_bias, "silu", initial_state=conv, starts=starts)
         G, N = self.config.n_groups, self.config.d_state
@@ -94,20 +94,18 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
         x, B, C = x.unflatten(-1, (self.n_heads, -1)), B.unflatten(-1, (G, N)), C.unflatten(-1, (G, N))
         # the bias goes to the scan, which adds it in float32: in bfloat16 it would lose the smallest step sizes
         y, ssm = ops.ssd(
-            *(x, dt, A, B, C, self.D, None, self.dt_bias, True),
-            initial_state=ssm,
-            starts=starts,
-            chunk_len=self.config.chunk_len,
-        )
+            x, dt, A, B, C, self.D,
+            dt_bias=self.dt_bias, dt_softplus=True, initial_state=ssm, starts=starts, chunk_len=self.config.chunk_len,
+        )  # fmt: skip
         # the window is a view of the whole input, which the state must not keep alive
         return y, None if state is None else Mamba2State(conv.clone(), ssm)
 
     def _one_token(self, xBC: Tensor, dt: Tensor, A: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
-        """The same at length 1, in one operation."""
+        """Runs the convolution and the scan at length 1, in one operation."""
         inputs = (
-            *(xBC[:, 0], dt[:, 0], state.conv, state.ssm),
-            *(self.conv_weight, self.conv_bias, A, self.D, self.dt_bias),
-        )
+            xBC[:, 0], dt[:, 0], state.conv, state.ssm,
+            self.conv_weight, self.conv_bias, A, self.D, self.dt_bias,
+        )  # fmt: skip
         y, conv, ssm = ops.state_update(*inputs, in_place=self.may_write_in_place(*inputs))
         return y[:, None], Mamba2State(conv, ssm)
 

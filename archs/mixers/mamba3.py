@@ -51,7 +51,7 @@ class Mamba3Config:
 
 @dataclass
 class Mamba3State(State):
-    """Constant in the context length."""
+    """State of Mamba-3, constant in the context length."""
 
     ssm: Tensor
     """h, (B, H, P, N), float32."""
@@ -60,7 +60,7 @@ class Mamba3State(State):
     B: Tensor
     """B of the last token, turned, (B, H, N), float32."""
     angle: Tensor
-    """How far B and C of the last token were turned, (B, H, n_angles), radians in [0, 2 pi), float32."""
+    """Angles by which B and C of the last token were turned, (B, H, n_angles), radians in [0, 2 pi), float32."""
 
 
 class Mamba3(Mixer[Mamba3Config, Mamba3State]):
@@ -147,8 +147,9 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
             x_last = x_last.masked_fill(starts[..., None, None], 0)
         # ops.ssd has one A of each head: with fade for its dt, A is -1, and the fade that multiplies x is divided out
         drive = torch.exp(-fade) * (_shifted(own, None) + rest) / fade
-        inputs = (drive[..., None] * x_last, fade, fade.new_full((self.n_heads,), -1), B_last, C)
-        y, before = ops.ssd(*inputs, initial_state=h, starts=starts, chunk_len=self.config.chunk_len)
+        A = fade.new_full((self.n_heads,), -1)
+        driven, chunk_len = drive[..., None] * x_last, self.config.chunk_len
+        y, before = ops.ssd(driven, fade, A, B_last, C, initial_state=h, starts=starts, chunk_len=chunk_len)
         y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
         return y, before + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None]
 
@@ -167,9 +168,9 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         return self._flops_outside() + 7 * self.d_inner * self.config.d_state
 
     def sequence_flops(self, seq_len: int) -> float:
-        """As Mamba-2's, with B and C of every head: 2 Q (H N + E) a token within and 4 E N into and out of the state.
+        """The chunks of Mamba-2, with B and C of every head: a token takes 2 Q (H N + E) within its chunk.
 
-        The state decays once a chunk, for 2 E N. Q is 64 unless given.
+        Into and out of the state go 4 E N, and it decays once a chunk, for 2 E N. Q is 64 unless given.
         """
         Q, E, N = min(seq_len, self.config.chunk_len or 64), self.d_inner, self.config.d_state
         scan = 2 * Q * (self.n_heads * N + E) + 4 * E * N + 2 * E * N / Q
@@ -190,7 +191,7 @@ def _rate(a: Tensor) -> Tensor:
 
 
 def _shifted(t: Tensor, before: Tensor | None) -> Tensor:
-    """What each token sees of the one before it: t one place later along the length, `before` or zeros at the front."""
+    """Moves t one place along the length, so that each token sees the one before it; `before` or zeros go first."""
     first = torch.zeros_like(t[:, :1]) if before is None else before[:, None].to(t.dtype)
     return torch.cat([first, t[:, :-1]], dim=1)
 

@@ -35,7 +35,7 @@ class S4DConfig:
 
 @dataclass
 class S4DState(State):
-    """Constant in the context length."""
+    """State of S4D and S4, constant in the context length."""
 
     ssm: Tensor
     """h, (B, D, N), complex64."""

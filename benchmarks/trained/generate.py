@@ -59,16 +59,16 @@ def generate(config: GenerateConfig) -> int:
 def _opened(
     lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, *, prefill_chunk: int
 ) -> tuple[list[str], Callable[..., object]]:
-    """What is printed before each text grows, and the model's `generate`, which still takes what all models share."""
+    """The text printed before each continuation, and the model's `generate`, which lacks only what all models share."""
     end = tokenizer.separator
     if lm.config.kind == "seq2seq":
         if not texts:
             raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
-        # each ends as in training, and the target begins as there (train/objectives/pairs.py)
+        # a source ends and a target begins as in training (train/objectives/pairs.py)
         sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
         return [""] * len(texts), functools.partial(lm.generate, sources, start_token=end)
     texts = texts or [""]
-    # without a prompt as at the start of a document
+    # an empty prompt is the start of a document
     prompts = [torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([end]) for text in texts]
     titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
     openings = [title + text for title, text in zip(titles, texts, strict=True)]

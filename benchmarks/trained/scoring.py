@@ -1,4 +1,4 @@
-"""How likely a text is after another, and greedy continuations: what evaluation harnesses ask of a language model."""
+"""Likelihoods of texts after others, and greedy continuations: what evaluation harnesses ask of a language model."""
 
 from __future__ import annotations
 

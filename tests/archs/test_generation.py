@@ -83,10 +83,10 @@ def test_chunks_may_cut_the_padding_of_a_batch_anywhere(name: str) -> None:
 
 def test_lists_of_numbers_are_prompts_and_what_comes_back_has_the_form_of_what_went_in() -> None:
     lm = tiny("mamba")
-    one, other = lm.generate([[1, 2, 3], [4]], 5, temperature=0)
-    assert (one.shape, other.shape) == ((8,), (6,))
-    assert one[:3].tolist() == [1, 2, 3]
-    assert lm.generate(torch.tensor([[1, 2, 3]]), 5, temperature=0).tolist() == [one.tolist()]
+    first, second = lm.generate([[1, 2, 3], [4]], 5, temperature=0)
+    assert (first.shape, second.shape) == ((8,), (6,))
+    assert first[:3].tolist() == [1, 2, 3]
+    assert lm.generate(torch.tensor([[1, 2, 3]]), 5, temperature=0).tolist() == [first.tolist()]
     assert lm.generate([[1, 2, 3]], 0)[0].tolist() == [1, 2, 3]
 
 

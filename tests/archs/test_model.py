@@ -343,12 +343,12 @@ def test_flops_of_an_encoder_are_those_of_the_keys_that_are_seen(options: dict[s
 
 
 def test_flops_of_both_directions_are_twice_those_of_one() -> None:
-    one, both = (
+    forwards, both = (
         build("mamba", d_model=32, n_layers=1, bidirectional=both, device="meta").backbone.blocks[0].mixer
         for both in (False, True)
     )
-    assert both.flops_per_token(8) == 2 * one.flops_per_token(8)
-    assert both.sequence_flops(8) == 2 * one.sequence_flops(8)
+    assert both.flops_per_token(8) == 2 * forwards.flops_per_token(8)
+    assert both.sequence_flops(8) == 2 * forwards.sequence_flops(8)
 
 
 def test_plain_generation_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,9 +201,9 @@ def test_the_penalty_is_on_what_the_target_holds_and_not_on_the_source_or_the_st
 
 def test_the_seed_decides_what_is_sampled() -> None:
     lm, source = tiny("seq2seq"), torch.randint(11, (2, 5))
-    one, again, other = (lm.generate(source, 12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
+    first, again, other = (lm.generate(source, 12, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
@@ -267,29 +267,29 @@ def test_without_rotation_encdec_is_the_transformer_of_pytorch() -> None:
     encoder: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes, batch_first=True), 2, None, False).double()
     decoder: Any = nn.TransformerDecoder(nn.TransformerDecoderLayer(**sizes, batch_first=True), 2).double()
 
-    def attention(to: nn.MultiheadAttention, of: Any) -> None:
+    def attention(theirs: nn.MultiheadAttention, ours: Any) -> None:
         for name in ("weight", "bias"):
-            packed = torch.cat([getattr(p, name) for p in (of.q_proj, of.k_proj, of.v_proj)])
-            to.load_state_dict(
-                to.state_dict() | {f"in_proj_{name}": packed, f"out_proj.{name}": of.out_proj.state_dict()[name]}
+            packed = torch.cat([getattr(p, name) for p in (ours.q_proj, ours.k_proj, ours.v_proj)])
+            theirs.load_state_dict(
+                theirs.state_dict() | {f"in_proj_{name}": packed, f"out_proj.{name}": ours.out_proj.state_dict()[name]}
             )
 
-    def ffn(to: Any, of: Any, norm: nn.Module) -> None:
-        to.linear1.load_state_dict(of.ffn.up_proj.state_dict())
-        to.linear2.load_state_dict(of.ffn.down_proj.state_dict())
-        norm.load_state_dict(of.ffn_norm.state_dict())
+    def ffn(theirs: Any, ours: Any, norm: nn.Module) -> None:
+        theirs.linear1.load_state_dict(ours.ffn.up_proj.state_dict())
+        theirs.linear2.load_state_dict(ours.ffn.down_proj.state_dict())
+        norm.load_state_dict(ours.ffn_norm.state_dict())
 
-    for to, of in zip(encoder.layers, lm.encoder.blocks, strict=True):
-        attention(to.self_attn, of.mixer)
-        to.norm1.load_state_dict(of.mixer_norm.state_dict())
-        ffn(to, of, to.norm2)
+    for theirs, ours in zip(encoder.layers, lm.encoder.blocks, strict=True):
+        attention(theirs.self_attn, ours.mixer)
+        theirs.norm1.load_state_dict(ours.mixer_norm.state_dict())
+        ffn(theirs, ours, theirs.norm2)
     blocks = lm.decoder.backbone.blocks
-    for to, self_block, cross_block in zip(decoder.layers, blocks[::2], blocks[1::2], strict=True):
-        attention(to.self_attn, self_block.mixer)
-        attention(to.multihead_attn, cross_block.mixer)
-        to.norm1.load_state_dict(self_block.mixer_norm.state_dict())
-        to.norm2.load_state_dict(cross_block.mixer_norm.state_dict())
-        ffn(to, cross_block, to.norm3)
+    for theirs, self_block, cross_block in zip(decoder.layers, blocks[::2], blocks[1::2], strict=True):
+        attention(theirs.self_attn, self_block.mixer)
+        attention(theirs.multihead_attn, cross_block.mixer)
+        theirs.norm1.load_state_dict(self_block.mixer_norm.state_dict())
+        theirs.norm2.load_state_dict(cross_block.mixer_norm.state_dict())
+        ffn(theirs, cross_block, theirs.norm3)
     source, target = pair()
     h = encoder(lm.encoder.norm(lm.decoder.embedding(source)))
     x = lm.decoder.backbone.norm(lm.decoder.embedding(target))
