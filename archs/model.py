@@ -294,7 +294,7 @@ class LanguageModel(nn.Module):
         return total / seq_len + self._other_flops()
 
     def training_flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward: the backward pass costs twice the forward."""
+        """FLOPs of forward and backward: the backward pass costs twice the forward."""
         return 3 * self.mean_flops_per_token(seq_len)
 
     def _other_flops(self) -> float:

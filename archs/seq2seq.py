@@ -184,7 +184,7 @@ class Seq2Seq(nn.Module):
         return self.decoder.mean_flops_per_token(seq_len) + reading + self.source_flops(n_source) / seq_len
 
     def training_flops_per_token(self, seq_len: int, n_source: int | None = None) -> float:
-        """Forward and backward: the backward pass costs twice the forward."""
+        """FLOPs of forward and backward: the backward pass costs twice the forward."""
         return 3 * self.mean_flops_per_token(seq_len, n_source)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -56,5 +56,5 @@ class MLP(FFN[MLPConfig]):
         return self.down_proj(UNGATED[self.config.activation](self.up_proj(x))), None
 
     def flops_per_token(self) -> float:
-        """The two or three projections."""
+        """FLOPs of the two or three projections."""
         return linear_flops(self)

@@ -62,7 +62,7 @@ class MoE(FFN[MoEConfig]):
         return y.to(x.dtype).view_as(x), balance
 
     def flops_per_token(self) -> float:
-        """The router and top_k experts."""
+        """FLOPs of the router and of top_k experts."""
         per_expert = (self.gate_up_proj.numel() + self.down_proj.numel()) / self.config.n_experts
         return linear_flops(self) + 2 * self.config.top_k * per_expert
 

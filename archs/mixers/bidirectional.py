@@ -68,13 +68,13 @@ class Bidirectional(Mixer[BidirectionalConfig, State]):
         return y + reverse_y.flip(1), None
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
-        """Raises ValueError: there is no state."""
+        """A ValueError: there is no state."""
         raise ValueError(_NO_STATE)
 
     def flops_per_token(self, context_len: float) -> float:
-        """Both directions."""
+        """FLOPs of both directions."""
         return self.forwards.flops_per_token(context_len) + self.backwards.flops_per_token(context_len)
 
     def sequence_flops(self, seq_len: int) -> float:
-        """Both directions."""
+        """FLOPs of both directions."""
         return self.forwards.sequence_flops(seq_len) + self.backwards.sequence_flops(seq_len)

@@ -78,15 +78,15 @@ class Reader(Mixer[C, Memory]):
         return {"k": Zeros((max_len, self.k_proj.out_features)), "v": Zeros((max_len, self.v_proj.out_features))}
 
     def flops_per_token(self, context_len: float) -> float:
-        """One target token without what it spends on each source token (`flops_per_pair`)."""
+        """FLOPs of one target token without what it spends on each source token (`flops_per_pair`)."""
         return linear_flops(self) - self.flops_per_source_token()
 
     def flops_per_source_token(self) -> float:
-        """Its key and value, made once for all targets."""
+        """FLOPs of the key and the value of a source token, which are made once for all targets."""
         return linear_flops(self.k_proj) + linear_flops(self.v_proj)
 
     def flops_per_pair(self) -> float:
-        """One target token reading one source token."""
+        """FLOPs of one target token reading one source token."""
         raise NotImplementedError
 
 
@@ -126,7 +126,7 @@ class CrossAttention(Reader[CrossAttentionConfig]):
         return self.out_proj(rearrange(o, "b h l p -> b l (h p)"))
 
     def flops_per_pair(self) -> float:
-        """Scores and weighted values."""
+        """FLOPs of a score and a weighted value."""
         return 4 * self.n_heads * self.head_dim
 
 
