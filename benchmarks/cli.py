@@ -8,16 +8,11 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg, subcommand
 
-from .config import (
-    CompareConfig,
-    ContextConfig,
-    ConvertConfig,
-    DoctorConfig,
-    GenerateConfig,
-    KernelsConfig,
-    LearningRateConfig,
-    ReportConfig,
-)
+from .comparison.options import CompareConfig, LearningRateConfig
+from .context.options import ContextConfig
+from .operations.options import DoctorConfig, KernelsConfig
+from .report.options import ReportConfig
+from .trained.options import ConvertConfig, GenerateConfig
 
 __all__ = ["main"]
 

@@ -220,7 +220,7 @@ class DataConfig:
     source: Annotated[str, tyro.conf.arg(aliases=("--data",), metavar="stdlib|PATH|hf:NAME[:CONFIG]")] = "stdlib"
     """The running Python's own library sources, a file or folder (text, JSON lines, CSV, Parquet, also compressed), or
     a Hugging Face data set."""
-    column: str = "text"
+    column: Annotated[str, tyro.conf.arg(aliases=("--column",))] = "text"
     """Column that holds the text in JSON lines, CSV, Parquet and Hugging Face data sets."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=("--tokenizer",), metavar="bytes|bpe:SIZE|FILE")] = "bytes"
     """Bytes as they are, a byte-level BPE trained on the training split, or a tokenizer.json."""

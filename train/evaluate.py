@@ -54,6 +54,7 @@ def evaluate(
             poll()
             batch = objective.collate(rows[first : first + rows_at_once])
             for name, mean in learner(batch.to(device)).items():
-                sums[name] = sums.get(name, 0.0) + mean.item() * batch.counts[name]
-                counts[name] = counts.get(name, 0) + batch.counts[name]
-    return objective.metrics({name: total / max(counts[name], 1) for name, total in sums.items()}, rows)
+                if batch.counts[name]:  # the mean over nothing may be NaN
+                    sums[name] = sums.get(name, 0.0) + mean.item() * batch.counts[name]
+                    counts[name] = counts.get(name, 0) + batch.counts[name]
+    return objective.metrics({name: total / counts[name] for name, total in sums.items()}, rows)

@@ -71,9 +71,14 @@ def accumulate_gradients(
         _sync_gradients(learner, i == len(batches) - 1)
         with precision.autocast(device):
             terms = learner(batch.to(device))
-        shares = {name: terms[name] * (batch.counts[name] / max(totals[name], 1)) for name in names}
+        # the mean over nothing, which may be NaN, has no share
+        shares = {
+            name: terms[name] * (batch.counts[name] / totals[name]) if batch.counts[name] else terms[name].new_zeros(())
+            for name in names
+        }
         loss = cast(Tensor, sum(objective.weights.get(name, 1.0) * share for name, share in shares.items()))
-        (loss * world).backward()  # wrappers average over processes
+        if loss.requires_grad:
+            (loss * world).backward()  # wrappers average over processes
         means = {name: means[name] + share.detach() for name, share in shares.items()}
     if world > 1:
         summed = _summed(torch.stack(list(means.values())))

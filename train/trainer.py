@@ -90,7 +90,8 @@ class Trainer:
         self._found: dict[str, Any] = {}
         self._backends: Mapping[str, Sequence[str]] = {}
         sketch = build(self.model_config, device="meta")
-        states = sketch.init_state(1, run.train.seq_len, device="meta")
+        takes_no_state = self.model_config.kind == "encoder"
+        states = [] if takes_no_state else sketch.init_state(1, run.train.seq_len, device="meta")
         self._facts = {
             "arch": run.arch,
             "label": run.label,

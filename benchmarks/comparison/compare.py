@@ -7,23 +7,28 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ...train.config import ModelSpec, RunConfig, TrainConfig, plain
 from ...train.files import write_json
 from ...train.runtime import Interrupted, stop_signals
-from ..config import CompareConfig, ContextConfig
+from ...train.score import BITS_PER_BYTE
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
 from ..context.jobs import ContextJob, context_jobs
+from ..context.options import ContextConfig
 from ..harness.folder import folder_for
 from ..harness.format import format_bytes
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch
 from ..report.write import write_report
+from .options import CompareConfig, LearningRateConfig
 from .runs import arguments, check_resumable, share_threads, train_runs, training_tasks
 
-__all__ = ["bench_context", "check_archs", "compare", "open_corpus", "print_table", "run_configs"]
+if TYPE_CHECKING:
+    from ...train.objective import Objective
+
+__all__ = ["bench_context", "check_archs", "compare", "open_objective", "print_table", "run_configs", "sizes_of"]
 
 
 def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
@@ -34,20 +39,13 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
     """
     check_archs(config.archs)
     with folder_for(config.out, fresh=config.fresh) as logs:
-        corpus = open_corpus(
-            DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer), config.seq_len
-        )
-        sizes = {
-            arch: size_arch(
-                arch, n_params=config.params, vocab_size=corpus.tokenizer.vocab_size, seq_len=config.seq_len
-            )
-            for arch in config.archs
-        }
+        objective = open_objective(config)
+        sizes = sizes_of(config, objective)
         print_sizes(list(sizes.values()))
         n_runs = len(config.archs) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
-        runs = run_configs(config, sizes, longest=len(corpus.val) - 1, threads=threads)
-        check_resumable(runs, corpus.digest)
+        runs = run_configs(config, sizes, longest=objective.data.n_tokens[1] - 1, threads=threads)
+        check_resumable(runs, objective.data.digest)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
@@ -55,7 +53,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
 
         labels = {sized.arch: sized.label for sized in sizes.values()}
-        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        record = {"config": plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         write_json(config.out / "compare.json", record)
         tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
@@ -92,7 +90,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         jobs = _context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         labels = {sized.arch: sized.label for sized in sizes}
-        record = {"config": _plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        record = {"config": plain(config), "labels": labels, "provenance": provenance, "failures": {}}
         write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
@@ -115,19 +113,46 @@ def check_archs(archs: Sequence[str]) -> None:
         find(arch)
 
 
-def open_corpus(data: DataConfig, seq_len: int) -> Any:
-    """Loads the corpus, which the runs then find prepared, and prints what it is."""
-    from ...train.data import check_lengths, load_corpus
+def open_objective(config: CompareConfig | LearningRateConfig) -> "Objective[Any, Any]":
+    """What all runs learn, with its data, which the runs then find prepared; prints what they are.
 
-    corpus = load_corpus(data, progress=sys.stderr.isatty())
-    check_lengths(corpus, seq_len)
-    references = ", ".join(f"{name} {value:.2f}" for name, value in corpus.reference_bits_per_byte.items())
+    Raises:
+        ValueError: if the objective does not exist, or its data cannot be used.
+    """
+    from ...train.objectives import open_objective as open_of_run
+
+    train = TrainConfig(batch_size=config.batch_size, seq_len=config.seq_len, position_len=0)
+    run = RunConfig(objective=config.objective, data=config.data, train=train)
+    objective = open_of_run(run, progress=sys.stderr.isatty())
+    data = objective.data
     print(
-        f"Data: {corpus.name}, {corpus.n_documents:,} documents, {corpus.train_bytes / 1e6:.1f} MB to train on, "
-        f"{corpus.val_bytes / 1e6:.2f} MB held out (digest {corpus.digest[:12]})."
+        f"Data: {data.name}, {data.n_documents:,} documents, {data.train_bytes / 1e6:.1f} MB to train on, "
+        f"{data.val_bytes / 1e6:.2f} MB held out (digest {data.digest[:12]})."
     )
-    print(f"Compressors on the held-out text, in bits per byte: {references}.\n", flush=True)
-    return corpus
+    if objective.score == BITS_PER_BYTE:
+        references = ", ".join(f"{name} {value:.2f}" for name, value in data.reference_bits_per_byte.items())
+        print(f"Compressors on the held-out text, in bits per byte: {references}.")
+    print(flush=True)
+    return objective
+
+
+def sizes_of(config: CompareConfig | LearningRateConfig, objective: "Objective[Any, Any]") -> dict[str, SizedArch]:
+    """The architectures at the size of a comparison, all of which can learn its objective.
+
+    Raises:
+        ValueError: if one cannot, or has no legal size.
+    """
+    vocab_size = objective.data.tokenizer.vocab_size
+    sizes = {
+        arch: size_arch(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
+        for arch in config.archs
+    }
+    for sized in sizes.values():
+        try:
+            objective.check(sized.config)
+        except ValueError as error:
+            raise ValueError(f"{sized.label}: {error}; or leave {sized.arch} out of --archs") from None
+    return sizes
 
 
 def run_configs(
@@ -150,8 +175,9 @@ def run_configs(
             seed=seed,
             out=config.out,
             model=ModelSpec(preset=arch, n_params=config.params),
-            data=DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer),
-            optim=OptimConfig(lr=sizes[arch].lr),
+            objective=config.objective,
+            data=config.data,
+            optim=dataclasses.replace(config.optim, lr=config.optim.lr or sizes[arch].lr),
             train=TrainConfig(
                 steps=config.steps,
                 batch_size=config.batch_size,
@@ -238,7 +264,3 @@ def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -
     from ...train.runtime import choose_device
 
     return provenance(choose_device(config.device), command=command)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -5,17 +5,18 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...train.config import DataConfig, ModelSpec, OptimConfig, RunConfig, TrainConfig
+from ...train.config import ModelSpec, RunConfig, TrainConfig
 from ...train.runtime import Interrupted, stop_signals
-from ..config import LearningRateConfig
+from ...train.score import BITS_PER_BYTE, Score
 from ..harness.folder import folder_for
 from ..harness.progress import Progress, Schedule
-from ..harness.sizes import size_arch
 from ..report.results import load_run
-from .compare import check_archs, open_corpus, print_table
+from .compare import check_archs, open_objective, print_table, sizes_of
+from .options import LearningRateConfig
 from .runs import check_resumable, share_threads, train_runs, training_tasks
 
 __all__ = ["bench_lr", "best_rates", "conclude", "mark", "rate_rows", "rate_runs"]
@@ -29,32 +30,27 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
     """
     check_archs(config.archs)
     with folder_for(config.out, fresh=config.fresh) as logs:
-        data = DataConfig(source=config.data, column=config.column, tokenizer=config.tokenizer)
-        corpus = open_corpus(data, config.seq_len)
-        vocab_size = corpus.tokenizer.vocab_size
-        sizes = {
-            arch: size_arch(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
-            for arch in config.archs
-        }
+        objective = open_objective(config)
+        sizes, score = sizes_of(config, objective), objective.score
         n_runs = len(config.archs) * len(config.rates) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
-        runs = rate_runs(config, data, threads)
-        check_resumable(runs, corpus.digest)
+        runs = rate_runs(config, threads)
+        check_resumable(runs, objective.data.digest)
         progress = Progress(Schedule(training_tasks(runs, sizes), at_once={"train": at_once}))
         try:
             with stop_signals(at_once=True), progress:
                 failures = train_runs(runs, progress, logs=logs, jobs=at_once)
         except Interrupted as stop:
-            conclude(runs, config.out)
+            conclude(runs, config.out, score)
             print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
             return stop.exit_code
-        conclude(runs, config.out)
+        conclude(runs, config.out, score)
         for name, reason in failures.items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
         return 1 if failures else 0
 
 
-def rate_runs(config: LearningRateConfig, data: DataConfig, threads: int | None = None) -> list[RunConfig]:
+def rate_runs(config: LearningRateConfig, threads: int | None = None) -> list[RunConfig]:
     """Every architecture at every rate with every seed, all else equal."""
     train = TrainConfig(
         steps=config.steps,
@@ -76,8 +72,9 @@ def rate_runs(config: LearningRateConfig, data: DataConfig, threads: int | None 
             seed=seed,
             out=config.out,
             model=ModelSpec(preset=arch, n_params=config.params),
-            data=data,
-            optim=OptimConfig(lr=rate),
+            objective=config.objective,
+            data=config.data,
+            optim=replace(config.optim, lr=rate),
             train=train,
         )
         for arch in config.archs
@@ -86,35 +83,36 @@ def rate_runs(config: LearningRateConfig, data: DataConfig, threads: int | None 
     ]
 
 
-def rate_rows(results: Sequence[tuple[str, float, float | None]]) -> list[dict[str, Any]]:
-    """Summarizes (arch, rate, bits per byte or None where the run did not finish) to one row per arch and rate.
+def rate_rows(results: Sequence[tuple[str, float, float | None]], score: Score = BITS_PER_BYTE) -> list[dict[str, Any]]:
+    """Summarizes (arch, rate, score or None where the run did not finish) to one row per arch and rate.
 
     A rate at which any seed did not finish has no score: the mean of those that survived would flatter it.
     """
-    scores: dict[tuple[str, float], list[float | None]] = {}
-    for arch, rate, score in results:
-        scores.setdefault((arch, rate), []).append(score)
+    found: dict[tuple[str, float], list[float | None]] = {}
+    for arch, rate, value in results:
+        found.setdefault((arch, rate), []).append(value)
     rows = []
-    for (arch, rate), found in scores.items():
-        finished = [score for score in found if score is not None]
-        mean = statistics.fmean(finished) if len(finished) == len(found) else None
-        rows.append({"arch": arch, "lr": rate, "val_bits_per_byte": mean, "n_seeds": len(finished)})
-    best = best_rates(rows)
+    for (arch, rate), values in found.items():
+        finished = [value for value in values if value is not None]
+        mean = statistics.fmean(finished) if len(finished) == len(values) else None
+        rows.append({"arch": arch, "lr": rate, score.key: mean, "n_seeds": len(finished)})
+    best = best_rates(rows, score)
     return [{**row, "best": best.get(row["arch"]) == row["lr"]} for row in rows]
 
 
-def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The rate with the lowest bits per byte of each architecture."""
-    scored = [row for row in rows if row["val_bits_per_byte"] is not None]
-    worst_first = sorted(scored, key=lambda row: row["val_bits_per_byte"], reverse=True)
+def best_rates(rows: Sequence[Mapping[str, Any]], score: Score = BITS_PER_BYTE) -> dict[str, float]:
+    """The rate with the best score of each architecture."""
+    scored = [row for row in rows if row[score.key] is not None]
+    worst_first = sorted(scored, key=lambda row: row[score.key], reverse=score.better == "lower")
     return {row["arch"]: row["lr"] for row in worst_first}
 
 
-def conclude(runs: Sequence[RunConfig], out: Path) -> None:
+def conclude(runs: Sequence[RunConfig], out: Path, score: Score = BITS_PER_BYTE) -> None:
     """Writes lr.csv from the results that exist, and prints it as a table with the best rates marked."""
-    rows = rate_rows([(run.model.preset, run.optim.lr, _score(run)) for run in runs if run.optim.lr is not None])
+    results = [(run.model.preset, run.optim.lr, _quality(run)) for run in runs if run.optim.lr is not None]
+    rows = rate_rows(results, score)
     with (out / "lr.csv").open("w", encoding="utf-8", newline="") as file:
-        columns: list[str] = ["arch", "lr", "val_bits_per_byte", "n_seeds", "best"]
+        columns: list[str] = ["arch", "lr", score.key, "n_seeds", "best"]
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -123,12 +121,12 @@ def conclude(runs: Sequence[RunConfig], out: Path) -> None:
     tried = {arch: sorted(row["lr"] for row in rows if row["arch"] == arch) for arch in {row["arch"] for row in rows}}
     print()
     print_table(
-        ("arch", "lr", "bits per byte", "seeds", ""),
+        ("arch", "lr", score.unit, "seeds", ""),
         [
             (
                 find(row["arch"]).label,
                 f"{row['lr']:g}",
-                "-" if row["val_bits_per_byte"] is None else f"{row['val_bits_per_byte']:.4f}",
+                "-" if row[score.key] is None else f"{row[score.key]:.4f}",
                 str(row["n_seeds"]),
                 mark(row, tried[row["arch"]]),
             )
@@ -138,8 +136,8 @@ def conclude(runs: Sequence[RunConfig], out: Path) -> None:
     print(f"\nWritten to {out / 'lr.csv'}.")
 
 
-def _score(run: RunConfig) -> float | None:
-    """Final bits per byte of a run; None where it has not finished or not begun."""
+def _quality(run: RunConfig) -> float | None:
+    """The final score of a run; None where it has not finished or not begun."""
     return load_run(run.directory).quality if (run.directory / "run.json").exists() else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...train.config import RunConfig, flatten
 from ...train.runtime import Interrupted
+from ...train.score import Score
 from ..harness.processes import last_line, start, stop
 from ..harness.progress import Progress, Task
 from ..harness.sizes import SizedArch
@@ -30,11 +31,15 @@ _SAVE_SECONDS = 60.0  # given to a stopped run for its checkpoint
 
 def arguments(run: RunConfig) -> list[str]:
     """The command line of `python -m crossover.train` for a run: every option that is not the default."""
-    words = []
+    words, default = [], flatten(RunConfig().to_dict())
     for path, value in flatten(run.to_dict()).items():
-        if value != flatten(RunConfig().to_dict())[path]:
-            assert not isinstance(value, list), f"{path} is not set by a comparison"
-            words += [f"--{path.replace('_', '-')}", str(value)]
+        option = f"--{path.replace('_', '-')}"
+        if value == default.get(path):
+            continue
+        if path.endswith(".set"):
+            words += [word for entry in value for word in (option, entry)]
+        else:
+            words += [option, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -124,7 +129,7 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
                 running.remove(training)
                 reason = training.failure()
                 if reason is None:
-                    progress.finish(name, f"{load_run(training.run.directory).quality:.3f} bits per byte")
+                    progress.finish(name, training.quality())
                 else:
                     failures[name] = reason
                     progress.finish(name, reason)
@@ -152,6 +157,12 @@ class TrainingProcess:
         step, detail = self._metrics.read()
         return step / self.run.train.steps, f"step {step}/{self.run.train.steps}{detail}"
 
+    def quality(self) -> str:
+        """The final score of a run that has finished, in words."""
+        run = load_run(self.run.directory)
+        assert run.quality is not None
+        return run.score.text(run.quality)
+
     def failure(self) -> str | None:
         """Why the ended process did not finish its run, or None if it did."""
         if is_done(self.run):
@@ -166,13 +177,14 @@ class TrainingProcess:
 
 
 class MetricsTail:
-    """Reads what is appended to a metrics file."""
+    """Reads what is appended to the metrics of a run, beside its run.json."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
         self._step = 0
         self._quality = ""
+        self._score: Score | None = None
 
     def read(self) -> tuple[int, str]:
         """The last step recorded and the last validation, as text."""
@@ -191,5 +203,7 @@ class MetricsTail:
         except json.JSONDecodeError:
             return  # the tail of a line that a resumed run has rewritten
         self._step = record.get("step", self._step)
-        if "val/bits_per_byte" in record:
-            self._quality = f", {record['val/bits_per_byte']:.2f} bits per byte"
+        if self._score is None and any(key.startswith("val/") for key in record):
+            self._score = load_run(self._path.parent).score
+        if self._score is not None and self._score.tag in record:
+            self._quality = f", {self._score.text(record[self._score.tag], 2)}"

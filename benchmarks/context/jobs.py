@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import MeasureConfig
 from ..harness.sizes import SizedArch
 from .cell import Cell
+from .options import MeasureConfig
 
 __all__ = ["PHASES", "ContextJob", "context_jobs"]
 
@@ -45,7 +45,7 @@ class ContextJob:
         if "source" in self.model:
             raise ValueError(
                 f"{self.label} has two lengths, of a source and of a target, where the others have one context: leave "
-                f"{self.arch} out of --archs (crossover train --data.rows pairs trains it)"
+                f"{self.arch} out of --archs (crossover train --objective pairs trains it)"
             )
 
     @property

@@ -36,9 +36,9 @@ from ...train.runtime import (
 )
 from ...train.verdict import apply_verdict
 from ...train.warm_up import warm_up
-from ..config import MeasureConfig
 from ..harness.timing import quantiles, rounds, timed
 from .jobs import ContextJob
+from .options import MeasureConfig
 
 __all__ = ["Bench", "Measurement", "limit_memory", "measure", "measure_phases"]
 

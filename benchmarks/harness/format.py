@@ -1,6 +1,8 @@
 """Numbers as tables, figures and sentences show them. A dash stands for what was not measured."""
 
-__all__ = ["DASH", "count", "format_bytes", "number", "whole"]
+import re
+
+__all__ = ["DASH", "count", "format_bytes", "number", "parse_bytes", "whole"]
 
 DASH = "-"
 
@@ -36,3 +38,14 @@ def format_bytes(n_bytes: float | None) -> str:
     while abs(size) >= 999.5 and unit != "TiB":
         size, unit = size / 1024, next(units)
     return f"{size:.3g} {unit}"
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as 3GiB, 512MiB or 2e9 (KiB, MiB, GiB are powers of 1024; kB, MB, GB of 1000)."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"'{text}' is not a size in bytes; write it like 3GiB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -19,8 +19,8 @@ from ...train.progress import duration
 from ...train.record import cpu_model
 from ...train.runtime import choose_precision
 from ...train.verdict import identity, store_verdict, version
-from ..config import DoctorConfig
 from .checks import Check, checks
+from .options import DoctorConfig
 
 __all__ = ["Check", "checks", "doctor", "machine"]
 

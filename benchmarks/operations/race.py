@@ -22,13 +22,13 @@ from ...train.files import read_json_lines, write_text
 from ...train.record import provenance
 from ...train.runtime import is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict
-from ..config import KernelsConfig
 from ..harness.folder import append_jsonl, folder_for
 from ..harness.format import number
 from ..harness.progress import StatusLine
 from ..harness.timing import take_turns, timed
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .exp_rate import seconds_per_exp
+from .options import KernelsConfig
 from .peers import model_rows
 from .race_cases import Case, Compiler, Contestant, case_of, cases, compiled, contestants, one_pass
 

@@ -15,7 +15,7 @@ from ...kernels.dispatch import use_backend
 from ...kernels.ops import OPS
 
 if TYPE_CHECKING:
-    from ..config import KernelsConfig
+    from .options import KernelsConfig
 
 __all__ = ["Case", "Compiler", "Contestant", "case_of", "cases", "compiled", "contestants", "one_pass"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from ...archs import LanguageModel
 from ...archs.hf import from_hf, to_hf
 from ...train.files import read_json
-from ..config import ConvertConfig
 from .generate import weights_of
+from .options import ConvertConfig
 
 __all__ = ["convert"]
 

@@ -19,7 +19,7 @@ from ...train.checkpoint import newest
 from ...train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from ...train.runtime import choose_device
 from ...train.verdict import apply_verdict
-from ..config import GenerateConfig
+from .options import GenerateConfig
 
 __all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]
 

@@ -1,5 +1,8 @@
 import pytest
-from crossover.benchmarks.config import ARCHS, CompareConfig, MeasureConfig, parse_bytes
+from crossover.benchmarks.comparison.options import CompareConfig
+from crossover.benchmarks.context.options import MeasureConfig
+from crossover.benchmarks.harness.format import parse_bytes
+from crossover.benchmarks.harness.options import ARCHS
 
 pytestmark = pytest.mark.quick
 

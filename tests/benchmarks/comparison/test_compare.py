@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison import compare
-from crossover.benchmarks.config import CompareConfig
+from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.context.cells import Failure
+from crossover.train.config import DataConfig
 
 from ..fake_runs import write_comparison
 
@@ -125,7 +126,8 @@ def test_a_measurement_that_fails_makes_the_comparison_fail(
 
     monkeypatch.setattr(compare, "train_runs", lambda *_, **__: {})
     monkeypatch.setattr(compare, "measure_cells", nothing_but_a_failure)
-    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=str(text), out=tmp_path, threads=1)
+    data = DataConfig(source=str(text))
+    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=data, out=tmp_path, threads=1)
     assert compare.compare(config, command=["crossover", "compare"]) == 1
     assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from crossover.benchmarks.comparison import runs as training
 from crossover.benchmarks.comparison.compare import run_configs
+from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.comparison.runs import (
     MetricsTail,
     arguments,
@@ -14,11 +15,12 @@ from crossover.benchmarks.comparison.runs import (
     share_threads,
     train_runs,
 )
-from crossover.benchmarks.config import ARCHS, CompareConfig
+from crossover.benchmarks.harness.options import ARCHS
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
 from crossover.benchmarks.harness.sizes import size_arch
 from crossover.train.command_line import parse
 from crossover.train.config import RunConfig
+from crossover.train.score import BITS_PER_BYTE
 
 from ..fake_runs import append_line, write_json
 
@@ -101,9 +103,10 @@ def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
     assert tail.read() == (0, "")
     append_line(path, json.dumps({"step": 10, "train/loss": 2.0}) + '\n{"step": 2')
     assert tail.read() == (10, "")
-    append_line(path, '0, "val/bits_per_byte": 2.5}\n')
-    assert tail.read() == (20, ", 2.50 bits per byte")
-    assert tail.read() == (20, ", 2.50 bits per byte")
+    write_json(tmp_path / "run.json", {"score": {**BITS_PER_BYTE.to_dict(), "name": "likeness", "unit": "alike"}})
+    append_line(path, '0, "val/likeness": 2.5}\n')
+    assert tail.read() == (20, ", 2.50 alike")
+    assert tail.read() == (20, ", 2.50 alike")
 
 
 def test_threads_are_shared_among_runs_that_train_at_once() -> None:

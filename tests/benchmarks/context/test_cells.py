@@ -9,11 +9,11 @@ import pytest
 from crossover.archs import ModelConfig, available, build, configure
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison.compare import bench_context
-from crossover.benchmarks.config import ContextConfig, MeasureConfig
 from crossover.benchmarks.context import cells as context
 from crossover.benchmarks.context.cell import Cell, read_cells
 from crossover.benchmarks.context.cells import cause_of_death, cell_tasks, measure_cells, reusable_cells
 from crossover.benchmarks.context.jobs import PHASES, ContextJob, context_jobs
+from crossover.benchmarks.context.options import ContextConfig, MeasureConfig
 from crossover.benchmarks.harness.folder import append_jsonl
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.harness.progress import Progress, Schedule

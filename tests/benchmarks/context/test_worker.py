@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from crossover.archs import State, configure
-from crossover.benchmarks.config import MeasureConfig
 from crossover.benchmarks.context import worker
+from crossover.benchmarks.context.options import MeasureConfig
 from crossover.benchmarks.context.worker import Bench, limit_memory, measure
 from crossover.train.runtime import choose_precision
 

@@ -1,6 +1,5 @@
 import pytest
-from crossover.benchmarks.config import parse_bytes
-from crossover.benchmarks.harness.format import count, format_bytes, number, whole
+from crossover.benchmarks.harness.format import count, format_bytes, number, parse_bytes, whole
 
 pytestmark = pytest.mark.quick
 

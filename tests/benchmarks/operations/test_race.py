@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from crossover.benchmarks.cli import main
-from crossover.benchmarks.config import KernelsConfig
 from crossover.benchmarks.operations import peers
 from crossover.benchmarks.operations import race as kernels
 from crossover.benchmarks.operations.exp_rate import seconds_per_exp
+from crossover.benchmarks.operations.options import KernelsConfig
 from crossover.benchmarks.operations.race import bench_kernels
 from crossover.benchmarks.operations.race_cases import Compiler, case_of, cases, compiled, contestants
 from crossover.kernels import ops

@@ -1,0 +1,74 @@
+"""Options of the commands of this room. Nothing heavy is imported, so that `--help` is fast."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..harness.format import format_bytes
+from ..harness.options import ByteSize, Models, Place, check_lengths, check_positive
+
+__all__ = ["ContextConfig", "MeasureConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """How a cell (one architecture at one context length) is measured; part of the identity of a result."""
+
+    tokens_per_batch: int | None = None
+    """Tokens in one training step at every length, as a batch of tokens // length sequences; the longest --context when
+    not given."""
+
+    prompts: int = 1
+    """Sequences read at once in prefill and continued at once in decode."""
+
+    decode_tokens: int = 32
+    """Tokens generated one at a time in each repeat of the decode measurement."""
+
+    time_box: float = 0.5
+    """Seconds spent on the repeats of one phase, longer where --min-repeats take longer."""
+
+    min_repeats: int = 3
+    """Fewest repeats of a phase after its warm-up; training whose warm-up step alone takes longer than --time-box needs
+    only 2."""
+
+    timeout: float = 300.0
+    """Seconds after which a phase is stopped and recorded as a timeout."""
+
+    memory_limit: ByteSize = 3 * 2**30
+    """Most memory a measurement may allocate (RLIMIT_DATA on the CPU, allocator limit on CUDA); more is recorded as
+    out of memory. The Python process itself takes about 0.3 GiB of it."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "prompts", "decode_tokens", "time_box", "min_repeats", "timeout", "memory_limit")
+        check_positive(self, "tokens_per_batch")
+        if self.memory_limit < 2**29:
+            raise ValueError(
+                f"--memory-limit {format_bytes(self.memory_limit)} is too little for Python and torch: give 512MiB"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig(Place, Models):
+    """Measure training, prefill and decode speed, peak memory and state size at each context length."""
+
+    context: tuple[int, ...] = (128, 512, 2048, 8192)
+    """Context lengths in tokens."""
+
+    vocab_size: int = 256
+    """Vocabulary of the models; tokens are drawn at random."""
+
+    out: Path = Path("runs/context")
+    """Folder that gets context.jsonl, context.csv and the report."""
+
+    jobs: tyro.conf.Suppress[int | None] = None
+    """Unused: measurements run one after the other."""
+
+    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        for part in (Models, Place):
+            part.__post_init__(self)
+        check_lengths(self.context, self.measure.tokens_per_batch)
+        check_positive(self, "vocab_size")

@@ -1,0 +1,133 @@
+"""Options that several commands share, and their checks. Nothing heavy is imported, so that `--help` is fast."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ...train.config import Count, DataConfig, ObjectiveSpec, OptimConfig
+from .format import format_bytes, parse_bytes
+
+__all__ = [
+    "ARCHS",
+    "Budget",
+    "ByteSize",
+    "Models",
+    "Place",
+    "Precision",
+    "check_lengths",
+    "check_positive",
+]
+
+ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+ByteSize = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=lambda words: parse_bytes(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [format_bytes(value).replace(" ", "")],
+    ),
+]
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raises ValueError unless options, or all entries of those that are lists, are positive; None is not given."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {number}")
+
+
+def check_lengths(context: tuple[int, ...], tokens_per_batch: int | None, *, option: str = "--context") -> None:
+    """Raises ValueError unless lengths are positive and increase, and none is longer than a batch."""
+    if not context:
+        raise ValueError(f"{option} names no length")
+    if min(context) <= 0:
+        raise ValueError(f"{option} must be positive lengths in tokens, got {min(context)}")
+    if list(context) != sorted(set(context)):
+        raise ValueError(f"{option} must be increasing lengths in tokens, got {' '.join(map(str, context))}")
+    if tokens_per_batch is not None and tokens_per_batch < context[-1]:
+        raise ValueError(
+            f"--tokens-per-batch {tokens_per_batch} is less than the longest --context, {context[-1]}, so the lengths "
+            "would not train on equally many tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Whose turn it is, and how large."""
+
+    archs: tuple[str, ...] = ARCHS
+    """Architectures; the first is the baseline that the report compares the others with."""
+
+    params: Count = 1_000_000
+    """Parameters of every model, reached within 2 % (1M, 500k)."""
+
+    def __post_init__(self) -> None:
+        if not self.archs:
+            raise ValueError("--archs names no architecture")
+        if len(set(self.archs)) < len(self.archs):
+            raise ValueError(f"--archs names an architecture twice: {' '.join(self.archs)}")
+        check_positive(self, "params")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every run of a comparison gets, and what it learns."""
+
+    seeds: int = 1
+    """Runs of each kind, with seeds 0, 1, ..."""
+
+    steps: int = 450
+    """Optimizer steps of every run."""
+
+    batch_size: int = 4
+    """Sequences per step."""
+
+    seq_len: int = 256
+    """Tokens per training sequence."""
+
+    eval_tokens: Count = 8_192
+    """Held-out tokens read by one validation on the way, always the same ones."""
+
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seeds", "steps", "batch_size", "seq_len", "eval_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a command works, and with what."""
+
+    out: Path
+    """Folder of the results."""
+
+    precision: Precision = "auto"
+    """Arithmetic of training and measurements; 'auto' takes the fastest that is safe on this device."""
+
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+
+    jobs: int | None = None
+    """Runs trained at once, which share the CPU threads; when not given, one per thread on the CPU and one on CUDA.
+    Small models train faster side by side than with more threads each."""
+
+    threads: int | None = None
+    """CPU threads in all; all cores when not given."""
+
+    fresh: bool = False
+    """Move what is in --out aside and start over."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "jobs", "threads")
