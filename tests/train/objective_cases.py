@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import tempfile
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,7 @@ WRAPPERS: dict[str, Callable[[Learner], nn.Module]] = {"DDP": replicated, "FSDP2
 
 def in_two_processes(rank: int, cases: Sequence[Case], folder: Path) -> None:
     """Writes, from rank 0, how far gradients and terms of two processes are from those of one, to folder/found.pt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent when the parent dies, and ignored in a shell's background job
     torch.set_num_threads(1)
     OBJECTIVES.update({case.name: case.cls for case in cases})  # also those registered from outside the package
     store = f"file://{folder / 'store'}"  # no port to be found
