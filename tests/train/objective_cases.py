@@ -5,7 +5,6 @@ The processes import this file, and so it needs neither pytest nor a test.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import signal
 import tempfile
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from crossover.archs import Block, build
-from crossover.kernels.dispatch import use_backend
 from crossover.train.config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig, plain
 from crossover.train.learner import Learner, accumulate_gradients, split_rows
 from crossover.train.objective import Objective
@@ -165,15 +163,13 @@ def in_two_processes(rank: int, cases: Sequence[Case], folder: Path) -> None:
     found: dict[str, float] = {}
     for case in cases:
         for wrapper, wrap in WRAPPERS.items():
-            # FSDP2 resizes storages, which numpy, and so the CPU's own kernels, may still share
-            with use_backend("torch") if wrapper == "FSDP2" else contextlib.nullcontext():
-                learner = case.learner(folder / f"{case}-{wrapper}-{rank}", dtype=torch.float32)
-                objective = learner.objective
-                shares = [split_rows(objective.rows(0)[r::2], 2) for r in range(2)]
-                alone = terms_and_gradient(learner, objective, [part for share in shares for part in share])
-                learner.zero_grad()
-                together = terms_and_gradient(wrap(learner), objective, shares[rank], world=2)
-                found[f"{case}, {wrapper}"] = off_by(together, alone)
+            learner = case.learner(folder / f"{case}-{wrapper}-{rank}", dtype=torch.float32)
+            objective = learner.objective
+            shares = [split_rows(objective.rows(0)[r::2], 2) for r in range(2)]
+            alone = terms_and_gradient(learner, objective, [part for share in shares for part in share])
+            learner.zero_grad()
+            together = terms_and_gradient(wrap(learner), objective, shares[rank], world=2)
+            found[f"{case}, {wrapper}"] = off_by(together, alone)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
