@@ -1,6 +1,6 @@
 """Continues prompts with the model of a run folder, a checkpoint or a saved model, and prints text as it comes.
 
-An encoder-decoder takes a prompt as a source and writes its target.
+A model that has learned pairs, as every encoder-decoder has, takes a prompt as a source and writes its target.
 """
 
 import codecs
@@ -17,6 +17,7 @@ from ...archs import LanguageModel, Seq2Seq, open_pretrained
 from ...archs.generation import NO_TOKEN
 from ...train.checkpoint import newest
 from ...train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from ...train.files import read_json
 from ...train.runtime import choose_device
 from ...train.verdict import apply_verdict
 from .options import GenerateConfig
@@ -38,7 +39,8 @@ def generate(config: GenerateConfig) -> int:
     tokenizer = tokenizer_of(config.folder, weights, lm.config.vocab_size)
     texts = _prompts(config)
     stops = [_token(tokenizer, text) for text in config.stop]
-    openings, write = _opened(lm, texts, tokenizer, prefill_chunk=config.prefill_chunk)
+    reads_source = lm.config.kind == "seq2seq" or _learned(config.folder, weights) == "pairs"
+    openings, write = (_sources if reads_source else _prompts_of)(lm, texts, tokenizer, config.prefill_chunk)
     printer = Printer(openings, tokenizer, silent={tokenizer.separator} - set(stops) if config.stop_at_end else set())
     try:
         write(
@@ -56,18 +58,22 @@ def generate(config: GenerateConfig) -> int:
     return 0
 
 
-def _opened(
-    lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, *, prefill_chunk: int
-) -> tuple[list[str], Callable[..., object]]:
-    """The text printed before each continuation, and the model's `generate`, which lacks only what all models share."""
+_Opened = tuple[list[str], Callable[..., object]]
+"""The text printed before each continuation, and the model's `generate`, which lacks only what all models share."""
+
+
+def _sources(lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int) -> _Opened:
+    if not texts:
+        raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
+    # a source ends and a target begins as in training (train/objectives/pairs.py)
     end = tokenizer.separator
-    if lm.config.kind == "seq2seq":
-        if not texts:
-            raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
-        # a source ends and a target begins as in training (train/objectives/pairs.py)
-        sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
-        return [""] * len(texts), functools.partial(lm.generate, sources, start_token=end)
-    texts = texts or [""]
+    sources = [torch.from_numpy(np.append(tokenizer.encode(text), end)) for text in texts]
+    own = {"start_token": end} if lm.config.kind == "seq2seq" else {"prefill_chunk": prefill_chunk}
+    return [""] * len(texts), functools.partial(lm.generate, sources, **own)
+
+
+def _prompts_of(lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int) -> _Opened:
+    texts, end = texts or [""], tokenizer.separator
     # an empty prompt is the start of a document
     prompts = [torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([end]) for text in texts]
     titles = [f"==> prompt {i} <==\n" if len(texts) > 1 else "" for i in range(1, len(texts) + 1)]
@@ -154,6 +160,14 @@ def weights_of(folder: Path) -> Path:
     if checkpoint is None:
         raise ValueError(f"{folder} holds no model: give a run folder with checkpoints, or one with model.safetensors")
     return checkpoint
+
+
+def _learned(folder: Path, weights: Path) -> str | None:
+    """The objective of the run that a model is of; None where no run.json tells."""
+    for home in (folder, weights, *weights.parents[:2]):
+        if (home / "run.json").exists():
+            return read_json(home / "run.json").get("objective", {}).get("kind")
+    return None
 
 
 def tokenizer_of(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:

@@ -33,8 +33,8 @@ class GenerateConfig:
     """Continue prompts with a trained model; text appears as it comes, and Ctrl-C keeps what there is.
 
     Several prompts go in one batch and are printed one after the other. The printed text begins with the prompt. Where
-    the model reads a source and writes a target (encdec, seq2seq), each prompt is a source, and the targets alone are
-    printed, one after the other.
+    the model has learned to write a target for a source (--objective pairs), each prompt is a source, and the targets
+    alone are printed, one after the other.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]

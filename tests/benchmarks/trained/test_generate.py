@@ -13,6 +13,7 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.trained.generate import Printer
 from crossover.kernels import dispatch
 from crossover.train.data.tokenizer import BytesTokenizer
+from crossover.train.files import write_json
 from crossover.train.verdict import store_verdict
 
 pytestmark = pytest.mark.quick
@@ -127,6 +128,15 @@ def save_reader(folder: Path, name: Any) -> tuple[str, Seq2Seq]:
             p.add_(0.5 * torch.randn_like(p))
     lm.save_pretrained(folder)
     return str(folder), lm
+
+
+def test_a_decoder_that_learned_pairs_takes_its_prompt_as_a_source(tmp_path: Path, capsys: Capture) -> None:
+    folder, lm = save_reader(tmp_path, "mamba")
+    write_json(tmp_path / "run.json", {"objective": {"kind": "pairs"}})
+    read = torch.tensor([[*b"abc", 0]])
+    target = lm.generate(read, 9, temperature=0, stop_tokens=[0])[0, read.shape[1] :]
+    expected = bytes(token for token in target.tolist() if token).decode(errors="replace") + "\n"
+    assert printed(capsys, folder, "abc", "--max-new-tokens", "9", "--temperature", "0", "--device", "cpu") == expected
 
 
 @every_reader
