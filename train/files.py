@@ -24,10 +24,7 @@ def check_format(values: Mapping[str, Any], path: Path) -> None:
     """Raises FormatError if a JSON object of a file is of a newer format than FORMAT."""
     found = values.get("format", 1)
     if not isinstance(found, int) or found > FORMAT:
-        raise FormatError(
-            f"{path} has format {found}, and this version of crossover reads up to {FORMAT}: "
-            f"use the newer version that wrote it"
-        )
+        raise FormatError(f"{path} has format {found}, newer than the {FORMAT} that is read here: update crossover")
 
 
 def write_text(path: Path, text: str) -> None:

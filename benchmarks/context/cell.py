@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ...train.files import read_json_lines
+from ...train.files import FORMAT, check_format, read_json_lines
 
-__all__ = ["FORMAT", "Cell", "Status", "read_cells"]
-
-FORMAT = 1
-"""Format of the lines that are written; lines without one have format 1."""
+__all__ = ["Cell", "Status", "read_cells"]
 
 Status = Literal["done", "out_of_memory", "timeout", "beyond_positions", "failed"]
 
@@ -74,16 +71,7 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads a line of context.jsonl, one of an older version too. Keys that no cell has are passed over.
-
-        Raises:
-            ValueError: if the line was written by a newer version.
-        """
-        if (found := values.get("format", 1)) > FORMAT:
-            raise ValueError(
-                f"a cell has format {found}, newer than the {FORMAT} that is read here: update crossover, or measure "
-                "anew with --fresh"
-            )
+        """Reads a line of context.jsonl, one of an older version too. Keys that no cell has are passed over."""
         known = {key.name: values[key.name] for key in dataclasses.fields(cls) if key.name in values}
         spread = known.get("spread")
         return cls(**{**known, "label": values.get("label", values["arch"]), "spread": spread and tuple(spread)})
@@ -93,9 +81,9 @@ def read_cells(path: Path) -> list[Cell]:
     """Reads context.jsonl; no cells where there is no file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it cannot be read or was written by a newer version.
     """
-    try:
-        return [Cell.from_dict(line) for line in read_json_lines(path)]
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    lines = read_json_lines(path)
+    for line in lines:
+        check_format(line, path)
+    return [Cell.from_dict(line) for line in lines]

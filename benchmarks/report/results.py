@@ -13,14 +13,12 @@ from ..context.cell import Cell, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
 
 __all__ = [
-    "FORMAT",
     "METRICS",
     "Check",
     "Comparison",
     "Metric",
     "Run",
     "budget_checks",
-    "check_format",
     "crossovers_of",
     "load_comparison",
     "load_run",
@@ -28,9 +26,6 @@ __all__ = [
     "quality",
     "tokens_per_step",
 ]
-
-FORMAT = 1
-"""Newest format of run.json, result.json and compare.json that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,31 +206,17 @@ class Comparison:
         return sorted(cells, key=lambda cell: cell.context_len)
 
 
-def check_format(values: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError if a file was written by a newer version. A file that does not name its format has format 1."""
-    if (found := values.get("format", 1)) > FORMAT:
-        raise ValueError(f"{path} has format {found}, newer than the {FORMAT} that is read here: update crossover")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a format that is known; empty where there is no file."""
-    values = read_json(path) if path.exists() else {}
-    check_format(values, path)
-    return values
-
-
 def load_run(folder: Path) -> Run:
     """Reads a run folder; result.json and metrics.jsonl may be missing.
 
     Raises:
         ValueError: if a file cannot be read, or was written by a newer version.
     """
-    info = read_json(folder / "run.json")
-    check_format(info, folder / "run.json")
+    result = folder / "result.json"
     return Run(
         folder=folder,
-        info=info,
-        result=_read(folder / "result.json"),
+        info=read_json(folder / "run.json"),
+        result=read_json(result) if result.exists() else {},
         metrics=read_json_lines(folder / "metrics.jsonl"),
     )
 
@@ -269,7 +250,7 @@ def load_comparison(folder: Path) -> Comparison:
     settings = {json.dumps(cell.settings, sort_keys=True) for cell in cells.values()}
     if len(settings) > 1:
         raise ValueError(f"{folder / 'context.jsonl'} mixes measurements made with different settings; start it over")
-    info = _read(folder / "compare.json")
+    info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
     return Comparison(
         folder=folder, info=info, runs=runs, cells=list(cells.values()), failures=info.get("failures", {})
     )

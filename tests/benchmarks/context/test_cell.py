@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.context.cell import FORMAT, Cell, Status, read_cells
+from crossover.benchmarks.context.cell import Cell, Status, read_cells
+from crossover.train.files import FORMAT
 
 from ..fake_runs import append_line, cell
 
@@ -38,7 +39,7 @@ def test_a_line_of_an_older_version_is_read() -> None:
 def test_a_line_of_a_newer_version_is_refused_in_one_sentence_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "context.jsonl"
     append_line(path, json.dumps({**cell("mamba", "train", 128).to_dict(), "format": FORMAT + 1}) + "\n")
-    message = f"{path}: a cell has format {FORMAT + 1}, newer than the {FORMAT} that is read here: update crossover"
+    message = f"{path} has format {FORMAT + 1}, newer than the {FORMAT} that is read here: update crossover"
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         read_cells(path)
     assert "\n" not in str(refused.value)
