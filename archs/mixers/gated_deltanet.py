@@ -96,8 +96,7 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         log_decay, beta = self._log_decay(dt), self._writing_strength(b)
         o, memory = ops.gated_delta_rule(q, k, v, log_decay, beta, initial_state=memory, starts=starts)
         o = ops.swiglu(z.unflatten(-1, (H, P)), self.norm(o)).flatten(2)
-        # the window is a view of the whole input, which the state must not keep alive
-        return self.out_proj(o), None if state is None else GatedDeltaNetState(conv.clone(), memory)
+        return self.out_proj(o), None if state is None else GatedDeltaNetState(conv, memory)
 
     def _log_decay(self, dt: Tensor) -> Tensor:
         """log a, (B, L, H), in float32: in bfloat16 the bias would lose the smallest step sizes."""

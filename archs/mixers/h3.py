@@ -85,8 +85,7 @@ class H3(Mixer[H3Config, H3State]):
         kv, ssm = self._remember(k * v, ssm, starts)
         y = (rearrange(q, "b l (h i) -> b i 1 l h", i=P) * kv).sum(1)
         y = self.out_proj(rearrange(y, "b j l h -> b l (h j)"))
-        # the window is a view of the whole input, which the state must not keep alive
-        return y, None if state is None or ssm is None else H3State(conv.clone(), ssm)
+        return y, None if state is None or ssm is None else H3State(conv, ssm)
 
     def _remember(self, kv: Tensor, h: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The diagonal SSM on (B, P, P, L, H), and its state (B, P, P, H, N) where it is given one or starts.

@@ -83,8 +83,7 @@ class Mamba(Mixer[MambaConfig, MambaState]):
             x, self.dt_proj(delta), A, B, C, self.D, z,
             delta_bias=self.dt_bias, delta_softplus=True, initial_state=ssm, starts=starts,
         )  # fmt: skip
-        # the window is a view of the whole input, which the state must not keep alive
-        return self.out_proj(y), None if state is None else MambaState(conv.clone(), ssm)
+        return self.out_proj(y), None if state is None else MambaState(conv, ssm)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

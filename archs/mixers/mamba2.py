@@ -97,8 +97,7 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
             x, dt, A, B, C, self.D,
             dt_bias=self.dt_bias, dt_softplus=True, initial_state=ssm, starts=starts, chunk_len=self.config.chunk_len,
         )  # fmt: skip
-        # the window is a view of the whole input, which the state must not keep alive
-        return y, None if state is None else Mamba2State(conv.clone(), ssm)
+        return y, None if state is None else Mamba2State(conv, ssm)
 
     def _one_token(self, xBC: Tensor, dt: Tensor, A: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """Runs the convolution and the scan at length 1, in one operation."""

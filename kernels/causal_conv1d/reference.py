@@ -28,7 +28,8 @@ def causal_conv1d(
         starts: (B, L) bool, True where a document begins: inputs before it count as zero from there on.
 
     Returns:
-        y, (B, L, E), and the window that continues it, (B, K-1, E): the last K - 1 inputs, zero before the last start.
+        y, (B, L, E), and the window that continues it, (B, K-1, E): the last K - 1 inputs, zero before the last start,
+        in storage of their own, so that a state with it does not keep the whole input alive.
 
     Raises:
         ValueError: if the activation is not one of ACTIVATIONS.
@@ -47,4 +48,4 @@ def causal_conv1d(
         y = y if bias is None else y + bias.to(dtype)
         ys.append(y if activation is None else F.silu(y))
         window = window[:, 1:]
-    return torch.stack(ys, dim=1).to(x.dtype), window
+    return torch.stack(ys, dim=1).to(x.dtype), window.clone()
