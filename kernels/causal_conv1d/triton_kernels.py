@@ -88,14 +88,10 @@ def backward(
     parts = torch.empty(batch * n_spans, K + 1, E, dtype=torch.float32, device=x.device)
     grid = (n_spans, triton.cdiv(E, config["BLOCK"]), batch)
     launch(
-        _backward_kernel,
-        grid,
-        *(grad_y.contiguous(), x, past, taps, bias, starts, grad_x, grad_past, parts, L, E, x.stride(0), x.stride(1)),
-        K=K,
-        SUMS=triton.next_power_of_2(K),
-        SILU=silu,
-        **config,
-    )
+        _backward_kernel, grid,
+        grad_y.contiguous(), x, past, taps, bias, starts, grad_x, grad_past, parts, L, E, x.stride(0), x.stride(1),
+        K=K, SUMS=triton.next_power_of_2(K), SILU=silu, **config,
+    )  # fmt: skip
     sums = parts.sum(0).to(taps.dtype)
     return grad_x, grad_past, sums[:K].clone(), sums[K].clone()
 

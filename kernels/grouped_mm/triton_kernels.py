@@ -64,15 +64,10 @@ def product(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False)
     # every group but those without rows has at most one tile that is not full
     n_tiles = T // options["BLOCK_M"] + min(G, T)
     launch(
-        _product_kernel,
-        (triton.cdiv(F, options["BLOCK_N"]), n_tiles),
-        *(x, weight, bounds(counts, options["BLOCK_M"]), y, G),
-        BLOCK_G=triton.next_power_of_2(G),
-        F=F,
-        D=D,
-        TRANSPOSED=transposed,
-        **options,
-    )
+        _product_kernel, (triton.cdiv(F, options["BLOCK_N"]), n_tiles),
+        x, weight, bounds(counts, options["BLOCK_M"]), y, G,
+        BLOCK_G=triton.next_power_of_2(G), F=F, D=D, TRANSPOSED=transposed, **options,
+    )  # fmt: skip
     return y
 
 
@@ -83,13 +78,10 @@ def weight_gradient(grad_y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     grad_weight = torch.empty(G, F, D, dtype=x.dtype, device=x.device)
     options = configuration(F, D, triton.cdiv(T, G), x.dtype, _by_vectors(F, D, x))
     launch(
-        _weight_gradient_kernel,
-        (triton.cdiv(D, options["BLOCK_N"]), triton.cdiv(F, options["BLOCK_M"]), G),
-        *(grad_y, x, bounds(counts, options["BLOCK_M"]), grad_weight),
-        F=F,
-        D=D,
-        **options,
-    )
+        _weight_gradient_kernel, (triton.cdiv(D, options["BLOCK_N"]), triton.cdiv(F, options["BLOCK_M"]), G),
+        grad_y, x, bounds(counts, options["BLOCK_M"]), grad_weight,
+        F=F, D=D, **options,
+    )  # fmt: skip
     return grad_weight
 
 

@@ -39,15 +39,14 @@ def rows(logits: Tensor, targets: Tensor, ignore_index: int, weights: Weights | 
     """See chunks.Rows."""
     n, V = logits.shape
     loss, normalizer = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
+    by_loss, by_normalizer = weights or (None, None)
     block = min(BLOCK, triton.next_power_of_2(V))
     launch(
-        _rows_kernel,
-        (n,),
-        *(logits, targets.contiguous(), *(weights or (None, None)), loss, normalizer, ignore_index, V),
+        _rows_kernel, (n,),
+        logits, targets.contiguous(), by_loss, by_normalizer, loss, normalizer, ignore_index, V,
         logits.stride(0),
-        BLOCK=block,
-        num_warps=max(1, min(8, block // 512)),
-    )
+        BLOCK=block, num_warps=max(1, min(8, block // 512)),
+    )  # fmt: skip
     return loss, normalizer
 
 

@@ -85,15 +85,10 @@ def kernel_forward(A: Tensor, C: Tensor, length: int) -> Tensor:
     K = torch.empty(E, length, dtype=torch.float32, device=A.device)
     block = triton.next_power_of_2(N)
     launch(
-        _response_kernel,
-        (E, triton.cdiv(length, SPAN)),
-        *(torch.view_as_real(A), torch.view_as_real(C), K, length),
-        N=N,
-        BLOCK=block,
-        POWERS=POWERS,
-        SPAN=SPAN,
-        num_warps=max(1, block // 32),
-    )
+        _response_kernel, (E, triton.cdiv(length, SPAN)),
+        torch.view_as_real(A), torch.view_as_real(C), K, length,
+        N=N, BLOCK=block, POWERS=POWERS, SPAN=SPAN, num_warps=max(1, block // 32),
+    )  # fmt: skip
     return K
 
 
@@ -104,15 +99,10 @@ def kernel_backward(grad: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]
     sums, timed = (A.new_empty(n_spans, E, N) for _ in range(2))  # of g[t] exp(A t) and t g[t] exp(A t)
     block = triton.next_power_of_2(N)
     launch(
-        _response_gradient_kernel,
-        (E, n_spans),
-        *(torch.view_as_real(A), grad.contiguous(), torch.view_as_real(sums), torch.view_as_real(timed), length),
-        N=N,
-        BLOCK=block,
-        POWERS=POWERS,
-        SPAN=SPAN,
-        num_warps=max(1, block // 16),
-    )
+        _response_gradient_kernel, (E, n_spans),
+        torch.view_as_real(A), grad.contiguous(), torch.view_as_real(sums), torch.view_as_real(timed), length,
+        N=N, BLOCK=block, POWERS=POWERS, SPAN=SPAN, num_warps=max(1, block // 16),
+    )  # fmt: skip
     return (2 * C * timed.sum(0)).conj().resolve_conj(), (2 * sums.sum(0)).conj().resolve_conj()
 
 
@@ -268,17 +258,10 @@ def _multiply_blocks(x: Tensor, kernel: Tensor, D: Tensor | None, *, transposed:
     y = torch.empty_like(x)
     rows, blocks = columns(batch, L, most_columns(x.dtype))
     launch(
-        _toeplitz_kernel,
-        (triton.cdiv(n_blocks, blocks) * E, triton.cdiv(batch, rows)),
-        *(x, taps, y, batch, L, E),
-        TRANSPOSED=transposed,
-        T=BLOCK,
-        STEP=STEP,
-        ROWS=rows,
-        BLOCKS=blocks,
-        num_warps=4,
-        num_stages=3,
-    )
+        _toeplitz_kernel, (triton.cdiv(n_blocks, blocks) * E, triton.cdiv(batch, rows)),
+        x, taps, y, batch, L, E,
+        TRANSPOSED=transposed, T=BLOCK, STEP=STEP, ROWS=rows, BLOCKS=blocks, num_warps=4, num_stages=3,
+    )  # fmt: skip
     return y
 
 
@@ -290,15 +273,10 @@ def kernel_gradient(grad: Tensor, x: Tensor) -> Tensor:
     sums = torch.empty(E, n_blocks, 2, BLOCK, dtype=torch.float32, device=x.device)
     rows, blocks = columns(batch, L, most_columns(x.dtype) // 2)  # both factors are loaded anew
     launch(
-        _correlation_kernel,
-        (n_blocks * E,),
-        *(grad, x, sums, batch, L, E),
-        T=BLOCK,
-        ROWS=rows,
-        BLOCKS=blocks,
-        num_warps=4,
-        num_stages=3,
-    )
+        _correlation_kernel, (n_blocks * E,),
+        grad, x, sums, batch, L, E,
+        T=BLOCK, ROWS=rows, BLOCKS=blocks, num_warps=4, num_stages=3,
+    )  # fmt: skip
     taps = sums[:, :, 1]
     taps[:, :-1] += sums[:, 1:, 0]
     return taps.flatten(1)[:, :L].contiguous()
@@ -474,14 +452,12 @@ def scan_backward(
     skips = torch.empty(batch, E, dtype=torch.float32, device=u.device)
     config = configuration(batch, E, N)
     launch(
-        _sums_kernel,
-        (triton.cdiv(E, config["W"] * config["DL"]), batch),
-        *(u, grad_y, torch.view_as_real(torch.exp(A)), torch.view_as_real(initial_state), _marks(starts)),
-        *(torch.view_as_real(t) for t in (states, slopes, last)),
-        *(skips, L, E),
-        N=N,
-        **config,
-    )
+        _sums_kernel, (triton.cdiv(E, config["W"] * config["DL"]), batch),
+        u, grad_y, torch.view_as_real(torch.exp(A)), torch.view_as_real(initial_state), _marks(starts),
+        torch.view_as_real(states), torch.view_as_real(slopes), torch.view_as_real(last),
+        skips, L, E,
+        N=N, **config,
+    )  # fmt: skip
     grad_A = 2 * C * slopes.sum(0) + (entering * last).sum(0)
     grad_C = 2 * states.sum(0)
     return grad_u, *(t.conj().resolve_conj() for t in (grad_A, grad_C)), skips.sum(0), leaving.conj().resolve_conj()
@@ -496,14 +472,11 @@ def _walk(
     last = torch.empty_like(state)
     config = configuration(batch, E, N)
     launch(
-        _scan_kernel,
-        (triton.cdiv(E, config["W"] * config["DL"]), batch),
-        *(x, *(torch.view_as_real(t) for t in (torch.exp(A), C)), D, torch.view_as_real(state), _marks(starts)),
-        *(y, torch.view_as_real(last), L, E),
-        N=N,
-        REVERSE=reverse,
-        **config,
-    )
+        _scan_kernel, (triton.cdiv(E, config["W"] * config["DL"]), batch),
+        x, torch.view_as_real(torch.exp(A)), torch.view_as_real(C), D, torch.view_as_real(state), _marks(starts),
+        y, torch.view_as_real(last), L, E,
+        N=N, REVERSE=reverse, **config,
+    )  # fmt: skip
     return y, last
 
 

@@ -65,14 +65,11 @@ def forward(
     activated, cells = (initial_state.new_empty(batch if keep else 0, L, n * E) for n in (4, 1))
     states = torch.stack([initial_state, torch.empty_like(initial_state)])  # before and after a token, in turns
     launch(
-        _forward_kernel,
-        (triton.cdiv(batch, ROWS),),
-        *(gates, weight.contiguous(), _marks(starts), states, y),
-        *((activated, cells) if keep else (None, None)),
-        *(batch, L),
-        E=E,
-        **configuration(E, gates.element_size()),
-    )
+        _forward_kernel, (triton.cdiv(batch, ROWS),),
+        gates, weight.contiguous(), _marks(starts), states, y,
+        activated if keep else None, cells if keep else None, batch, L,
+        E=E, **configuration(E, gates.element_size()),
+    )  # fmt: skip
     return y, states[L % 2].clone(), activated, cells
 
 
@@ -90,13 +87,11 @@ def backward(
     grad_gates = torch.empty(batch, L, 4 * E, dtype=grad_y.dtype, device=grad_y.device)
     grad_states = torch.stack([grad_state, torch.empty_like(grad_state)])  # after and before a token, in turns
     launch(
-        _backward_kernel,
-        (triton.cdiv(batch, ROWS),),
-        *(grad_y.contiguous(), weight.contiguous(), _marks(starts), initial_state.contiguous(), activated, cells),
-        *(grad_states, grad_gates, batch, L),
-        E=E,
-        **configuration(E, grad_y.element_size()),
-    )
+        _backward_kernel, (triton.cdiv(batch, ROWS),),
+        grad_y.contiguous(), weight.contiguous(), _marks(starts), initial_state.contiguous(), activated, cells,
+        grad_states, grad_gates, batch, L,
+        E=E, **configuration(E, grad_y.element_size()),
+    )  # fmt: skip
     return grad_gates, grad_states[L % 2].clone()
 
 

@@ -76,12 +76,11 @@ def backward(
     parts = torch.empty(n_programs, D, dtype=torch.float32, device=x.device)
     strides = (grad_y.stride(0), x.stride(0), 0 if z is None else z.stride(0))
     launch(
-        _backward_kernel,
-        (n_programs, n_groups),
-        *(grad_y, x, z, weight, rstd, grad_x, grad_z if z is not None else None, parts, T, D // n_groups),
+        _backward_kernel, (n_programs, n_groups),
+        grad_y, x, z, weight, rstd, grad_x, grad_z if z is not None else None, parts, T, D // n_groups,
         *strides,
         **options,
-    )
+    )  # fmt: skip
     return grad_x, grad_z, parts.sum(0).to(weight.dtype)
 
 

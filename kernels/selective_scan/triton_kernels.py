@@ -125,16 +125,12 @@ def forward(
         """A pass over all parts: of the state alone if there is no y, and then `time` gets what decides its decay."""
         leaving = A.new_empty(batch * n_splits, E, N)
         launch(
-            _forward_kernel,
-            (triton.cdiv(E, _width(config)), batch * n_splits),
-            *(u, delta, A, B, C, D, z if y is not None else None, delta_bias, entering, marks),
-            *(y, states if keep and y is not None else None, leaving, time),
-            *(L, E, n_splits, length, *_strides(z)),
-            N=N,
-            CHUNK=CHUNK,
-            SOFTPLUS=delta_softplus,
-            **config,
-        )
+            _forward_kernel, (triton.cdiv(E, _width(config)), batch * n_splits),
+            u, delta, A, B, C, D, z if y is not None else None, delta_bias, entering, marks,
+            y, states if keep and y is not None else None, leaving, time,
+            L, E, n_splits, length, *_strides(z),
+            N=N, CHUNK=CHUNK, SOFTPLUS=delta_softplus, **config,
+        )  # fmt: skip
         return leaving
 
     if n_splits > 1:
@@ -181,18 +177,14 @@ def backward(
         """A pass over all parts, of the state's gradient alone if `time` is asked for."""
         leaving = A.new_empty(batch * n_splits, E, N)
         whole = time is None
+        grads = (grad_u, grad_delta, grad_z if z is not None else None) if whole else (None, None, None)
         launch(
-            _backward_kernel,
-            (n_blocks, batch * n_splits),
-            *(u, delta, A, B, C, D, z, delta_bias, marks, states, grad_y, entering),
-            *((grad_u, grad_delta, grad_z if z is not None else None) if whole else (None, None, None)),
-            *(parts_A, parts_B, parts_C, parts_D, parts_bias, leaving, scratch, time),
-            *(L, E, n_splits, length, *_strides(z)),
-            N=N,
-            CHUNK=CHUNK,
-            SOFTPLUS=delta_softplus,
-            **config,
-        )
+            _backward_kernel, (n_blocks, batch * n_splits),
+            u, delta, A, B, C, D, z, delta_bias, marks, states, grad_y, entering,
+            *grads, parts_A, parts_B, parts_C, parts_D, parts_bias, leaving, scratch, time,
+            L, E, n_splits, length, *_strides(z),
+            N=N, CHUNK=CHUNK, SOFTPLUS=delta_softplus, **config,
+        )  # fmt: skip
         return leaving
 
     entering = grad_state

@@ -139,14 +139,11 @@ def forward(
 
     def walk(c: Tensor | None, d: Tensor | None, z: Tensor | None, *rest: Tensor | None) -> None:
         launch(
-            _forward_kernel,
-            (batch * H, n_parts, n_segments),
-            *(x, steps, sums, B, c, d, z, *rest, L, H, H // G, span),
+            _forward_kernel, (batch * H, n_parts, n_segments),
+            x, steps, sums, B, c, d, z, *rest, L, H, H // G, span,
             *_strides(x, B, c, z),
-            **options,
-            P=P,
-            N=N,
-        )
+            **options, P=P, N=N,
+        )  # fmt: skip
 
     if n_segments == 1:
         walk(C, D, z, h, ids, y, state, None)
@@ -156,13 +153,10 @@ def forward(
     walk(None, None, None, None, ids, None, added, kept)
     block = min(1024, triton.next_power_of_2(P * N))
     launch(
-        _carry_kernel,
-        (batch * H, triton.cdiv(P * N, block)),
-        *(added, kept, h, entering, state, n_segments, P * N),
-        BLOCK=block,
-        num_warps=4,
-        num_stages=1,
-    )
+        _carry_kernel, (batch * H, triton.cdiv(P * N, block)),
+        added, kept, h, entering, state, n_segments, P * N,
+        BLOCK=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
     walk(C, D, z, entering, ids, y, None, None)
     return y, state
 
@@ -183,15 +177,10 @@ def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, Q: 
     sums = torch.empty_like(steps)
     block = min(32, triton.next_power_of_2(H))
     launch(
-        _steps_kernel,
-        (batch * n_chunks, triton.cdiv(H, block)),
-        *(dt, A, dt_bias, steps, sums, L, H, n_chunks, *_strides(dt)),
-        Q=Q,
-        BLOCK_H=block,
-        SOFTPLUS=dt_softplus,
-        num_warps=4,
-        num_stages=1,
-    )
+        _steps_kernel, (batch * n_chunks, triton.cdiv(H, block)),
+        dt, A, dt_bias, steps, sums, L, H, n_chunks, *_strides(dt),
+        Q=Q, BLOCK_H=block, SOFTPLUS=dt_softplus, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return steps, sums
 
 
@@ -222,7 +211,7 @@ def backward(
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     states, grad_states = (empty(batch, n_chunks, H, N, P, dtype=x.dtype) for _ in range(2))
-    grad_initial = empty(*((batch, H, P, N) if initial_state is not None else (0,)))
+    grad_initial = empty(0) if initial_state is None else empty(batch, H, P, N)
     first, last = (None if t is None else t.float().contiguous() for t in (initial_state, grad_state))
     gated = grad_y if z is None else empty(*x.shape, dtype=x.dtype)
     for reverse, arguments in (
@@ -230,33 +219,23 @@ def backward(
         (True, (grad_y, C, z, gated, last, grad_states, None if initial_state is None else grad_initial)),
     ):
         launch(
-            _states_kernel,
-            (batch * H, triton.cdiv(P, options["BLOCK_P"])),
-            *(*arguments, steps, sums, ids, L, H, H // G, n_chunks),
+            _states_kernel, (batch * H, triton.cdiv(P, options["BLOCK_P"])),
+            *arguments, steps, sums, ids, L, H, H // G, n_chunks,
             *_strides(*arguments[:3]),
-            **options,
-            P=P,
-            N=N,
-            REVERSE=reverse,
-        )
+            **options, P=P, N=N, REVERSE=reverse,
+        )  # fmt: skip
 
     constants = {"Q": options["Q"], "BLOCK_P": max(16, triton.next_power_of_2(P)), "BLOCK_N": options["BLOCK_N"]}
     grad_x, grad_dt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
-    grad_z = empty(*(z.shape if z is not None else (0,)), dtype=x.dtype if z is None else z.dtype)
+    grad_z = empty(0, dtype=x.dtype) if z is None else empty(*z.shape, dtype=z.dtype)
     parts = empty(3, batch * n_chunks, H)  # gradients of A, D and dt_bias from every chunk
     launch(
-        _heads_kernel,
-        (batch * n_chunks * H,),
-        *(grad_y, gated, x, dt, A, B, C, D, z, dt_bias, steps, sums, ids, states, grad_states),
-        *(grad_x, grad_dt, grad_z if z is not None else None, parts, L, H, H // G, n_chunks, batch * n_chunks * H),
+        _heads_kernel, (batch * n_chunks * H,),
+        grad_y, gated, x, dt, A, B, C, D, z, dt_bias, steps, sums, ids, states, grad_states,
+        grad_x, grad_dt, grad_z if z is not None else None, parts, L, H, H // G, n_chunks, batch * n_chunks * H,
         *_strides(grad_y, gated, x, dt, B, C, z),
-        **constants,
-        P=P,
-        N=N,
-        SOFTPLUS=dt_softplus,
-        num_warps=8 if x.element_size() < 4 else 16,
-        num_stages=1,
-    )
+        **constants, P=P, N=N, SOFTPLUS=dt_softplus, num_warps=8 if x.element_size() < 4 else 16, num_stages=1,
+    )  # fmt: skip
     grad_A, grad_D, grad_bias = (
         empty(0) if t is None else part.sum(0).to(t.dtype) for t, part in zip((A, D, dt_bias), parts, strict=True)
     )
@@ -265,17 +244,12 @@ def backward(
     sum_dtype = B.dtype if n_splits == 1 else torch.float32
     grad_B, grad_C = (empty(n_splits, batch, L, G, N, dtype=sum_dtype) for _ in range(2))
     launch(
-        _groups_kernel,
-        (batch * n_chunks, G * n_splits),
-        *(gated, x, B, C, steps, sums, ids, states, grad_states, grad_B, grad_C),
-        *(L, H, H // G, n_chunks, batch, G, n_splits),
+        _groups_kernel, (batch * n_chunks, G * n_splits),
+        gated, x, B, C, steps, sums, ids, states, grad_states, grad_B, grad_C,
+        L, H, H // G, n_chunks, batch, G, n_splits,
         *_strides(gated, x, B, C),
-        **constants,
-        P=P,
-        N=N,
-        num_warps=8,
-        num_stages=1,
-    )
+        **constants, P=P, N=N, num_warps=8, num_stages=1,
+    )  # fmt: skip
     grad_B, grad_C = (t[0] if n_splits == 1 else t.sum(0).to(B.dtype) for t in (grad_B, grad_C))
     return [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial]
 
