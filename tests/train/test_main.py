@@ -11,10 +11,10 @@ from crossover.train.__main__ import main
 from crossover.train.files import read_json, read_json_lines
 
 TINY = (
-    *("--model.preset", "lstm", "--model.d-model", "16", "--model.n-layers", "1", "--optim.lr", "1e-3"),
-    *("--train.batch-size", "2", "--train.seq-len", "16", "--train.eval-tokens", "64", "--train.position-len", "0"),
-    *("--train.sample-tokens", "0", "--train.checkpoint-every", "0", "--name", "run", "--data.val-fraction", "0.25"),
-)
+    "--model.preset", "lstm", "--model.d-model", "16", "--model.n-layers", "1", "--optim.lr", "1e-3",
+    "--train.batch-size", "2", "--train.seq-len", "16", "--train.eval-tokens", "64", "--train.position-len", "0",
+    "--train.sample-tokens", "0", "--train.checkpoint-every", "0", "--name", "run", "--data.val-fraction", "0.25",
+)  # fmt: skip
 
 
 @pytest.fixture
