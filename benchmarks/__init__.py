@@ -1,1 +1,1 @@
-"""What is measured, the report, and the `crossover` command."""
+"""Measurements, the report, and the `crossover` command."""

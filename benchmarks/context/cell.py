@@ -46,7 +46,7 @@ class Cell:
     dtype: str
     status: Status = "failed"
     error: str | None = None
-    """Why there is no measurement; None where there is one."""
+    """Reason why there is no measurement; None where there is one."""
     model: Mapping[str, Any]
     """ModelConfig.to_dict()"""
     settings: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        """Whether it was measured."""
+        """Whether the cell was measured."""
         return self.status == "done"
 
     def to_dict(self) -> dict[str, Any]:

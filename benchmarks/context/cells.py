@@ -153,7 +153,7 @@ def _run_worker(
 
 
 def _work(order: tuple[ContextJob, Sequence[str]], parent: Connection) -> None:
-    """What the process of a cell does. The import is here because this process, the parent, needs none of it."""
+    """Main function of a cell's process. The import is here because this process, the parent, needs none of it."""
     from .worker import measure_phases
 
     measure_phases(*order, parent)

@@ -1,9 +1,8 @@
-"""What is measured against the context length: one architecture at one length is a job, with all that decides it."""
+"""Jobs that measure against the context length: one architecture at one length, with all that decides the result."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from .options import MeasureConfig
 __all__ = ["PHASES", "ContextJob", "context_jobs"]
 
 PHASES = ("decode", "prefill", "train")
-"""From the lightest to the heaviest."""
+"""Phases from the lightest to the heaviest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class ContextJob:
     """The architecture's name as written in text."""
     context_len: int
     model: Mapping[str, Any]
-    """ModelConfig.to_dict() as JSON gives it back."""
+    """ModelConfig.to_dict()"""
     n_params: int
     n_active_params: int
     measure: MeasureConfig
@@ -39,7 +38,7 @@ class ContextJob:
     device: str
     threads: int
     provenance: Mapping[str, Any]
-    """What measures: cpu, device, torch, git_commit."""
+    """Machine and versions: cpu, device, torch, git_commit."""
 
     def __post_init__(self) -> None:
         if "source" in self.model:
@@ -50,12 +49,12 @@ class ContextJob:
 
     @property
     def name(self) -> str:
-        """What progress and messages call it."""
+        """Name of the job in progress and messages."""
         return f"{self.label} at {self.context_len:,} tokens"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all cells of a comparison must share."""
+        """Settings that all cells of a comparison must share."""
         return {
             **dataclasses.asdict(self.measure),
             "precision": self.precision,
@@ -65,7 +64,7 @@ class ContextJob:
         }
 
     def beyond_positions(self, phase: str) -> str | None:
-        """Why the model has too few learned positions for a phase; None where it has enough."""
+        """Says that the model has too few learned positions for a phase; None where it has enough."""
         n_positions = self.model["max_positions"]
         needed = self.context_len + (self.measure.decode_tokens if phase == "decode" else 0)
         if n_positions is None or needed <= n_positions:
@@ -73,7 +72,7 @@ class ContextJob:
         return f"{needed:,} tokens are beyond its {n_positions:,} positions"
 
     def cell(self, phase: str, **found: Any) -> Cell:
-        """The cell of a phase; `found` is what was measured, or why nothing was."""
+        """Makes the cell of a phase; `found` is what was measured, or why nothing was."""
         return Cell(
             arch=self.arch,
             label=self.label,
@@ -104,11 +103,11 @@ def context_jobs(
     Args:
         sizes: the architectures.
         lengths: context lengths in tokens.
-        measure: how; a training step has as many tokens as the longest length where it does not say.
-        precision: of the arithmetic; 'auto' is resolved on this machine.
-        device: likewise.
+        measure: settings; a training step has as many tokens as the longest length where it does not say.
+        precision: arithmetic; 'auto' is resolved on this machine.
+        device: where models run; 'auto' is resolved likewise.
         threads: CPU threads; all cores where None.
-        provenance: what measures, of which cells keep cpu, device, torch and git_commit.
+        provenance: machine and versions, of which cells keep cpu, device, torch and git_commit.
 
     Raises:
         ValueError: if the device cannot be used, or a model reads a source and writes a target.
@@ -123,7 +122,7 @@ def context_jobs(
             arch=sized.arch,
             label=sized.label,
             context_len=context_len,
-            model=json.loads(json.dumps(sized.config.to_dict())),
+            model=sized.config.to_dict(),
             n_params=sized.n_params,
             n_active_params=sized.n_active_params,
             measure=dataclasses.replace(measure, tokens_per_batch=measure.tokens_per_batch or max(lengths)),

@@ -49,18 +49,18 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run does, and with what."""
+    """Settings of a run."""
 
     names: Sequence[str]
     """Operations, in the order in which they are timed."""
     device: torch.device
     backend: str
-    """That ours is: triton, but for tests."""
+    """Backend under test: triton, except in tests."""
     dtype: torch.dtype
-    """Of the activations that are timed."""
+    """Dtype of the activations that are timed."""
     clock: Clock
     seconds: float
-    """For everything."""
+    """Time for the whole run."""
     parallel: int
     """Processes that compile and check; 0 does it in this one."""
     quick: bool
@@ -191,9 +191,9 @@ def timed_rows(
 
     Args:
         setup: what is timed and how.
-        limits: of the machine, for the floors.
-        ready: by operation, shape, pass and contestant: None for who has run before, or why it cannot.
-        deadline: of time.monotonic(); what does not fit is listed as left out.
+        limits: measured limits of the machine, for the floors.
+        ready: None for a contestant that has run before, or why it cannot, by operation, shape, pass and contestant.
+        deadline: a value of time.monotonic(); what does not fit is listed as left out.
     """
     for name in setup.names:
         for spec in specs_of(name, quick=setup.quick):
@@ -226,7 +226,7 @@ def _timed_row(
     which: str,
     deadline: float,
 ) -> dict[str, Any]:
-    """One row: ours, its floor and the peers. Whatever goes wrong with one of them is said in the row."""
+    """Times ours and the peers, for one row. The row also says what went wrong with any of them."""
 
     def key(who: str) -> tuple[str, ...]:
         return spec.op, spec.shape, which, who
@@ -281,7 +281,7 @@ def _timed_row(
 
 
 def _tried(measure: Callable[[], Any]) -> Any:
-    """What is measured, or in one line why it cannot be: out of memory, a compiler's error, whatever it is."""
+    """Returns what `measure` gives, or in one line why it failed: out of memory, a compiler's error, anything."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` times: each operation at its GPU sizes, the most important operations first."""
+"""The cases that `benchmarks.gpu` times: each operation at its GPU sizes, the most important operations first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured: the floors that its kernels are held against; and the clocks that measure."""
+"""Measured limits of a GPU, from which the floors of its kernels follow, and the clocks that measure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FLUSH_BYTES = 256 << 20
 _LONGEST_LEAD = 0.02
 """Seconds that the GPU is kept busy at most while the CPU runs ahead. Beyond it launching is part of the time."""
 _CYCLES_PER_SECOND = 2e9
-"""At least as fast as any GPU's clock."""
+"""An upper bound of any GPU's clock rate."""
 _MOST_REPEATS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One work, timed."""
+    """Times of one piece of work."""
 
     ms: float
     """Median of what the device takes, with everything launched before it begins."""
@@ -60,7 +60,7 @@ class Limits:
         }
         if not seconds:
             return None
-        name = max(seconds, key=lambda one: seconds[one])
+        name = max(seconds, key=lambda name: seconds[name])
         return seconds[name] * 1e3, name
 
 

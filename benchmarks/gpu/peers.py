@@ -1,4 +1,4 @@
-"""Who is timed beside our kernels on a GPU: PyTorch's own kernels, torch.compile, and the libraries that are installed.
+"""Peers of our kernels on a GPU: PyTorch's own kernels, torch.compile, and the libraries that are installed.
 
 Each peer gets the same numbers in the layout it likes best, made before the clock starts.
 """
@@ -27,16 +27,16 @@ class Absent(Exception):
 
 
 def backend_of(op: str, wanted: str) -> str:
-    """The backend of an operation that is timed as ours: plain PyTorch where it has not the one that is wanted."""
+    """Returns the backend of an operation that is timed as ours: plain PyTorch where the wanted one is missing."""
     return wanted if wanted in OPS[op].backends else "torch"
 
 
 def racing(case: Case, backend: str, *, with_peers: bool) -> dict[str, Contestant | str]:
-    """Who takes part in the race of a case: "ours", plain PyTorch as "torch", and the peers, or why one does not.
+    """Collects the contestants of a case: "ours", plain PyTorch as "torch", and the peers, or why one is missing.
 
     Args:
         case: operation and inputs.
-        backend: that ours is wanted on.
+        backend: wanted for ours.
         with_peers: whether others than our own backends take part.
     """
     basic, ours = contestants(case), backend_of(case.op, backend)
@@ -210,4 +210,4 @@ PEERS: Mapping[str, Mapping[str, Callable[[Case], Contestant]]] = {
     "grouped_mm": {"F.grouped_mm": _grouped_mm},
     "lstm_scan": {"cuDNN LSTM": _cudnn_lstm},
 }
-"""By operation and name: makes the peer, or raises Absent or ImportError."""
+"""Makers of the peers, by operation and name. A maker raises Absent or ImportError where it cannot."""

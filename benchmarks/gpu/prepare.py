@@ -1,4 +1,4 @@
-"""What comes before the clock: every kernel compiled and checked on the GPU, many at a time, each in its own process.
+"""Preparation before timing: kernels are compiled and checked on the GPU, many at a time, each in its own process.
 
 A kernel that reads beyond its memory takes the GPU away from its process for good. Here it takes one job with it; what
 it was to tell is then missing, and the run goes on. What is compiled stays in the caches of Triton and torch.compile on
@@ -46,11 +46,11 @@ NEAR = 3e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one process does."""
+    """Work of one process."""
 
     op: str
     dtype: str | None
-    """Of the checks; None to try out everything that is to be timed."""
+    """Dtype of the checks; None to try out everything that is to be timed."""
     device: str
     backend: str
     timed_dtype: str
@@ -161,7 +161,7 @@ def run_jobs(todo: Sequence[Job], *, parallel: int, folder: Path, deadline: floa
         todo: the jobs, in the order in which they begin.
         parallel: processes at a time; 0 does everything in this one.
         folder: gets a log for each process, which stays where one does not end well.
-        deadline: of time.monotonic(); processes still at work then are killed.
+        deadline: a value of time.monotonic(); processes still at work then are killed.
     """
     if parallel == 0:
         for job in todo:

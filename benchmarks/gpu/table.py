@@ -75,7 +75,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "-" if predicted is None else " to ".join(map(number, predicted)),
         number(row["launch_ms"]),
         ", ".join(
-            f"{who} {number(one['ms'])} ({one['ratio']:.2f}x)" for who, one in row["peers"].items() if "ms" in one
+            f"{who} {number(peer['ms'])} ({peer['ratio']:.2f}x)" for who, peer in row["peers"].items() if "ms" in peer
         ),
     ]
 
@@ -93,9 +93,9 @@ def markdown(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], second
     blocks += [Heading(text="Checks"), *_checks([row for row in rows if row["kind"] == "check"])]
     absent: dict[str, None] = {}  # once where equal, in order
     for row in timed:
-        for who, one in row.get("peers", {}).items():
-            if "absent" in one:
-                absent.setdefault(f"{row['op']}, {who}: {one['absent']}")
+        for who, peer in row.get("peers", {}).items():
+            if "absent" in peer:
+                absent.setdefault(f"{row['op']}, {who}: {peer['absent']}")
     if absent:
         blocks += [Heading(text="Who took no part"), Items(items=list(absent))]
     command = where["command"]
@@ -104,14 +104,14 @@ def markdown(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], second
 
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """How many ended how, and every one that did not end well."""
+    """Counts the checks by status and lists every one that did not end well."""
     counts: dict[str, int] = {}
-    for one in checks:
-        counts[one["status"]] = counts.get(one["status"], 0) + 1
+    for check in checks:
+        counts[check["status"]] = counts.get(check["status"], 0) + 1
     summary = ", ".join(f"{n} {status}" for status, n in counts.items()) or "none"
     meaning = (
         "An operation in a precision against its float64 definition, with poisoned memory and repeats that agree in "
         "every bit; and at the sizes that are timed, with a size here, against plain PyTorch."
     )
-    bad = [line_of(one).removeprefix("check ") for one in checks if one["status"] != "ok"]
+    bad = [line_of(check).removeprefix("check ") for check in checks if check["status"] != "ok"]
     return [Paragraph(text=f"{summary}. {meaning}"), *([Items(items=bad)] if bad else [])]

@@ -1,4 +1,4 @@
-"""What measuring a GPU needs of Triton: a kernel that takes exponentials and nothing else, and Triton's stopwatch."""
+"""Triton code to measure a GPU: a kernel that takes exponentials and nothing else, and Triton's stopwatch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What all benchmarks stand on: processes, progress, timing, folders, formats."""
+"""Common ground of all benchmarks: processes, progress, timing, folders, formats."""

@@ -37,7 +37,7 @@ class Schedule:
         Args:
             tasks: what is to be done.
             known: kinds whose cost is already in seconds; others wait for the first measurement.
-            at_once: how many tasks of a kind run side by side, where it is more than one.
+            at_once: number of tasks of a kind that run side by side, where it is more than one.
         """
         self._at_once = at_once or {}
         self._left = {task.name: task for task in tasks}

@@ -1,4 +1,4 @@
-"""What the same number of parameters means in each architecture."""
+"""Sizes and costs of each architecture at the same number of parameters."""
 
 from __future__ import annotations
 

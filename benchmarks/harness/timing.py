@@ -1,4 +1,4 @@
-"""How everything here is timed: to the end of what a device was given, repeated within a box of time, in turns."""
+"""Timing: to the end of all work that a device was given, repeated within a box of time, in turns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def take_turns(works: Mapping[str, Callable[[], float]], *, seconds: float, leas
     """Lets works take turns, so that whatever else the machine does slows all alike.
 
     Args:
-        works: by name; each returns the seconds that count, and has been warmed up.
+        works: functions by name; each returns the seconds that count, and has been warmed up.
         seconds: spent on all of them together, longer where `least` rounds take longer.
         least: the fewest turns of each.
 

@@ -36,7 +36,7 @@ EXAMPLES: tuple[Example, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the table."""
+    """Result of one check, a line of the table."""
 
     op: str
     backend: str
@@ -47,7 +47,7 @@ class Check:
     gradients: float | None = None
     """The same of the gradients."""
     allowed: float | None = None
-    """What the nearest of them all is allowed."""
+    """Relative error that is allowed for the nearest of them all."""
     status: str
     """ok, failed, not supported, not here, not checked"""
     reason: str | None = None
@@ -75,9 +75,9 @@ def checks(names: Sequence[str]) -> Iterator[Check]:
                     if gpu_is_lost and device == "cuda":
                         yield Check(**where, status="not checked", reason="an earlier failure left the GPU unusable")
                         continue
-                    one = _check(where, of_dtype)
-                    gpu_is_lost = gpu_is_lost or (one.status == "failed" and not device_works(device))
-                    yield one
+                    check = _check(where, of_dtype)
+                    gpu_is_lost = gpu_is_lost or (check.status == "failed" and not device_works(device))
+                    yield check
         if "triton" not in ops.OPS[name].backends and _has_triton(name):
             reason = "no GPU" if importlib.util.find_spec("triton") else "triton is not installed"
             yield Check(op=name, backend="triton", device="cuda", dtype="all", status="not here", reason=reason)
@@ -89,10 +89,10 @@ def checks_of(
     """Checks one backend in one precision, example by example, with all that the operation allocates poisoned.
 
     Args:
-        name: of the operation.
-        backend: of the operation.
+        name: name of the operation.
+        backend: backend of the operation.
         device: cpu or cuda.
-        dtype: of the floating inputs. Of an operation that can have none of it nothing is checked.
+        dtype: dtype of the floating inputs. An operation without such inputs is not checked.
         examples: each gives a line.
         repeats: runs, not poisoned, that must agree in every bit.
     """
@@ -118,7 +118,7 @@ def _has_triton(name: str) -> bool:
 
 
 def device_works(device: str) -> bool:
-    """Whether a device still computes in this process, which an access beyond memory takes a GPU away from."""
+    """Whether a device still computes in this process: after an access beyond its memory, a GPU does not."""
     try:
         return bool((torch.ones(1, device=device) + 1).item() == 2)
     except RuntimeError:
@@ -167,7 +167,7 @@ def _check(where: Mapping[str, Any], cases: Sequence[_Case], *, repeats: int = 0
             found.append((relative_error(actual[key], value), case.allowed[key], key))
 
     def nearest_to_its_limit(start: str) -> tuple[float, float, str]:
-        return max((one for one in found if one[2].startswith(start)), key=lambda one: one[0] / one[1])
+        return max((entry for entry in found if entry[2].startswith(start)), key=lambda entry: entry[0] / entry[1])
 
     error, allowed, what = nearest_to_its_limit("")
     is_ok = error <= allowed
@@ -196,7 +196,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def _changing(run: Callable[[], dict[str, Tensor]], repeats: int) -> str | None:
-    """What differs in any bit between that many runs; None where nothing does."""
+    """Names the first tensor that differs in any bit between that many runs; None where none does."""
     if not repeats:
         return None
     first = run()

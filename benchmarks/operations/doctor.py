@@ -41,11 +41,11 @@ def doctor(config: DoctorConfig) -> int:
     print()
     done = list(_printed(checks(names), names))
     failures: dict[tuple[str, str], str] = {}
-    for one in done:
-        if one.status == "failed":
-            failures.setdefault((one.op, one.backend), f"{one.dtype}: {one.reason}")
+    for check in done:
+        if check.status == "failed":
+            failures.setdefault((check.op, check.backend), f"{check.dtype}: {check.reason}")
     if config.json is not None:
-        rows = [dataclasses.asdict(one) for one in done]
+        rows = [dataclasses.asdict(check) for check in done]
         write_json(config.json, {"machine": here, "identity": identity(), "checks": rows})
     path = store_verdict(names, failures)
     _print_summary(done, failures, path, time.monotonic() - begin)
@@ -53,7 +53,7 @@ def doctor(config: DoctorConfig) -> int:
 
 
 def machine() -> dict[str, str]:
-    """What the checks run on, in words."""
+    """Describes in words the machine that the checks run on."""
     has_gpu = torch.cuda.is_available()
     devices = [torch.device("cpu")] + [torch.device("cuda")] * has_gpu
     return {
@@ -85,8 +85,8 @@ def _printed(rows: Iterator[Check], names: Sequence[str]) -> Iterator[Check]:
 
 def _print_summary(done: Sequence[Check], failures: Mapping[tuple[str, str], str], path: Path, seconds: float) -> None:
     counts: dict[str, int] = {}
-    for one in done:
-        counts[one.status] = counts.get(one.status, 0) + 1
+    for check in done:
+        counts[check.status] = counts.get(check.status, 0) + 1
     print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items())} in {duration(seconds)}.")
     print("Errors are relative to the float64 reference, each of the tensor that comes nearest to what it is allowed.")
     if failures:

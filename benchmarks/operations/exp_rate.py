@@ -1,4 +1,4 @@
-"""How fast this processor takes exponentials: the floor of a selective scan, which needs one per state and token."""
+"""Rate at which this processor takes exponentials: the floor of a selective scan, one for each state and token."""
 
 from __future__ import annotations
 

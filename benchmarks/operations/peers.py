@@ -38,7 +38,7 @@ _BURST = 0.3
 """Seconds of a turn, unless one training step takes longer."""
 _MIN_TURNS = 3
 _SLOW = 10.0
-"""A turn of Hugging Face's that takes more seconds than this is its only one; the others do not wait for it again."""
+"""A Hugging Face model whose first turn takes more seconds than this gets no other, so that nobody waits for it."""
 _DEADLINE = 60.0
 """Seconds without an answer after which a model leaves the race."""
 PEERS = {
@@ -52,7 +52,7 @@ _SEQ_LEN = 512
 # more of Hugging Face's Mamba would not end within the deadline
 _BATCH_SIZE = {"mamba": 1, "mamba2": 1, "transformer": 8, "gpt2": 8}
 _CONTESTANTS = (("ours", True), ("theirs", False), ("theirs", True))
-"""Whose model, and whether it keeps freed memory."""
+"""Contestants: whose model it is, and whether it keeps freed memory."""
 _PRELOAD = ("crossover.benchmarks.operations.peers", "torch._dynamo", "numba")
 
 
@@ -128,7 +128,7 @@ class _Contestant:
 
     @property
     def is_slow(self) -> bool:
-        """Whether its first turn is its only one; never so for ours, which all others are compared with."""
+        """Whether its first turn is its only one; never true for ours, which all others are compared with."""
         return self.order["who"] == "theirs" and self.seconds[0] > _SLOW
 
     def get_ready(self) -> None:
@@ -152,7 +152,7 @@ class _Contestant:
         return None
 
     def row(self, ours: Sequence[float]) -> dict[str, Any]:
-        """What is known of it in the end; `ours` are the seconds of our model, turn by turn."""
+        """Makes the row of this contestant; `ours` are the seconds of our model, turn by turn."""
         found: dict[str, Any] = {"n_params": self._n_params, "repeats": len(self.seconds), "error": self.error}
         found |= dict.fromkeys(("tokens_per_second", "ratio", "ratio_quartiles"))
         if self.error is None:
@@ -165,7 +165,7 @@ class _Contestant:
 
 
 def _ratio(of_turns: Sequence[float]) -> dict[str, Any]:
-    """How many times longer theirs takes than ours: the median over turns, and the quartiles if there are several."""
+    """Says how many times longer theirs takes than ours: the median over turns, and quartiles if there are several."""
     if not of_turns:
         return {}
     spread = quantiles(of_turns, (0.25, 0.75)) if len(of_turns) > 1 else None

@@ -105,8 +105,8 @@ def operation_rows(
     for name in names:
         for case in cases(name, config):
             racing = contestants(case)
-            if config.compile_box and (one := compiled(case)):
-                racing["compiled"] = one
+            if config.compile_box and (contestant := compiled(case)):
+                racing["compiled"] = contestant
             for backward in (False, True):
                 for n in sorted({1, threads}):
                     torch.set_num_threads(n)
@@ -124,7 +124,7 @@ def _row(
     backward: bool,
     threads: int,
 ) -> dict[str, Any]:
-    works = {name: one_pass(one, backward) for name, one in racing.items()}
+    works = {name: one_pass(contestant, backward) for name, contestant in racing.items()}
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(), record_backends() as used:
         warnings.simplefilter("ignore", UserWarning)
@@ -155,7 +155,7 @@ def _row(
     racing_on = {name: functools.partial(timed, _CPU, works[name]) for name in works if name not in slow}
     seconds = take_turns(racing_on, seconds=config.time_box)
     seconds |= {name: [first[name]] for name in slow}
-    medians = {name: statistics.median(all_of_one) for name, all_of_one in seconds.items()}
+    medians = {name: statistics.median(turns) for name, turns in seconds.items()}
     floor = None
     if case.inputs.decays and threads == 1:
         # backward computes the states, and so the exponentials, a second time
@@ -169,8 +169,8 @@ def _row(
         "dtype": "float32",
         "backend": backend,
         "seconds": medians,
-        "fastest": {name: min(all_of_one) for name, all_of_one in seconds.items()},
-        "repeats": {name: len(all_of_one) for name, all_of_one in seconds.items()},
+        "fastest": {name: min(turns) for name, turns in seconds.items()},
+        "repeats": {name: len(turns) for name, turns in seconds.items()},
         "ratios": {name: medians[name] / medians["ours"] for name in medians if name != "ours"},
         "skipped": skipped,
         "floor_seconds": floor,

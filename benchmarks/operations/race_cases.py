@@ -1,4 +1,4 @@
-"""What `crossover bench kernels` times: each operation at its CPU sizes, and who takes part in the race."""
+"""The cases that `crossover bench kernels` times: each operation at its CPU sizes, with the contestants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One operation at one size."""
+    """An operation at one size."""
 
     op: str
     length: int
@@ -36,12 +36,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """One way to compute a case."""
+    """A way to compute a case."""
 
     run: Callable[[], Any]
     """Returns the outputs."""
     leaves: Sequence[Tensor]
-    """What a backward pass gives the gradients of."""
+    """Tensors whose gradients a backward pass gives."""
 
 
 def cases(name: str, config: KernelsConfig) -> list[Case]:
@@ -59,7 +59,7 @@ def case_of(name: str, length: int, config: KernelsConfig) -> Case:
 
 
 def contestants(case: Case) -> dict[str, Contestant]:
-    """What needs no compiler: "ours" (the backend that is chosen by itself), "torch", "definition", perhaps "peer"."""
+    """Makes those without a compiler: "ours" (the backend chosen by itself), "torch", "definition", perhaps "peer"."""
     op, tensors, options = OPS[case.op], case.inputs.tensors, case.inputs.options
     for t in tensors.values():
         if t.is_floating_point() or t.is_complex():

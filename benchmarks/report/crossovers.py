@@ -18,7 +18,7 @@ Verdict = Literal["beyond", "always", "never", "only_shorter", "unclear", "unkno
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured value, positive; None where there is no value because the model could not run (worse than any)."""
+    """A measured positive value; None where there is no value because the model could not run (worse than any)."""
 
     context_len: int
     value: float | None
@@ -27,7 +27,7 @@ class Point:
     high: float | None = None
     """High end of the spread of the repeats; the value itself when None."""
     stopped_after: float | None = None
-    """Where there is no value because the measurement took too long: the seconds that it had."""
+    """Seconds after which the measurement was stopped, where that is why there is no value."""
 
 
 Curve = Sequence[Point]
@@ -35,7 +35,7 @@ Curve = Sequence[Point]
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover:
-    """Beyond which context length b is better than a."""
+    """The context length beyond which b is better than a."""
 
     metric: str
     a: str
@@ -52,11 +52,11 @@ class Crossover:
     high: float | None
     """Longest length compatible with the spread of the repeats; None if b may never get ahead in the measured range."""
     n_crossings: int
-    """How often the better one changes within the measured lengths."""
+    """Number of changes of the better model within the measured lengths."""
     out_of_memory: str | None
-    """Where the crossover is that one model no longer runs: the name of that model."""
+    """Name of the model that no longer runs, where that is the crossover."""
     stopped_after: float | None
-    """Where the crossover is that a took too long: the seconds after which it was stopped."""
+    """Seconds after which a was stopped, where the crossover is that it took too long."""
 
 
 def _log_ratio(a: float | None, b: float | None, direction: Direction) -> float | None:
@@ -72,7 +72,7 @@ def _log_ratio(a: float | None, b: float | None, direction: Direction) -> float 
 
 
 def _last_rise(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
-    """Where the ratio last becomes positive and stays so; None unless it is positive at the end and not everywhere.
+    """Finds where the ratio last turns positive and stays so; None unless it is positive at the end and not everywhere.
 
     Where it rises because the other model has no value any more, the ratio is infinite, and the answer is the first
     length measured with a positive ratio: the change lies somewhere before it.
@@ -83,8 +83,8 @@ def _last_rise(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
     below, above = ratios[i], ratios[i + 1]
     if math.isinf(above):
         return float(lengths[i + 1])
-    share = -below / (above - below)
-    return min(lengths[i] * (lengths[i + 1] / lengths[i]) ** share, float(lengths[i + 1]))
+    fraction = -below / (above - below)
+    return min(lengths[i] * (lengths[i + 1] / lengths[i]) ** fraction, float(lengths[i + 1]))
 
 
 def _worse_beyond_first_failure(curve: Curve) -> dict[int, Point]:

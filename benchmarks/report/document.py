@@ -91,7 +91,7 @@ class Figure:
     """File name without its ending, for the Markdown version."""
     caption: str
     alt: str
-    """What the picture shows, for those who do not see it."""
+    """Description of the picture for those who do not see it."""
     light: bytes
     dark: bytes
 

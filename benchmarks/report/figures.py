@@ -58,7 +58,7 @@ def _pens(comparison: Comparison, theme: _Theme) -> dict[str, _Pen]:
     }
 
 
-def _names(comparison: Comparison, archs: Sequence[str]) -> str:
+def _labels(comparison: Comparison, archs: Sequence[str]) -> str:
     return ", ".join(map(comparison.label, archs))
 
 
@@ -257,7 +257,7 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
     return draw(
         f"learning-{what}",
         caption,
-        f"Validation {score.unit} against training {what} for {_names(comparison, archs)}",
+        f"Validation {score.unit} against training {what} for {_labels(comparison, archs)}",
         paint,
     )
 
@@ -314,13 +314,13 @@ def position_figure(comparison: Comparison) -> Figure | None:
     return draw(
         "position",
         f"How well each position is predicted. Right of the line lies beyond the {seq_len:,} tokens seen in training.",
-        f"Bits per byte by position for {_names(comparison, archs)}, to {max(stops):,} tokens",
+        f"Bits per byte by position for {_labels(comparison, archs)}, to {max(stops):,} tokens",
         paint,
     )
 
 
 def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
-    """One metric against the context length, with the lengths that could not run as crosses; None without cells."""
+    """Draws a metric against the context length, with crosses at lengths that could not run; None without cells."""
     archs = [arch for arch in comparison.archs if comparison.cells_of(arch, metric.phase)]
     cells = {arch: comparison.cells_of(arch, metric.phase) for arch in archs}
     lengths = sorted({cell.context_len for several in cells.values() for cell in several})
@@ -361,7 +361,7 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     return draw(
         f"context-{metric.phase}-{'memory' if metric.key == 'peak_bytes' else 'state' if is_bytes else 'speed'}",
         _caption(comparison, metric) + (f" Crosses: {'; '.join(failed)}." if failed else ""),
-        f"{metric.name} against context length for {_names(comparison, archs)}"
+        f"{metric.name} against context length for {_labels(comparison, archs)}"
         + (f"; {'; '.join(failed)}" if failed else ""),
         paint,
     )

@@ -39,7 +39,7 @@ class Metric:
     verbs: tuple[str, str]
     """Verb for one model and for several: "Mamba trains", "Mamba and Jamba train"."""
     better: str
-    """What the better one is: "faster"."""
+    """Word for the better model: "faster"."""
 
 
 METRICS = (
@@ -88,7 +88,7 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run as its folder tells it."""
+    """A training run as its folder tells it."""
 
     folder: Path
     info: Mapping[str, Any]
@@ -262,7 +262,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def quality(comparison: Comparison) -> list[dict[str, Any]]:
-    """One row per architecture with runs: sizes, costs and the score (mean and spread over the finished seeds)."""
+    """Lists architectures that have runs: sizes, costs and the score (mean and spread over the finished seeds)."""
     score, rows = comparison.score, []
     for arch in comparison.archs:
         runs = comparison.runs_of(arch)
@@ -336,7 +336,7 @@ def tokens_per_step(comparison: Comparison) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One part of the equal-budget statement."""
+    """A part of the equal-budget statement."""
 
     name: str
     equal: bool
@@ -368,7 +368,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
     ]
     for name, key in (("tokens", "tokens"), ("steps", "steps")):
         values = sorted({run.result[key] for run in done})
-        checks.append(Check(name=name, equal=len(values) <= 1, statement=_list(f"{value:,}" for value in values)))
+        checks.append(Check(name=name, equal=len(values) <= 1, statement=_joined(f"{value:,}" for value in values)))
     read = {
         key: _distinct(run.info["config"]["train"].get(key) for run in runs)
         for key in ("eval_tokens", "final_eval_tokens")
@@ -377,7 +377,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         Check(
             name=comparison.held_out,
             equal=all(len(values) == 1 for values in read.values()),
-            statement="; ".join(f"{key} {_list(map(str, values))}" for key, values in read.items()),
+            statement="; ".join(f"{key} {_joined(map(str, values))}" for key, values in read.items()),
         )
     )
     train = {key: _distinct(run.info["config"]["train"].get(key) for run in runs) for key in ("batch_size", "seq_len")}
@@ -389,8 +389,8 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         Check(
             name="data and its order",
             equal=all(len(values) == 1 for values in (*train.values(), digests, packing)) and same_seeds,
-            statement=f"corpus {_list(digests)}; {_list(map(str, train['batch_size']))} sequences of "
-            f"{_list(map(str, train['seq_len']))} tokens per step, drawn from (seed, step) alone"
+            statement=f"corpus {_joined(digests)}; {_joined(map(str, train['batch_size']))} sequences of "
+            f"{_joined(map(str, train['seq_len']))} tokens per step, drawn from (seed, step) alone"
             + ("" if same_seeds else "; not every architecture has the same seeds"),
         )
     )
@@ -406,7 +406,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
             statement=f"{optim[0].get('schedule')} schedule, weight decay {optim[0].get('weight_decay')}, "
             f"clip {optim[0].get('clip')}; the peak learning rate is each architecture's own"
             if not differing
-            else f"runs differ in {_list(differing)}",
+            else f"runs differ in {_joined(differing)}",
         )
     )
     machine = {
@@ -417,7 +417,7 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         Check(
             name="arithmetic and machine",
             equal=all(len(values) == 1 for values in machine.values()),
-            statement="; ".join(f"{key} {_list(values)}" for key, values in machine.items()),
+            statement="; ".join(f"{key} {_joined(values)}" for key, values in machine.items()),
         )
     )
     return checks
@@ -433,5 +433,5 @@ def _distinct(values: Any) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _list(words: Any) -> str:
+def _joined(words: Any) -> str:
     return ", ".join(words)

@@ -1,1 +1,1 @@
-"""What one does with a trained model: generate, score, convert."""
+"""Commands for a trained model: generate, score, convert."""

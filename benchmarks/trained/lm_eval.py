@@ -60,11 +60,11 @@ class CrossoverLM(LM):
         self.batch_size = int(batch_size)
 
     def loglikelihood(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-        """For (context, continuation) of each request: nats, and whether the continuation is the greedy one."""
+        """Scores (context, continuation) of each request: nats, and whether the continuation is the greedy one."""
         return self._score([encode_pair(self.tokenizer, *request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], **options: Any) -> list[float]:
-        """For the text of each request: nats, each token from as many before it as max_len allows."""
+        """Scores the text of each request in nats, each token from as many before it as max_len allows."""
         totals = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0]).tolist()
@@ -73,7 +73,7 @@ class CrossoverLM(LM):
         return totals
 
     def generate_until(self, requests: list[Any], **options: Any) -> list[str]:
-        """For (prompt, options) of each request: the greedy continuation.
+        """Continues the prompt in (prompt, options) of each request greedily.
 
         Raises:
             ValueError: if a task asks for sampling.
