@@ -1,4 +1,4 @@
-"""What autocast asks of operations that multiply matrices themselves."""
+"""Support for autocast in operations that multiply matrices themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operation is checked and timed on: `<operation>/cases.py` has a `Cases` for each, and everyone reads that.
+"""Inputs that operations are checked and timed on: `<operation>/cases.py` has a `Cases` for each operation.
 
 Doctor, benchmarks, compile gate and tests loop over `ops.OPS` and know no operation by name.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from .compare import cast
 
 Sizes = Mapping[str, int]
-"""Of an operation, by letter: B rows, L tokens of each, and so on."""
+"""Sizes of an operation, by letter: B rows, L tokens of each, and so on."""
 
 Example = Mapping[str, Any]
 """Arguments of `Cases.example`: B, L, E, N, optional."""
@@ -23,12 +23,12 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a computation cannot do without."""
+    """Least work of a computation."""
 
     bytes: float
-    """Read or written in memory."""
+    """Bytes read or written in memory."""
     flops: float = 0.0
-    """Of matrix products."""
+    """FLOPs of matrix products."""
     exps: float = 0.0
     """Exponentials, and logarithms and reciprocals, which the same unit takes."""
 
@@ -63,23 +63,24 @@ class Maker:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Arguments of an operation at one size, and what it cannot do without there."""
+    """Arguments of an operation at one size, and the least work that it is there."""
 
     tensors: dict[str, Tensor]
-    """By name of the argument, unless `Cases.call` says otherwise."""
+    """Tensors by name of the argument, unless `Cases.call` says otherwise."""
     options: dict[str, Any] = field(default_factory=dict)
     written: int
     """Bytes of the outputs."""
     flops: tuple[float, float] = (0.0, 0.0)
-    """Of forward and backward."""
+    """FLOPs of (forward, backward)."""
     exps: tuple[float, float] = (0.0, 0.0)
+    """Exponentials of (forward, backward)."""
     has_backward: bool = True
     decays: int | None = None
     """Exponentials of decays in a forward pass, where they decide on a CPU."""
 
     @property
     def counts(self) -> dict[str, Counts]:
-        """By pass, "fwd" and, unless the operation is of inference alone, "fwd+bwd".
+        """Counts by pass: "fwd" and, unless the operation is of inference alone, "fwd+bwd".
 
         Bytes are counted the same way for all: forward reads every input and writes every output once; backward reads
         the inputs and the gradient of the output and writes the gradients of the inputs. What a kernel saves for
@@ -119,16 +120,16 @@ def call(op: Callable[..., Any], tensors: Mapping[str, Tensor], options: Mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Cases:
-    """What one operation is checked and timed on."""
+    """Everything that one operation is checked and timed on."""
 
     example_tensors: Callable[..., dict[str, Tensor]]
-    """(B, L, E, N, starts, optional) to the tensors of `example`."""
+    """Maps (B, L, E, N, starts, optional) to the tensors of `example`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that are not tensors and go with every example."""
     optional_options: Mapping[str, Any] = field(default_factory=dict)
-    """Those that go with the optional tensors."""
+    """Further ones that go with the optional tensors."""
     takes_length: bool = False
-    """Whether it takes the length itself, which no tensor has."""
+    """Whether the operation takes the length as an argument, because no tensor has it."""
     blocks: tuple[Example, ...] = (
         {"L": 300, "E": 200, "N": 16, "optional": True},
         {"L": 256, "E": 64, "N": 16, "optional": False},
@@ -136,26 +137,26 @@ class Cases:
     """Examples of several blocks of a GPU kernel, one of them partial."""
 
     inputs: Callable[..., Inputs] | None = None
-    """(maker, **sizes) to what is timed. Without it the example is, without anything optional."""
+    """Maps (maker, **sizes) to what is timed. Without it, that is the example without anything optional."""
     call: Callable[[Callable[..., Any], Mapping[str, Tensor], Mapping[str, Any]], Any] = call
-    """(operation, tensors, options) to the outputs, where what is timed is more than the operation."""
+    """Maps (operation, tensors, options) to the outputs, where what is timed is more than the operation."""
     cpu: Callable[[int, int, int], Sizes] = lambda B, L, E: {"B": B, "L": L, "E": E // 8, "N": 16}
-    """(rows, tokens of each, channels) to the sizes that are timed on a CPU."""
+    """Maps (rows, tokens of each, channels) to the sizes that are timed on a CPU."""
     at_every_length: bool = False
-    """Whether it is timed on a CPU at every length that is asked for, and not at one."""
+    """Whether the operation is timed on a CPU at every length that is asked for, and not at one."""
     gpu: tuple[Size, ...] = (size(B=8, L=2048, E=256, N=16),)
     """Standard sizes on a GPU."""
     quick: tuple[Size, ...] = (size(B=2, L=32, E=16, N=4),)
-    """Small ones, to try the benchmark itself."""
+    """Small sizes, to try the benchmark itself."""
     aot: Mapping[str, Sizes] = field(default_factory=dict)
-    """Sizes at which the compile gate looks, by what is special about them; the first of `gpu` unless "" is given."""
+    """Sizes for the compile gate, by what is special about them; the first of `gpu` unless "" is given."""
 
     compiles: bool = True
-    """Whether torch.compile can look into its plain PyTorch form."""
+    """Whether torch.compile can look into the plain PyTorch form."""
     loop: Callable[..., Any] | None = None
-    """Called like the operation on what is timed: what torch.compile makes of it in the place of the plain form."""
+    """A form for torch.compile in the place of the plain one; called like the operation on what is timed."""
     loop_len: int = 1
-    """The length must be a multiple of it for `loop`."""
+    """Number of which the length must be a multiple for `loop`."""
     library: Callable[[Mapping[str, Tensor]], tuple[Callable[[], Any], Sequence[Tensor]]] | None = None
     """PyTorch's own module for what is timed, on the tensors of `inputs`: how to call it, and its inputs and weights,
     which are its own."""
@@ -180,7 +181,7 @@ class Cases:
         return {**self.options, **length, **(self.optional_options if optional else {})}
 
     def build(self, make: Maker, sizes: Sizes) -> Inputs:
-        """What is timed at a size; on "meta" its counts alone."""
+        """Makes what is timed at a size; on "meta" its counts alone."""
         if self.inputs is not None:
             return self.inputs(make, **sizes)
         tensors = cast(self.example(**sizes, optional=False), make.dtype)

@@ -123,12 +123,11 @@ class Op(Generic[P, R]):
             device: tuple(name for name in names if name in self._implementations)
             for device, names in {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}.items()
         }
-
         self._cases = cases
 
     @property
     def cases(self) -> Cases:
-        """What it is checked and timed on."""
+        """The inputs that it is checked and timed on."""
         assert self._cases is not None, f"{self.__name__} has no cases"
         return self._cases
 

@@ -1,4 +1,4 @@
-"""What `starts`, the marks at the first token of each document in a packed batch, mean for an operation."""
+"""Meaning of `starts`, the marks at the first token of each document in a packed batch, for an operation."""
 
 from __future__ import annotations
 

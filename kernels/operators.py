@@ -48,7 +48,7 @@ def operator(
     function makes its results, and no kernel fills them.
 
     Args:
-        name: of the operator, in the namespace crossover.
+        name: name of the operator, in the namespace crossover.
         function: annotated; gives new memory only. Kernels run by parallel.run or triton_kernels.launch.
         device_types: the only one it is for.
         mutates_args: names of the arguments that it writes to.

@@ -32,7 +32,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 P = ParamSpec("P")
 
 TARGET: tuple[str, str, str] = cast(Any, cpu_target).target_context.codegen().magic_tuple()
-"""What numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
+"""Describes what numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
 
 _features = TARGET[2].split(",")
 LANES = 16 if "+avx512f" in _features else 8 if "+avx2" in _features else 4
@@ -134,8 +134,8 @@ def _shuffle(builder: Any, value: Any, lanes: Sequence[int]) -> Any:
 
 
 def _splat(builder: Any, scalar: Any, width: int) -> Any:
-    one = builder.insert_element(ir.Constant(_floats(1), ir.Undefined), scalar, ir.IntType(32)(0))
-    return _shuffle(builder, one, [0] * width)
+    vector = builder.insert_element(ir.Constant(_floats(1), ir.Undefined), scalar, ir.IntType(32)(0))
+    return _shuffle(builder, vector, [0] * width)
 
 
 def _add(builder: Any, a: Any, b: Any) -> Any:

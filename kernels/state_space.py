@@ -1,4 +1,4 @@
-"""What the state space models S4D and S4 share: states in real coordinates, and the recurrence in chunks.
+"""Common part of the state space models S4D and S4: states in real coordinates, and the recurrence in chunks.
 
 A conjugate pair of states, h and its conjugate, is two real ones, (Re h, Im h).
 """

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operations share: device functions and launch options.
+"""Common part of the Triton kernels of several operations: device functions and launch options.
 
 Exponentials are powers of two, the only ones that the hardware has. Kernels compute in float32 and run on Triton 3.6 to
 3.9, compiled or in the interpreter (TRITON_INTERPRET=1).
@@ -22,7 +22,7 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class Launch:
-    """What `launch` was asked for."""
+    """A call of `launch`."""
 
     kernel: Any
     arguments: tuple[Any, ...]

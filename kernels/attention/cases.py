@@ -1,4 +1,4 @@
-"""What attention is checked and timed on."""
+"""Inputs that attention is checked and timed on."""
 
 from __future__ import annotations
 

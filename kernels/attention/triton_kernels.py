@@ -82,7 +82,7 @@ def attention(
 def _documents(
     starts: Tensor | None, first_key: Tensor | None, past: Tensor | int, L: int, S: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Where each query's document begins and ends, (B, L) int32 each, in positions counted from the first query.
+    """Finds where each query's document begins and ends, (B, L) int32 each, in positions from the first query on.
 
     None where nothing bounds it; keys of the past have negative positions.
     """
@@ -104,7 +104,7 @@ def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]
     Args:
         kernel: "forward", "decode", "dq" or "dkdv". Decoding chooses its number of queries itself.
         width: power of two.
-        dtype: of the inputs; float32 is multiplied outside the tensor cores and takes smaller blocks.
+        dtype: dtype of the inputs; float32 is multiplied outside the tensor cores and takes smaller blocks.
     """
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype == torch.float32:
@@ -127,7 +127,7 @@ def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]
 
 
 def splits(n_programs: int, n_keys: int, block: int) -> int:
-    """In how many parts to cut the keys of each program, so that the last of the programs ends soonest.
+    """Chooses how many parts the keys of each program are cut into, so that the last of the programs ends soonest.
 
     A part costs as much as its keys, and another two blocks to start it and to combine it.
     """
@@ -221,7 +221,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
-    """What every kernel knows at compile time: heads that share a key head, widths, and widths padded for the dots."""
+    """Constants of every kernel: heads that share a key head, widths, and widths padded for the dots."""
     P, PV = q.shape[3], v.shape[3]
     D, DV = (max(16, triton.next_power_of_2(width)) for width in (P, PV))
     return {"GROUP": q.shape[2] // k.shape[2], "P": P, "PV": PV, "D": D, "DV": DV, "CAUSAL": causal}
@@ -303,7 +303,7 @@ def _store(X, x, row, end, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADD
 
 @triton.jit
 def _loop(begin, whole, whole_end, stop, MASKED: tl.constexpr):
-    """Where a loop over the whole part of a run begins and ends, or if MASKED one over both its ends, and its gap."""
+    """Bounds of a loop over the whole part of a run, or if MASKED over both its ends, and the gap between these."""
     gap = whole_end - whole
     if MASKED:
         stop -= gap

@@ -1,4 +1,4 @@
-"""What the short convolution is checked and timed on."""
+"""Inputs that the short convolution is checked and timed on."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _n_tasks(x: Tensor) -> int:
 def _inputs(
     x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
 ) -> tuple[object, ...]:
-    """What both kernels take."""
+    """Arguments of both kernels."""
     bias = torch.zeros(x.shape[2]) if bias is None else bias
     starts = torch.zeros(x.shape[:2], dtype=torch.bool) if starts is None else starts
     return x, past, taps, bias, silu, starts

@@ -1,4 +1,4 @@
-"""What S4's kernel with a low-rank term and its recurrence are checked and timed on."""
+"""Inputs that S4's kernel with a low-rank term and its recurrence are checked and timed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gated delta rule is checked and timed on."""
+"""Inputs that the gated delta rule is checked and timed on."""
 
 from __future__ import annotations
 

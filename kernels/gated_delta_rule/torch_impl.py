@@ -46,7 +46,7 @@ def gated_delta_rule(
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: the recurrence as it stands."""
+    """Takes one token, by the recurrence as it stands."""
     q, k, v, decay, beta = (t[:, 0, ..., None] for t in (q, k, v, log_decay.exp(), beta))  # columns, (B, H, ., 1)
     S = decay * S
     S = torch.addcmul(S, beta * (v - S @ k), k.mT)

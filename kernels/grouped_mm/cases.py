@@ -1,4 +1,4 @@
-"""What grouped matrix products are checked and timed on."""
+"""Inputs that grouped matrix products are checked and timed on."""
 
 from __future__ import annotations
 

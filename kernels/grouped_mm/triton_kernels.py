@@ -43,10 +43,10 @@ def configuration(rows: int, columns: int, depth: int, dtype: torch.dtype, by_ve
     """Blocks of a product, (BLOCK_M, BLOCK_K) by (BLOCK_K, BLOCK_N), warps, and blocks in flight.
 
     Args:
-        rows: of a typical result; decoding has few, and blocks that are mostly empty cost as much as full ones.
-        columns: of the result.
+        rows: rows of a typical result; decoding has few, and blocks that are mostly empty cost as much as full ones.
+        columns: columns of the result.
         depth: length of the sums.
-        dtype: of the inputs; float32 is multiplied outside the tensor cores and takes smaller blocks.
+        dtype: dtype of the inputs; float32 is multiplied outside the tensor cores and takes smaller blocks.
         by_vectors: whether inputs can be loaded 16 bytes at a time; what is loaded singly passes through registers.
     """
     m, n, k, warps, stages = (128, 128, 64, 8, 3) if dtype != torch.float32 and by_vectors else (64, 64, 32, 8, 2)

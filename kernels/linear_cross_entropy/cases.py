@@ -1,4 +1,4 @@
-"""What the loss fused with its projection is checked and timed on."""
+"""Inputs that the loss fused with its projection is checked and timed on."""
 
 from __future__ import annotations
 

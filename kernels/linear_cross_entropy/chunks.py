@@ -1,4 +1,4 @@
-"""What the fast backends share: a loop over chunks of tokens, and what autograd is told.
+"""Common part of the fast backends: a loop over chunks of tokens, and its gradients.
 
 With the logits of a token at hand so is the gradient of its loss in them. Forward therefore leaves that gradient in the
 place of a chunk's logits and multiplies it out at once; backward only scales (as in Liger, arXiv:2410.10989). How much
@@ -20,24 +20,24 @@ ALIGNMENT = 16
 """Rows of logits are padded to a multiple of it, so that for any number of classes they load by vectors."""
 
 Weights = tuple[Tensor, Tensor]
-"""Of the sums of the cross-entropy and of the squared normalizer, scalars."""
+"""Factors of the sums of the cross-entropy and of the squared normalizer, scalars."""
 
 Rows = Callable[[Tensor, Tensor, int, Weights | None], tuple[Tensor, Tensor]]
-"""(logits (n, V), targets (n,), ignore_index, weights) to the cross-entropy and the normalizer of each row, (n,), both
-zero where nothing counts. May overwrite the logits, whose rows go on to a multiple of ALIGNMENT with numbers that mean
-nothing; given weights, leaves there the gradient of the weighted sums."""
+"""Maps (logits (n, V), targets (n,), ignore_index, weights) to the cross-entropy and the normalizer of each row, (n,),
+both zero where nothing counts. May overwrite the logits, whose rows go on to a multiple of ALIGNMENT with numbers that
+mean nothing; given weights, leaves there the gradient of the weighted sums."""
 
 Sums = Callable[[Tensor, Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
-"""(x, weight, targets, ignore_index, with_z) to the sums of the cross-entropy and of the squared normalizer over the
-tokens that count; the second is differentiable only `with_z`."""
+"""Maps (x, weight, targets, ignore_index, with_z) to the sums of the cross-entropy and of the squared normalizer over
+the tokens that count; the second is differentiable only `with_z`."""
 
 
 def chunked(name: str, rows: Rows, chunk_len: Callable[[int], int]) -> Sums:
     """The sums chunk by chunk, differentiable once, as custom operators.
 
     Args:
-        name: of the operators.
-        rows: what is done to a chunk's logits.
+        name: name of the operators.
+        rows: function for a chunk's logits.
         chunk_len: tokens of a chunk, from the number of classes.
     """
 
@@ -46,8 +46,8 @@ def chunked(name: str, rows: Rows, chunk_len: Callable[[int], int]) -> Sums:
         x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_x: bool, with_weight: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums of the cross-entropy and of the squared normalizer; gradients of the former, as far as asked for."""
-        one = torch.ones((), dtype=_wide(x), device=x.device)
-        inputs = (x, weight, targets, ignore_index, (one, torch.zeros_like(one)), with_x, with_weight)
+        of_loss = torch.ones((), dtype=_wide(x), device=x.device)
+        inputs = (x, weight, targets, ignore_index, (of_loss, torch.zeros_like(of_loss)), with_x, with_weight)
         return over_chunks(rows, chunk_len(weight.shape[0]), *inputs)
 
     @sums.register_fake
@@ -102,7 +102,7 @@ def chunked(name: str, rows: Rows, chunk_len: Callable[[int], int]) -> Sums:
 def means(
     sums: Sums, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """What reference.linear_cross_entropy returns, from the sums."""
+    """Makes of the sums what reference.linear_cross_entropy returns."""
     loss, square = sums(x, weight, targets, ignore_index, z_loss != 0)
     n = (targets != ignore_index).sum().clamp(min=1)
     return loss / n, z_loss * square / n

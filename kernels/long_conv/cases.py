@@ -1,4 +1,4 @@
-"""What the long convolution, its kernel from the poles and the recurrence are checked and timed on."""
+"""Inputs that the long convolution, its kernel from the poles and the recurrence are checked and timed on."""
 
 from __future__ import annotations
 

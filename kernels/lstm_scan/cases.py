@@ -1,4 +1,4 @@
-"""What the LSTM's recurrence is checked and timed on.
+"""Inputs that the LSTM's recurrence is checked and timed on.
 
 It is timed with the projection of its input, which PyTorch's LSTM does too.
 """

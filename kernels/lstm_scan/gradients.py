@@ -1,4 +1,4 @@
-"""What the compiled backends of the LSTM tell autograd; they differ in the two operators alone."""
+"""Gradients of the compiled backends of the LSTM, which differ in the two operators alone."""
 
 from __future__ import annotations
 

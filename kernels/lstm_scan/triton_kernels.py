@@ -136,7 +136,7 @@ def _rows(batch, ROWS: tl.constexpr):
 
 @triton.jit
 def _goes_on(STARTS, exists):
-    """At which rows the token continues a document."""
+    """Says in which rows the token continues a document."""
     if STARTS is None:
         return exists
     else:

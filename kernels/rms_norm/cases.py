@@ -1,4 +1,4 @@
-"""What RMSNorm and its gated form are checked and timed on."""
+"""Inputs that RMSNorm and its gated form are checked and timed on."""
 
 from __future__ import annotations
 

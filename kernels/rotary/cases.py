@@ -1,4 +1,4 @@
-"""What rotary positions are checked and timed on."""
+"""Inputs that rotary positions are checked and timed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the selective scan is checked and timed on."""
+"""Inputs that the selective scan is checked and timed on."""
 
 from __future__ import annotations
 

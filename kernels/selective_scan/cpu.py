@@ -144,7 +144,7 @@ register_gradients(_scan, _scan_backward)
 def _inputs(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """What both kernels take first; an empty z means no gate."""
+    """First arguments of both kernels; an empty z means no gate."""
     E = u.shape[2]
     return (
         u,

@@ -1,4 +1,4 @@
-"""What the compiled backends of the selective scan tell autograd; they differ in the two operators alone."""
+"""Gradients of the compiled backends of the selective scan, which differ in the two operators alone."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PROGRAM_WARPS = 1056
 MAX_STATES = 256
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""What spares the GPU an instruction can cost the interpreter several calls: there, the plain form is taken."""
+"""Whether the interpreter runs the kernels: it gets plain forms where sparing an instruction costs it several calls."""
 
 
 def selective_scan(
@@ -217,7 +217,7 @@ def _chain(
         time: sum of the step sizes in each part, (B S, E), infinite where a document begins; dt A adds up, so that a
             state of the one end reaches the other multiplied by exp(time A).
         A: (E, N).
-        state: what enters the whole, (B, E, N); zeros when None.
+        state: the one that enters the whole, (B, E, N); zeros when None.
         n_splits: S.
         reverse: from the last part to the first.
     """
@@ -350,7 +350,7 @@ def _step_size(raw, bias, mask, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _forget(STARTS, t, is_token):
-    """Where a document begins, (T,)."""
+    """Says at which tokens a document begins, (T,)."""
     return tl.load(STARTS + t, mask=is_token, other=0) != 0
 
 

@@ -1,4 +1,4 @@
-"""What the SSD scan is checked and timed on."""
+"""Inputs that the SSD scan is checked and timed on."""
 
 from __future__ import annotations
 

@@ -115,19 +115,19 @@ def _step(
 
 
 class _Decays(NamedTuple):
-    """How much is left of what, inside one chunk of Q tokens. Nothing is left across the start of a document."""
+    """Decay factors inside one chunk of Q tokens. They are zero across the start of a document."""
 
     pair: Tensor
-    """Of token j at token i, (B, H, Q, Q); zero above the diagonal."""
+    """Factor from token j to token i, (B, H, Q, Q); zero above the diagonal."""
 
     enter: Tensor
-    """Of the entering state at token i, (B, Q, H)."""
+    """Factor from the entering state to token i, (B, Q, H)."""
 
     leave: Tensor
-    """Of token j in the leaving state, (B, Q, H)."""
+    """Factor from token j to the leaving state, (B, Q, H)."""
 
     whole: Tensor
-    """Of the entering state in the leaving one, (B, H)."""
+    """Factor from the entering state to the leaving one, (B, H)."""
 
 
 def _decays(dt: Tensor, A: Tensor, ids: Tensor | None, chunk: slice) -> _Decays:

@@ -162,7 +162,7 @@ def forward(
 
 
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Of batch and token, for each tensor."""
+    """Lists the strides of batch and token, for each tensor."""
     return tuple(s for t in tensors for s in ((0, 0) if t is None else t.stride()[:2]))
 
 
@@ -298,7 +298,7 @@ def _steps_kernel(
 
 @triton.jit
 def _decays(SUMS, IDS, q, left, Q: tl.constexpr):
-    """What is left of the entering state at each token, of each token in the leaving state, and of one in the other.
+    """Decay from the entering state to each token, from each token to the leaving state, and from state to state.
 
     SUMS points at the chunk, IDS at the token before it; `left` tokens remain.
     """
@@ -316,7 +316,7 @@ def _decays(SUMS, IDS, q, left, Q: tl.constexpr):
 
 @triton.jit
 def _pair_decay(SUMS, IDS, q, left):
-    """What is left of token j at token i of the same chunk, (Q, Q): nothing above the diagonal and across starts."""
+    """Decay from token j to token i of the same chunk, (Q, Q): zero above the diagonal and across starts."""
     s = tl.load(SUMS + q)
     related = q[:, None] >= q[None, :]
     if IDS is not None:
@@ -425,7 +425,7 @@ def _states_kernel(
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
 ):  # grid (B * H, P / BLOCK_P)  # fmt: skip
-    """What enters each chunk, in either direction.
+    """Computes what enters each chunk, in either direction.
 
     Forward: the state, from x and B. In reverse: the gradient of the state that leaves, from that of y and C, which is
     the same recurrence, since token i reaches back to the entering state by as much as it is reached. There Z gates U,

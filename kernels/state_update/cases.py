@@ -1,4 +1,4 @@
-"""What the decode step of Mamba-2 is checked and timed on."""
+"""Inputs that the decode step of Mamba-2 is checked and timed on."""
 
 from __future__ import annotations
 

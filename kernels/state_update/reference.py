@@ -24,12 +24,12 @@ def state_update(
     It is `causal_conv1d` and then `ssd` at length 1, with dt = softplus(dt + dt_bias) (arXiv:2405.21060, section 7.1).
 
     Args:
-        x: what the convolution takes in, (B, H P + 2 G N): x, B and C of the token side by side.
+        x: input of the convolution, (B, H P + 2 G N): x, B and C of the token side by side.
         dt: step size before bias and softplus, (B, H).
         window: the K - 1 inputs of the convolution before x, (B, K-1, H P + 2 G N).
         state: h before x, (B, H, P, N).
         weight: one filter per channel, (H P + 2 G N, K); the last tap multiplies x.
-        bias: of the convolution, (H P + 2 G N,).
+        bias: bias of the convolution, (H P + 2 G N,).
         A: state decay, (H,), negative.
         D: skip connection, (H,).
         dt_bias: added to dt, (H,).

@@ -1,4 +1,4 @@
-"""What the gate of a SwiGLU is checked and timed on."""
+"""Inputs that the gate of a SwiGLU is checked and timed on."""
 
 from __future__ import annotations
 
