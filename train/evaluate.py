@@ -41,7 +41,7 @@ def evaluate(
     Args:
         learner: a Learner, wrapped or not.
         objective: its objective.
-        rows: as `objective.held_out` gives them.
+        rows: held-out rows, as `objective.held_out` gives them.
         precision: arithmetic of the forward pass.
         rows_at_once: rows of one forward pass.
         poll: called before each forward pass; stops the evaluation by raising.

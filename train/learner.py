@@ -22,7 +22,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class Learner(nn.Module):
-    """What DDP wraps, FSDP2 shards and torch.compile compiles: their hooks run in `forward` and nowhere else."""
+    """The module that DDP wraps, FSDP2 shards and torch.compile compiles: their hooks run in `forward` alone."""
 
     def __init__(self, model: nn.Module, objective: Objective[Any, Any]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def accumulate_gradients(
 
 
 class Update:
-    """One update as it trains and as it is timed: accumulate, clip, refuse what is not finite, step, clear."""
+    """Makes one update, as in training and for timing: accumulate, clip, refuse what is not finite, step, clear."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run learns, behind one interface: the rows of a step -> a batch -> the terms of a loss -> metrics.
+"""Objectives, behind one interface: the rows of a step -> a batch -> the terms of a loss -> metrics.
 
 A loss is a sum of means. Each term is a mean over so many things (targets, masked tokens, pairs), a count that the host
 knows before the forward pass. Counts are added over the parts of a batch and over processes, and each part's mean is
@@ -40,7 +40,7 @@ class Batch:
     """Some rows as tensors. Subclasses add them, rows first."""
 
     counts: Mapping[str, int]
-    """What each term is a mean over."""
+    """Number of elements that each term is a mean over."""
 
     def to(self, device: torch.device) -> Self:
         """The same batch with its tensors on a device."""
@@ -54,7 +54,7 @@ class NoOptions:
 
 
 class Objective(abc.ABC, Generic[Row, B]):
-    """One thing to learn from one data set. It is made before any model, and holds none but teachers and references."""
+    """An objective on one data set. It is made before any model, and holds none but teachers and references."""
 
     Config: ClassVar[type[Any]] = NoOptions
     """Frozen dataclass of options, every field with a default."""
@@ -66,7 +66,7 @@ class Objective(abc.ABC, Generic[Row, B]):
     """Factors of the terms in the loss: 1 unless given; a term of weight 0 is recorded and not learned."""
 
     data: Data
-    """What it learns from: the tokenizer, and what run.json says."""
+    """Data to learn from: the tokenizer, and the entries of run.json."""
     seed: int
     """Seed of the order of the data."""
     train: TrainConfig
@@ -94,7 +94,7 @@ class Objective(abc.ABC, Generic[Row, B]):
         sixty rows or more, none longer than 48 bytes.
 
         Args:
-            folder: an empty one, for the data and what the options name.
+            folder: an empty folder, for the data and what the options name.
 
         Returns:
             The value of run.data.source, and options, an instance of Config.
@@ -131,7 +131,7 @@ class Objective(abc.ABC, Generic[Row, B]):
         """The mean of each term of batch.counts, a scalar; what varies between calls is drawn by the batch."""
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[Row]) -> dict[str, float]:
-        """What is written down of held-out rows, from the means of the terms over all of them.
+        """Makes what is written down of held-out rows, from the means of the terms over all of them.
 
         Numbers with a fraction are curves; whole ones, such as bytes read, are facts of the result alone.
         """
@@ -155,7 +155,7 @@ class Objective(abc.ABC, Generic[Row, B]):
 
     @abc.abstractmethod
     def experiment(self) -> dict[str, Any]:
-        """What must be the same before and after a resume, as JSON values: its name as "kind", options, digests."""
+        """Returns what a resume must not change, as JSON values: its name as "kind", options, digests."""
 
     @property
     def forward_tokens(self) -> int:

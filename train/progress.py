@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Display of a run while it works: a bar with the time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def farewell(result: Mapping[str, Any], record: Mapping[str, Any], directory: Pa
 
 
 def _references(record: Mapping[str, Any]) -> str:
-    """What compressors need, where the score is on their scale."""
+    """Says what compressors need, where the score is on their scale."""
     score = Score.from_dict(record["score"])
     if score != BITS_PER_BYTE:
         return ""

@@ -1,4 +1,4 @@
-"""What a run writes down: run.json and result.json, metrics.jsonl, and the TensorBoard events derived from it.
+"""Records of a run: run.json and result.json, metrics.jsonl, and the TensorBoard events derived from it.
 
 metrics.jsonl is the record: one JSON object per line, flushed at once, so that it survives a kill to the last line.
 TensorBoard repeats it; where TensorBoard fails (a full disk, say), one warning is given and training goes on.

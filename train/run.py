@@ -17,7 +17,7 @@ def train(run: RunConfig, *, command: Sequence[str] = ()) -> Outcome:
 
     Args:
         run: the configuration.
-        command: what the user typed, for run.json.
+        command: the command line as typed, for run.json.
 
     Raises:
         ValueError: if the run cannot start as asked for; what the directory holds is left as it is.

@@ -182,7 +182,7 @@ class Stopwatch:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the constructor takes to continue."""
+        """Arguments of the constructor to continue."""
         return {"seconds": self.seconds, "warm_seconds": self._warm_seconds, "warm_tokens": self._warm_tokens}
 
     @contextlib.contextmanager

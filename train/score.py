@@ -20,13 +20,13 @@ class Score:
     """
 
     name: str
-    """Its key: `val_NAME` in result.json, `val/NAME` in metrics.jsonl and TensorBoard."""
+    """Key of the metric: `val_NAME` in result.json, `val/NAME` in metrics.jsonl and TensorBoard."""
     unit: str
-    """What follows a value in a sentence: "3.68 bits per byte", "0.91 accuracy"."""
+    """Words after a value in a sentence: "3.68 bits per byte", "0.91 accuracy"."""
     words: str
-    """What it is, in full, for titles and axes: "bits per byte of held-out text"."""
+    """Full name, for titles and axes: "bits per byte of held-out text"."""
     better: Literal["lower", "higher"] = "lower"
-    """Which of two values is the better one."""
+    """Direction of the better value."""
 
     def __post_init__(self) -> None:
         if self.better not in ("lower", "higher"):

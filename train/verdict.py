@@ -1,4 +1,4 @@
-"""What `crossover doctor` found on this machine: stored in the cache folder, heeded by training and measurements.
+"""Verdict of `crossover doctor` on this machine: stored in the cache folder, heeded by training and measurements.
 
 A verdict is of one set of versions, kernels and processors. With any other it is not found, and nothing is switched
 off until the doctor is run again.
@@ -35,7 +35,7 @@ def version(package: str) -> str | None:
 
 
 def identity() -> dict[str, str | None]:
-    """What a verdict holds for: versions, our kernels' sources, the processors."""
+    """Describes what a verdict holds for: versions, our kernels' sources, the processors."""
     return {
         **{name: version(name) for name in ("torch", "triton", "numba")},
         "interpreter": os.environ.get("TRITON_INTERPRET"),  # what it cannot do a GPU may
@@ -68,7 +68,7 @@ def store_verdict(checked: Sequence[str], failures: Mapping[tuple[str, str], str
         DataError: if the cache folder cannot be used.
     """
     before = _read_verdict() or {"switched_off": []}
-    others = [one for one in before["switched_off"] if one["op"] not in checked]
+    others = [entry for entry in before["switched_off"] if entry["op"] not in checked]
     found = [{"op": op, "backend": backend, "reason": reason} for (op, backend), reason in failures.items()]
     path = _path()
     try:
@@ -92,8 +92,8 @@ def apply_verdict() -> dict[str, Any] | None:
     verdict = _read_verdict()
     if verdict is None:
         return None
-    for one in verdict["switched_off"]:
-        dispatch.switch_off(one["op"], one["backend"], one["reason"])
+    for entry in verdict["switched_off"]:
+        dispatch.switch_off(entry["op"], entry["backend"], entry["reason"])
     return {"ran": verdict["ran"], "switched_off": verdict["switched_off"]}
 
 

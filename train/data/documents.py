@@ -64,11 +64,11 @@ class Documents:
     """The distinct documents of one source, by key, and what was left out."""
 
     name: str
-    """What reports call the corpus; holds no machine path."""
+    """Name of the corpus in reports; holds no machine path."""
     texts: dict[str, str] = field(default_factory=dict)
     """Text by key, in the order of reading; no text is empty, repeated or contains NUL."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many files or rows were left out, by reason."""
+    """Number of files or rows that were left out, by reason."""
     _seen: set[bytes] = field(default_factory=set)
 
     def add(self, text: str, key: str | None = None) -> None:

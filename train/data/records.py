@@ -74,7 +74,7 @@ def read_rows(path: Path, columns: Sequence[str], *, option: str) -> list[Row]:
     Args:
         path: a file of rows.
         columns: names of the columns.
-        option: how a user chooses columns, for the messages.
+        option: option with which a user chooses columns, for the messages.
 
     Raises:
         DataError: if the file cannot be read, lacks a column, or has a row in which one of them is no text.

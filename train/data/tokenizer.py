@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     """Maps text to token ids below `vocab_size` and back without loss."""
 
     name: str
-    """What reports call it: "bytes", "bpe:4096" or the name of a file."""
+    """Name in reports: "bytes", "bpe:4096" or the name of a file."""
     vocab_size: int
     separator: int
     """Token id between documents; counts as one byte and decodes to NUL."""

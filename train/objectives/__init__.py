@@ -1,4 +1,4 @@
-"""What a run can learn, by name. To add an objective: write train/objectives/NAME.py, then add its line here."""
+"""Objectives of a run, by name. To add an objective: write train/objectives/NAME.py, then add its line here."""
 
 from __future__ import annotations
 

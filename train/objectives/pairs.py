@@ -67,9 +67,9 @@ class PairTokens(Batch):
     source: Tensor
     """(B, S) int64."""
     target: Tensor
-    """What the decoder reads, (B, T) int64."""
+    """Tokens that the decoder reads, (B, T) int64."""
     targets: Tensor
-    """What it predicts, (B, T) int64; -100 where a target is padded."""
+    """Tokens that the decoder predicts, (B, T) int64; -100 where a target is padded."""
     source_len: Tensor
     """Tokens of each source, (B,) int64."""
 
@@ -211,7 +211,7 @@ def load_pairs(
 
     Args:
         config: source, tokenizer, val_fraction and cache are used.
-        columns: of the source and of the target.
+        columns: names of the columns of the source and of the target.
         progress: show the bars of `datasets` and `tokenizers`, on a terminal.
 
     Raises:
