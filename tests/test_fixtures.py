@@ -1,4 +1,4 @@
-"""What earlier versions wrote stays readable: reports, runs that were interrupted, saved models."""
+"""Files of earlier versions stay readable: reports, runs that were interrupted, saved models."""
 
 import csv
 import json

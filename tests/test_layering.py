@@ -22,7 +22,7 @@ Name = tuple[str, ...]
 
 
 def imported(tree: ast.AST, package: Name) -> list[tuple[str, Name, Name]]:
-    """What is imported by a module of `package`: its local name, what that stands for, and all that was named.
+    """Lists the imports of a module of `package`: the local name, what that stands for, and all that was named.
 
     The last two differ for `import a.b`, which binds a. Names are dotted ones, with `crossover` left out of our own.
     """
@@ -46,7 +46,7 @@ def own(name: Name) -> Name:
 
 
 def used(tree: ast.AST, package: Name) -> set[Name]:
-    """What a module of `package` imports by name, and what it reads from the modules that it imports."""
+    """Collects what a module of `package` imports by name, and what it reads from the modules that it imports."""
     bound = {local: name for local, name, _ in imported(tree, package)}
     found, inner = set[Name](), set[ast.AST]()
     for node in ast.walk(tree):  # an attribute comes before what it is read from

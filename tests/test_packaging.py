@@ -1,4 +1,4 @@
-"""What an install puts on the import path."""
+"""The import path after an install."""
 
 import importlib.metadata
 import os

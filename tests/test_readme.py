@@ -1,4 +1,4 @@
-"""What the README shows works as shown: its commands parse, its Python runs, its targets and links exist."""
+"""The README works as shown: its commands parse, its Python runs, its targets and links exist."""
 
 import re
 import shlex

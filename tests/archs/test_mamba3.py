@@ -20,7 +20,7 @@ def mixer(d_model: int = 24, **options: Any) -> Mamba3:
 
 
 def random_layer(**options: Any) -> Mamba3:
-    """With large weights, so that tokens differ in all they can, in float64."""
+    """A layer with large weights, so that tokens differ in all they can, in float64."""
     layer = mixer(11, d_state=10, head_dim=2, dt_max=1.0, **options).double()
     with torch.no_grad():
         layer.in_proj.weight.normal_()

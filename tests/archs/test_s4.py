@@ -33,9 +33,9 @@ def eigenvectors(d_state: int) -> Tensor:
 
 def dense_kernel(A: Tensor, B: Tensor, C: Tensor, dt: float, length: int) -> Tensor:
     """C Ab^t Bb by matrices, where Ab and Bb are A and B under the bilinear rule with step dt."""
-    one = torch.eye(len(A), dtype=A.dtype)
-    h = torch.linalg.solve(one - dt / 2 * A, dt * B)
-    step = torch.linalg.solve(one - dt / 2 * A, one + dt / 2 * A)
+    identity = torch.eye(len(A), dtype=A.dtype)
+    h = torch.linalg.solve(identity - dt / 2 * A, dt * B)
+    step = torch.linalg.solve(identity - dt / 2 * A, identity + dt / 2 * A)
     ys = []
     for _ in range(length):
         ys.append(C @ h)

@@ -36,7 +36,7 @@ every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS)
 
 
 def tiny(name: Any, **options: Any) -> Seq2Seq:
-    """In float64, with weights large enough for errors to show."""
+    """A model in float64, with weights large enough for errors to show."""
     lm: Seq2Seq = build(name, **{"d_model": 24, "n_layers": 4, "vocab_size": 11, **options}).double()
     with torch.no_grad():
         for p in lm.parameters():

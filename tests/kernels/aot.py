@@ -203,7 +203,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton's launcher would compile for these arguments."""
+    """Makes what Triton's launcher would compile for these arguments."""
     constants = {k: v for k, v in launch.options.items() if k not in ("num_warps", "num_stages")}
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | constants
     signature, constexprs, attributes = {}, {}, {}
@@ -271,7 +271,7 @@ def costs() -> dict[str, dict[str, Any]]:
     """The costs of every launch."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(costs_of, range(len(list(launches())))))
-    return {name: value for one in found for name, value in one.items()}
+    return {name: value for by_name in found for name, value in by_name.items()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What operations are checked and timed on: every size can be built, fits the operation and is counted."""
+"""Inputs that operations are checked and timed on: every size can be built, fits the operation and is counted."""
 
 import inspect
 

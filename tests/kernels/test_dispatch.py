@@ -1,4 +1,4 @@
-"""Which implementation runs, and that nobody is deceived about it."""
+"""The choice of the implementation that runs, and that nobody is deceived about it."""
 
 import warnings
 

@@ -22,7 +22,7 @@ from crossover.kernels.long_conv import triton_kernels
 from crossover.kernels.triton_kernels import record_launches
 
 ALONG = ("u", "starts")
-"""What has an axis of tokens."""
+"""Arguments with an axis of tokens."""
 
 SHIPPED = {name: getattr(triton_kernels, name) for name in ("BLOCK", "STEP", "most_columns")}
 """Tiles of long_conv on a GPU, in whose place tests have smaller ones."""

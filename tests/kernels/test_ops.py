@@ -37,7 +37,7 @@ def test_takes_the_arguments_of_the_definition(name: str, backend: str) -> None:
     assert arguments(backend) == arguments("reference")
 
 
-@pytest.mark.parametrize(("name", "backend"), [one for one in IMPLEMENTATIONS if one[1] != "triton"])
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in IMPLEMENTATIONS if pair[1] != "triton"])
 @settings(max_examples=12)
 @given(**SIZES)
 def test_matches_the_definition_in_float32(name: str, backend: str, **drawn: Any) -> None:

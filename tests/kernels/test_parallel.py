@@ -1,4 +1,4 @@
-"""How kernels for the CPU get their memory and their threads."""
+"""Memory and threads of the kernels for the CPU."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

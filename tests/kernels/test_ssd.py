@@ -325,8 +325,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             found.append(run("cpu", tensors, dt_softplus=True))
     finally:
         torch.set_num_threads(threads)
-    for name, one in found[0].items():
-        assert torch.equal(one, found[1][name]), name
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 def test_the_cpu_reads_and_writes_only_its_own_memory(guard_bands: Any) -> None:

@@ -17,7 +17,7 @@ def run_of(*argv: str) -> RunConfig:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What a rejected command line prints, on one line."""
+    """Returns what a rejected command line prints, on one line."""
     with pytest.raises(SystemExit) as stop:
         run_of(*argv)
     assert stop.value.code == 2

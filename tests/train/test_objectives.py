@@ -41,7 +41,7 @@ def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(objective: Objective[Any, Any], rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """What a model is given of each row."""
+    """Collates each row alone into what a model is given."""
     return [vars(objective.collate([row])) for row in rows]
 
 

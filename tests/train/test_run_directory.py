@@ -1,4 +1,4 @@
-"""What survives a resume."""
+"""State that survives a resume."""
 
 import json
 

@@ -114,7 +114,7 @@ def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> No
     assert record["flops_per_token"] == 3 * model.mean_flops_per_token(16)
     assert record["state_bytes"] == sum(state.nbytes for state in model.init_state(1, 16))
     assert record["corpus"] == corpus.summary()
-    assert record["model"] == json.loads(json.dumps(model.config.to_dict()))
+    assert record["model"] == model.config.to_dict()
     assert RunConfig.from_dict(record["config"]) == run
     assert record["backends"] == result["backend"] != {}
     assert record["doctor"] is None  # it was never run on this machine
@@ -211,8 +211,8 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(arch: str, tmp_pat
     finally:
         torch.set_default_dtype(torch.float32)
     for key in ("train/loss", "train/grad_norm"):
-        for (_, one), (_, other) in zip(metrics(whole, key), metrics(parts, key), strict=True):
-            assert one == pytest.approx(other, rel=1e-6)  # sums in another order; float32 inside some operations
+        for (_, value), (_, other) in zip(metrics(whole, key), metrics(parts, key), strict=True):
+            assert value == pytest.approx(other, rel=1e-6)  # sums in another order; float32 inside some operations
     expected = tensors(whole)
     for name, value in tensors(parts).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)

@@ -40,9 +40,9 @@ def test_a_rate_at_which_a_seed_diverged_cannot_win() -> None:
 def test_a_rate_with_a_seed_that_is_missing_or_not_done_cannot_win(status: str | None, tmp_path: Path) -> None:
     config = LearningRateConfig(archs=("mamba",), rates=(1e-3, 9e-3), seeds=2, out=tmp_path)
     for rate, statuses in (("0.001", ("done", "done")), ("0.009", ("done", status))):
-        for seed, one in enumerate(statuses):
-            if one is not None:
-                home = write_run(tmp_path, "mamba", seed=seed, status=one)
+        for seed, found in enumerate(statuses):
+            if found is not None:
+                home = write_run(tmp_path, "mamba", seed=seed, status=found)
                 home.rename(tmp_path / f"mamba-lr{rate}-s{seed}")
     conclude(rate_runs(config), tmp_path)
     lines = (tmp_path / "lr.csv").read_text().splitlines()

@@ -31,7 +31,7 @@ def job(
         arch=arch,
         label=arch.capitalize(),
         context_len=context_len,
-        model=json.loads(json.dumps(model)),
+        model=model,
         n_params=1,
         n_active_params=1,
         measure=MeasureConfig(**options),
@@ -280,12 +280,12 @@ def test_jobs_are_made_from_sizes_lengths_and_settings() -> None:
     assert [(job.arch, job.context_len) for job in jobs] == [
         ("transformer", 16), ("mamba", 16), ("transformer", 64), ("mamba", 64)
     ]  # fmt: skip
-    for one in jobs:
-        assert ModelConfig.from_dict(one.model) in [size.config for size in sizes]
-        assert one.measure == dataclasses.replace(measure, tokens_per_batch=64)
-        assert one.precision in ("fp32", "bf16")
-        assert (one.threads, one.device != "auto", "command" in one.provenance) == (3, True, False)
-        assert json.loads(json.dumps(one.settings)) == one.settings
+    for found in jobs:
+        assert ModelConfig.from_dict(found.model) in [size.config for size in sizes]
+        assert found.measure == dataclasses.replace(measure, tokens_per_batch=64)
+        assert found.precision in ("fp32", "bf16")
+        assert (found.threads, found.device != "auto", "command" in found.provenance) == (3, True, False)
+        assert json.loads(json.dumps(found.settings)) == found.settings
 
 
 @pytest.mark.quick

@@ -14,7 +14,7 @@ from crossover.train.runtime import choose_precision
 CPU = torch.device("cpu")
 
 
-def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> Bench:
+def make_bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> Bench:
     settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
     config = configure(arch, d_model=32, n_layers=1)
     return Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
@@ -24,18 +24,18 @@ def bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -
 @pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> None:
-    one = bench("transformer", precision=precision)
-    found = measure(one, phase)
+    bench = make_bench("transformer", precision=precision)
+    found = measure(bench, phase)
     assert found["status"] == "done", found
     with torch.no_grad():
-        state = one._prefilled(one._tokens(1, 16), 16)
+        state = bench._prefilled(bench._tokens(1, 16), 16)
     assert found["state_bytes"] == sum(storages(state).values())
 
 
 def storages(state: Sequence[State]) -> dict[int, int]:
     """Bytes that tensors of a state hold, by address."""
     tensors = [value for layer in state for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 @pytest.mark.parametrize(("warm_up", "repeats"), [(0.1, 2), (0.001, 3)])
@@ -49,7 +49,7 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
         return next(seconds)
 
     monkeypatch.setattr(worker, "timed", fill_the_box)
-    found = measure(bench(), "train")
+    found = measure(make_bench(), "train")
     assert (found["status"], found["repeats"]) == ("done", repeats)
     if repeats == 2:
         assert found["spread"] == (32 / 0.5, 32 / 0.25)
@@ -57,36 +57,36 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
 
 def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "timed", lambda device, work: 100.0)
-    assert measure(bench(), "decode")["repeats"] >= 3
+    assert measure(make_bench(), "decode")["repeats"] >= 3
 
 
 def test_an_unexpected_error_leaves_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = bench()
-    monkeypatch.setattr(one, "_declared_bytes", lambda batch_size: 1)
-    assert measure(one, "prefill")["status"] == "failed"
+    bench = make_bench()
+    monkeypatch.setattr(bench, "_declared_bytes", lambda batch_size: 1)
+    assert measure(bench, "prefill")["status"] == "failed"
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_state_that_is_not_what_init_state_says_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = bench()
-    monkeypatch.setattr(one, "_declared_bytes", lambda batch_size: 1)
-    found = measure(one, "prefill")
+    bench = make_bench()
+    monkeypatch.setattr(bench, "_declared_bytes", lambda batch_size: 1)
+    found = measure(bench, "prefill")
     assert found["status"] == "failed"
     assert "init_state says 1" in found["error"]
 
 
 def test_decoding_starts_every_repeat_from_the_same_context() -> None:
-    one, lengths = bench("transformer"), []
-    forward = one.lm.forward
+    bench, lengths = make_bench("transformer"), []
+    forward = bench.lm.forward
 
     def spy(tokens: torch.Tensor, state: list) -> object:
         lengths.append(state[0].length)
         return forward(tokens, state)
 
-    one.lm.forward = spy  # pyright: ignore[reportAttributeAccessIssue]
-    assert measure(one, "decode")["status"] == "done"
+    bench.lm.forward = spy  # pyright: ignore[reportAttributeAccessIssue]
+    assert measure(bench, "decode")["status"] == "done"
     assert set(lengths) == {16, 17}
 
 
@@ -102,13 +102,13 @@ def test_decoding_starts_every_repeat_from_the_same_context() -> None:
     ],
 )
 def test_errors_are_told_apart(error: Exception, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = bench()
+    bench = make_bench()
 
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(one, "train", fail)
-    found = measure(one, "train")
+    monkeypatch.setattr(bench, "train", fail)
+    found = measure(bench, "train")
     assert found["status"] == status
     assert found["error"]
 

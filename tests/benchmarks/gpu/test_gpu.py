@@ -68,7 +68,7 @@ def job(op: str, **changed: Any) -> Job:
 
 
 def spec(op: str, specs: list[Spec] = QUICK, **sizes: int) -> Spec:
-    return next(one for one in specs if one.op == op and sizes.items() <= dict(one.size.sizes).items())
+    return next(spec for spec in specs if spec.op == op and sizes.items() <= dict(spec.size.sizes).items())
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, op: str, function: Callable[..., Any], backend: str = "cpu") -> None:
@@ -105,11 +105,11 @@ def test_floors_at_standard_sizes_are_those_of_the_arithmetic(
 
 
 def test_no_prediction_beats_its_floor() -> None:
-    predicted = [one for one in STANDARD if one.size.predicted]
+    predicted = [spec for spec in STANDARD if spec.size.predicted]
     assert len(predicted) > 10
-    for one in predicted:
-        counts = build(one, META, torch.bfloat16).inputs.counts
-        for which, (least, most) in one.size.predicted.items():
+    for spec in predicted:
+        counts = build(spec, META, torch.bfloat16).inputs.counts
+        for which, (least, most) in spec.size.predicted.items():
             floor = H200.floor(counts[which])
             assert floor is not None
             assert floor[0] * 0.97 < least < most
@@ -124,9 +124,9 @@ def test_the_slowest_limit_is_the_floor_and_what_is_not_known_is_none() -> None:
 
 def test_a_window_counts_only_the_keys_it_shows() -> None:
     L, W = 13, 5
-    one = Spec(op="attention", size=size(B=1, L=L, H=1, H_kv=1, P=16, W=W))
+    spec = Spec(op="attention", size=size(B=1, L=L, H=1, H_kv=1, P=16, W=W))
     pairs = sum(1 for q, k in itertools.product(range(L), repeat=2) if q - W < k <= q)
-    assert build(one, META, torch.bfloat16).inputs.counts["fwd"].flops == 4 * 16 * pairs
+    assert build(spec, META, torch.bfloat16).inputs.counts["fwd"].flops == 4 * 16 * pairs
 
 
 def test_every_operation_is_timed_the_important_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,23 +134,23 @@ def test_every_operation_is_timed_the_important_ones_first(monkeypatch: pytest.M
     assert in_order([*ops.OPS][::-1]) == list(ops.OPS)
     assert list(ops.OPS)[: len(important)] == important
     for name, quick in itertools.product(ops.OPS, (True, False)):
-        assert {one.op for one in specs_of(name, quick=quick)} == {name}
+        assert {spec.op for spec in specs_of(name, quick=quick)} == {name}
     # as an operation would be that nobody has given sizes to
     monkeypatch.setattr(ops.ssm_scan, "_cases", Cases(example_tensors=ops.ssm_scan.cases.example_tensors))
-    (one,) = specs_of("ssm_scan", quick=True)
-    case = build(one, CPU, torch.float32)
+    (spec,) = specs_of("ssm_scan", quick=True)
+    case = build(spec, CPU, torch.float32)
     ours = racing(case, "torch", with_peers=True)["ours"]
     assert isinstance(ours, Contestant)
     assert len(one_pass(ours, True)()) == 3  # u, A, C
     assert case.inputs.counts["fwd"].bytes > case.inputs.tensors["u"].nbytes
 
 
-@pytest.mark.parametrize("one", QUICK, ids=lambda one: f"{one.op} {one.shape}")
-def test_all_contestants_compute_the_same(one: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", QUICK, ids=lambda spec: f"{spec.op} {spec.shape}")
+def test_all_contestants_compute_the_same(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     gpu_peers._compiled_flex_attention.cache_clear()
     gpu_peers._compiled_loss.cache_clear()
-    case = build(one, CPU, torch.float32)
+    case = build(spec, CPU, torch.float32)
     found = racing(case, "torch", with_peers=True)
     for who in ("cudnn", "cuDNN LSTM"):  # needs a GPU; has weights of its own
         found.pop(who, None)
@@ -158,12 +158,12 @@ def test_all_contestants_compute_the_same(one: Spec, monkeypatch: pytest.MonkeyP
         t.requires_grad_(False)
     racers = {who: c for who, c in found.items() if isinstance(c, Contestant)}
     with use_backend("reference"):
-        expected = ops.OPS[one.op].cases.call(ops.OPS[one.op], case.inputs.tensors, case.inputs.options)
+        expected = ops.OPS[spec.op].cases.call(ops.OPS[spec.op], case.inputs.tensors, case.inputs.options)
     for who, contestant in racers.items():
         out = one_pass(contestant, False)()
         y, x = (t[0] if isinstance(t, tuple) else t for t in (out, expected))
         torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-4, msg=lambda text, who=who: f"{who}: {text}")
-    assert set(found) >= {"ours", *gpu_peers.PEERS.get(one.op, {})} - {"cudnn", "cuDNN LSTM"}
+    assert set(found) >= {"ours", *gpu_peers.PEERS.get(spec.op, {})} - {"cudnn", "cuDNN LSTM"}
 
 
 def library(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
@@ -294,8 +294,8 @@ def test_limits_are_measured_and_a_fast_copy_is_a_high_rate() -> None:
 
 @pytest.mark.quick
 def test_a_row_holds_rates_floor_prediction_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = Spec(op="rms_norm", size=size({"fwd": (1.0, 2.0)}, T=8, D=16))
-    monkeypatch.setattr(gpu, "specs_of", lambda name, quick: [one])
+    spec = Spec(op="rms_norm", size=size({"fwd": (1.0, 2.0)}, T=8, D=16))
+    monkeypatch.setattr(gpu, "specs_of", lambda name, quick: [spec])
     x = torch.ones(1)
     peers = {
         "good": lambda case: Contestant(run=lambda: x, leaves=[]),
@@ -360,7 +360,7 @@ def test_a_run_writes_every_finding_with_its_provenance(tmp_path: Path, capsys: 
     assert main([*words, "--out", str(tmp_path), "--ops", "grouped_mm", "rms_norm"]) == 0
     rows = read_json_lines(tmp_path / "gpu.jsonl")
     timed = [(row["op"], row["pass"], row["status"]) for row in rows if row["kind"] == "time"]
-    assert timed == [(op, one, "ok") for op in ("rms_norm", "grouped_mm") for one in ("fwd", "fwd+bwd")]
+    assert timed == [(op, which, "ok") for op in ("rms_norm", "grouped_mm") for which in ("fwd", "fwd+bwd")]
     assert {row["dtype"] for row in rows if row["kind"] == "check"} == {"float32", "bfloat16", "float16"}
     assert all("gpu" in row["provenance"]["command"] and row["provenance"]["git_commit"] for row in rows)
     text, page = capsys.readouterr().out, (tmp_path / "gpu.md").read_text()
@@ -418,7 +418,7 @@ def test_unwritten_memory_and_results_that_change_are_found(monkeypatch: pytest.
         replace(monkeypatch, "rms_norm", function)
         examples = [{"L": 5, "E": 6, "N": 4, "optional": True}]
         found = list(checks_of("rms_norm", "cpu", "cpu", torch.float32, examples=examples, repeats=5))
-        return [one.reason for one in found]
+        return [check.reason for check in found]
 
     assert reasons(reference_norm) == [None]
     assert reasons(unwritten)[0] == "output 0 is off by inf, allowed 2.0e-05"
@@ -484,7 +484,7 @@ def test_jobs_begin_with_the_important_operations() -> None:
     shared = vars(job("ssd"))
     shared = {k: shared[k] for k in ("device", "backend", "timed_dtype", "quick", "with_peers")}
     found = jobs(["ssd", "rms_norm"], **shared)
-    assert [(one.op, one.dtype) for one in found[:5]] == [
+    assert [(job.op, job.dtype) for job in found[:5]] == [
         ("ssd", None), ("ssd", "float32"), ("ssd", "bfloat16"), ("ssd", "float16"), ("rms_norm", None)
     ]  # fmt: skip
 

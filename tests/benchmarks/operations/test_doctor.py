@@ -95,8 +95,8 @@ def test_a_crash_is_a_failure_and_a_refusal_is_not(
         raise error
 
     replace(monkeypatch, "rms_norm", fail)
-    found = [one for one in checks(["rms_norm"]) if one.backend == "torch"]
-    assert {(one.status, one.reason) for one in found} == {(status, reason)}
+    found = [check for check in checks(["rms_norm"]) if check.backend == "torch"]
+    assert {(check.status, check.reason) for check in found} == {(status, reason)}
 
 
 def test_a_wrong_gradient_a_wrong_shape_and_nan_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_wrong_gradient_a_wrong_shape_and_nan_are_failures(monkeypatch: pytest
     def reasons(function: Callable[..., torch.Tensor]) -> set[str]:
         with monkeypatch.context() as broken:
             replace(broken, "rms_norm", function)
-            return {one.reason or "" for one in checks(["rms_norm"]) if one.status == "failed"}
+            return {check.reason or "" for check in checks(["rms_norm"]) if check.status == "failed"}
 
     def stuck(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return reference(x, weight.detach() + 0 * weight, eps)
@@ -116,15 +116,15 @@ def test_a_wrong_gradient_a_wrong_shape_and_nan_are_failures(monkeypatch: pytest
     def nan(**arguments: Any) -> torch.Tensor:
         return reference(**arguments) * float("nan")
 
-    assert {one.partition(" by ")[0] for one in reasons(stuck)} == {"gradient of weight is off"}
-    assert {one.partition(" (")[0] for one in reasons(short)} == {"output 0 has shape"}
-    assert {one.partition(", ")[0] for one in reasons(nan)} == {"output 0 is off by inf"}
+    assert {reason.partition(" by ")[0] for reason in reasons(stuck)} == {"gradient of weight is off"}
+    assert {reason.partition(" (")[0] for reason in reasons(short)} == {"output 0 has shape"}
+    assert {reason.partition(", ")[0] for reason in reasons(nan)} == {"output 0 is off by inf"}
 
 
 def test_a_backend_that_cannot_run_here_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, "rms_norm", ops.OPS["rms_norm"]._implementations["torch"])
-    found = [one for one in checks(["rms_norm"]) if one.backend == "triton"]
-    assert [(one.status, one.reason) for one in found] == [("not here", "no GPU")]
+    found = [check for check in checks(["rms_norm"]) if check.backend == "triton"]
+    assert [(check.status, check.reason) for check in found] == [("not here", "no GPU")]
 
 
 def test_a_verdict_of_other_versions_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsy
     assert bench_kernels(config, command=["crossover", "bench", "kernels"]) == 0
     rows = read_json_lines(tmp_path / "kernels.jsonl")
     assert {(row["op"], row["pass"], row["threads"]) for row in rows} == {
-        (op, one, threads) for op in ops.OPS for one in ("fwd", "fwd+bwd") for threads in (1, 2)
+        (op, which, threads) for op in ops.OPS for which in ("fwd", "fwd+bwd") for threads in (1, 2)
     }
     for row in rows:
         assert row["provenance"]["command"] == "crossover bench kernels"
@@ -55,7 +55,7 @@ def test_all_contestants_compute_the_same(name: str) -> None:
     (case,) = cases(name, KernelsConfig(**TINY))
     racing = contestants(case)
     racing.pop("peer", None)  # has weights of its own
-    expected, *others = (out if isinstance(out := one.run(), tuple) else (out,) for one in racing.values())
+    expected, *others = (out if isinstance(out := racer.run(), tuple) else (out,) for racer in racing.values())
     for other in others:
         torch.testing.assert_close(other[0], expected[0], rtol=1e-3, atol=1e-4)
 

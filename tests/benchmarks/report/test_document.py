@@ -39,7 +39,7 @@ BLOCKS: list[Block] = [
 
 
 class _Text(HTMLParser):
-    """What a page says: its text and the descriptions of its pictures."""
+    """Reads a page: its text and the descriptions of its pictures."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

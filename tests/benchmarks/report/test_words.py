@@ -13,7 +13,7 @@ FLAT = (10, 10, 10, 10)
 
 
 def span(values: Sequence[float | None], noise: float = 0.0, *, against: Sequence[float | None] = FLAT, **at) -> Span:
-    """Where these speeds at LENGTHS are better than the others, each with a spread of `noise`; None ran out of memory,
+    """Finds where these speeds at LENGTHS beat the others, each with a spread of `noise`; None ran out of memory,
     or of time where `stopped_after` is given."""
     curves = {
         name: [

@@ -27,7 +27,7 @@ def save(folder: Path, vocab_size: int = 256) -> str:
 
 
 def printed(capsys: Capture, *words: str) -> str:
-    """What `crossover generate` prints, after it has succeeded."""
+    """Returns what `crossover generate` prints, after it has succeeded."""
     assert main(["generate", *words]) == 0
     return capsys.readouterr().out
 
@@ -185,7 +185,7 @@ def test_an_encoder_decoder_without_a_source_says_what_to_give(tmp_path: Path, c
 
 
 def steps(*texts: bytes) -> Iterator[torch.Tensor]:
-    """What `on_token` gets for continuations of bytes."""
+    """Calls `on_token` as for continuations of bytes."""
     for n in range(max(map(len, texts))):
         yield torch.tensor([text[n] if n < len(text) else NO_TOKEN for text in texts])
 
