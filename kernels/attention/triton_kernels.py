@@ -159,21 +159,21 @@ def forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     rows = L * constants["GROUP"]
     if rows > DECODE_ROWS:
-        options = configuration("forward", max(constants["D"], constants["DV"]), q.dtype)
-        grid = (triton.cdiv(L, options["BLOCK_M"]), H, B)
-        launch(_forward_kernel, grid, q, k, v, o, lse, *bounds, *strides, **constants, **options)
+        config = configuration("forward", max(constants["D"], constants["DV"]), q.dtype)
+        grid = (triton.cdiv(L, config["BLOCK_M"]), H, B)
+        launch(_forward_kernel, grid, q, k, v, o, lse, *bounds, *strides, **constants, **config)
         return o, lse
 
-    options = configuration("decode", max(constants["D"], constants["DV"]), q.dtype)
-    options["BLOCK_M"] = max(16, triton.next_power_of_2(rows))
+    config = configuration("decode", max(constants["D"], constants["DV"]), q.dtype)
+    config["BLOCK_M"] = max(16, triton.next_power_of_2(rows))
     n_programs, n_keys = B * k.shape[2], S if window is None else min(S, L + window)
-    parts = splits(n_programs, n_keys, options["BLOCK_N"])
+    parts = splits(n_programs, n_keys, config["BLOCK_N"])
     part_o, part_lse = o, lse
     if parts > 1:
         part_o = torch.empty(parts, *o.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
     grid = (parts, k.shape[2], B)
-    launch(_decode_kernel, grid, q, k, v, part_o, part_lse, *bounds, *strides, **constants, **options)
+    launch(_decode_kernel, grid, q, k, v, part_o, part_lse, *bounds, *strides, **constants, **config)
     if parts > 1:
         sizes = {"PARTS": parts, "PADDED": triton.next_power_of_2(parts), "PV": v.shape[3], "DV": constants["DV"]}
         launch(_combine_kernel, (L, H, B), part_o, part_lse, o, lse, **sizes, num_warps=4)
@@ -204,14 +204,14 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     width = max(constants["D"], constants["DV"])
 
-    options = configuration("dq", width, q.dtype)
-    grid = (triton.cdiv(L, options["BLOCK_M"]), H, B)
+    config = configuration("dq", width, q.dtype)
+    grid = (triton.cdiv(L, config["BLOCK_M"]), H, B)
     tensors = (q, k, v, o, grad_o, lse, delta, grad_q)
-    launch(_query_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **options)
-    options = configuration("dkdv", width, q.dtype)
-    grid = (triton.cdiv(S, options["BLOCK_N"]), n_kv_heads, B)
+    launch(_query_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **config)
+    config = configuration("dkdv", width, q.dtype)
+    grid = (triton.cdiv(S, config["BLOCK_N"]), n_kv_heads, B)
     tensors = (q, k, v, grad_o, lse, delta, grad_k, grad_v)
-    launch(_key_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **options)
+    launch(_key_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **config)
     return grad_q, grad_k, grad_v
 
 

@@ -60,13 +60,13 @@ def product(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False)
     x, weight = x.contiguous(), weight.contiguous()
     (T, D), G, F = x.shape, weight.shape[0], weight.shape[2 if transposed else 1]
     y = torch.empty(T, F, dtype=x.dtype, device=x.device)
-    options = configuration(triton.cdiv(T, G), F, D, x.dtype, _by_vectors(F, D, x))
+    config = configuration(triton.cdiv(T, G), F, D, x.dtype, _by_vectors(F, D, x))
     # every group but those without rows has at most one tile that is not full
-    n_tiles = T // options["BLOCK_M"] + min(G, T)
+    n_tiles = T // config["BLOCK_M"] + min(G, T)
     launch(
-        _product_kernel, (triton.cdiv(F, options["BLOCK_N"]), n_tiles),
-        x, weight, bounds(counts, options["BLOCK_M"]), y, G,
-        BLOCK_G=triton.next_power_of_2(G), F=F, D=D, TRANSPOSED=transposed, **options,
+        _product_kernel, (triton.cdiv(F, config["BLOCK_N"]), n_tiles),
+        x, weight, bounds(counts, config["BLOCK_M"]), y, G,
+        BLOCK_G=triton.next_power_of_2(G), F=F, D=D, TRANSPOSED=transposed, **config,
     )  # fmt: skip
     return y
 
@@ -76,11 +76,11 @@ def weight_gradient(grad_y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     grad_y, x = grad_y.contiguous(), x.contiguous()
     (T, F), D, G = grad_y.shape, x.shape[1], len(counts)
     grad_weight = torch.empty(G, F, D, dtype=x.dtype, device=x.device)
-    options = configuration(F, D, triton.cdiv(T, G), x.dtype, _by_vectors(F, D, x))
+    config = configuration(F, D, triton.cdiv(T, G), x.dtype, _by_vectors(F, D, x))
     launch(
-        _weight_gradient_kernel, (triton.cdiv(D, options["BLOCK_N"]), triton.cdiv(F, options["BLOCK_M"]), G),
-        grad_y, x, bounds(counts, options["BLOCK_M"]), grad_weight,
-        F=F, D=D, **options,
+        _weight_gradient_kernel, (triton.cdiv(D, config["BLOCK_N"]), triton.cdiv(F, config["BLOCK_M"]), G),
+        grad_y, x, bounds(counts, config["BLOCK_M"]), grad_weight,
+        F=F, D=D, **config,
     )  # fmt: skip
     return grad_weight
 

@@ -56,10 +56,10 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: i
     T, D = x.shape
     y = torch.empty(T, D, dtype=x.dtype, device=x.device)
     rstd = torch.empty(T, n_groups, dtype=torch.float32, device=x.device)
-    options = configuration(D // n_groups)
-    grid = (triton.cdiv(T, options["ROWS"]), n_groups)
+    config = configuration(D // n_groups)
+    grid = (triton.cdiv(T, config["ROWS"]), n_groups)
     strides = (x.stride(0), 0 if z is None else z.stride(0))
-    launch(_forward_kernel, grid, x, z, weight, y, rstd, T, D // n_groups, *strides, eps, **options)
+    launch(_forward_kernel, grid, x, z, weight, y, rstd, T, D // n_groups, *strides, eps, **config)
     return y, rstd
 
 
@@ -71,15 +71,15 @@ def backward(
     grad_y = rows(grad_y)
     grad_x = torch.empty(T, D, dtype=x.dtype, device=x.device)
     grad_z = torch.empty((T, D) if z is not None else (0,), dtype=x.dtype, device=x.device)
-    options = configuration(D // n_groups)
-    n_programs = min(PROGRAMS, triton.cdiv(T, options["ROWS"]))
+    config = configuration(D // n_groups)
+    n_programs = min(PROGRAMS, triton.cdiv(T, config["ROWS"]))
     parts = torch.empty(n_programs, D, dtype=torch.float32, device=x.device)
     strides = (grad_y.stride(0), x.stride(0), 0 if z is None else z.stride(0))
     launch(
         _backward_kernel, (n_programs, n_groups),
         grad_y, x, z, weight, rstd, grad_x, grad_z if z is not None else None, parts, T, D // n_groups,
         *strides,
-        **options,
+        **config,
     )  # fmt: skip
     return grad_x, grad_z, parts.sum(0).to(weight.dtype)
 

@@ -34,9 +34,9 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, L, H, P) rotated by a table, (L, P/2) each."""
     batch, L, H, P = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    options = configuration(H, P // 2)
-    grid = (triton.cdiv(L, options["TOKENS"]), triton.cdiv(H, options["HEADS"]), batch)
-    launch(_kernel, grid, x, cos, sin, y, L, H, P // 2, x.stride(0), x.stride(1), **options)
+    config = configuration(H, P // 2)
+    grid = (triton.cdiv(L, config["TOKENS"]), triton.cdiv(H, config["HEADS"]), batch)
+    launch(_kernel, grid, x, cos, sin, y, L, H, P // 2, x.stride(0), x.stride(1), **config)
     return y
 
 

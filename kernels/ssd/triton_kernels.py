@@ -128,13 +128,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state; `ids` numbers the documents of the tokens, (B, 1 + L), after a zero."""
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
-    options = configuration(L, P, N, x.element_size(), chunk_len)
-    steps, sums = _steps(dt, A, dt_bias, dt_softplus, options["Q"])
+    config = configuration(L, P, N, x.element_size(), chunk_len)
+    steps, sums = _steps(dt, A, dt_bias, dt_softplus, config["Q"])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = torch.empty(batch, H, P, N, dtype=torch.float32, device=x.device)
     h = None if initial_state is None else initial_state.float().contiguous()
-    n_chunks, n_parts = triton.cdiv(L, options["Q"]), triton.cdiv(P, options["BLOCK_P"])
-    span = segment_chunks(batch * H * n_parts, n_chunks) * options["Q"]
+    n_chunks, n_parts = triton.cdiv(L, config["Q"]), triton.cdiv(P, config["BLOCK_P"])
+    span = segment_chunks(batch * H * n_parts, n_chunks) * config["Q"]
     n_segments = triton.cdiv(L, span)
 
     def walk(c: Tensor | None, d: Tensor | None, z: Tensor | None, *rest: Tensor | None) -> None:
@@ -142,7 +142,7 @@ def forward(
             _forward_kernel, (batch * H, n_parts, n_segments),
             x, steps, sums, B, c, d, z, *rest, L, H, H // G, span,
             *_strides(x, B, c, z),
-            **options, P=P, N=N,
+            **config, P=P, N=N,
         )  # fmt: skip
 
     if n_segments == 1:
@@ -203,9 +203,9 @@ def backward(
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state in this order; empty for what is absent."""
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     grad_y = _tokens(grad_y.to(x.dtype))
-    options = configuration(L, P, N, x.element_size(), chunk_len)
-    steps, sums = _steps(dt, A, dt_bias, dt_softplus, options["Q"])
-    n_chunks = triton.cdiv(L, options["Q"])
+    config = configuration(L, P, N, x.element_size(), chunk_len)
+    steps, sums = _steps(dt, A, dt_bias, dt_softplus, config["Q"])
+    n_chunks = triton.cdiv(L, config["Q"])
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -219,13 +219,13 @@ def backward(
         (True, (grad_y, C, z, gated, last, grad_states, None if initial_state is None else grad_initial)),
     ):
         launch(
-            _states_kernel, (batch * H, triton.cdiv(P, options["BLOCK_P"])),
+            _states_kernel, (batch * H, triton.cdiv(P, config["BLOCK_P"])),
             *arguments, steps, sums, ids, L, H, H // G, n_chunks,
             *_strides(*arguments[:3]),
-            **options, P=P, N=N, REVERSE=reverse,
+            **config, P=P, N=N, REVERSE=reverse,
         )  # fmt: skip
 
-    constants = {"Q": options["Q"], "BLOCK_P": max(16, triton.next_power_of_2(P)), "BLOCK_N": options["BLOCK_N"]}
+    constants = {"Q": config["Q"], "BLOCK_P": max(16, triton.next_power_of_2(P)), "BLOCK_N": config["BLOCK_N"]}
     grad_x, grad_dt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
     grad_z = empty(0, dtype=x.dtype) if z is None else empty(*z.shape, dtype=z.dtype)
     parts = empty(3, batch * n_chunks, H)  # gradients of A, D and dt_bias from every chunk

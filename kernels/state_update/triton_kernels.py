@@ -75,12 +75,12 @@ def forward(
     (batch, H, P, N), G = state.shape, n_groups(x, state)
     y = torch.empty(batch, H, P, dtype=x.dtype, device=x.device)
     following = torch.empty(window.shape, dtype=x.dtype, device=x.device)
-    options = configuration(P, N)
+    config = configuration(P, N)
     launch(
-        _update_kernel, (batch * H, triton.cdiv(P, options["BLOCK_P"])),
+        _update_kernel, (batch * H, triton.cdiv(P, config["BLOCK_P"])),
         x, dt, window, state, weight, bias, A, D, dt_bias, y, following, after,
         H, H // G, x.shape[1], x.stride(0), dt.stride(0),
-        **options, K=weight.shape[1], P=P, N=N,
+        **config, K=weight.shape[1], P=P, N=N,
     )  # fmt: skip
     return y, following
 
