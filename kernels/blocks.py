@@ -20,7 +20,7 @@ TASKS = 16
 """Tasks to aim at: enough for many threads, few enough to read long pieces of rows and to share the work on B and C."""
 
 MAX_BLOCKS = 16
-"""Most blocks of a task: its scratch stays in the second-level cache."""
+"""Largest number of blocks of a task: its scratch stays in the second-level cache."""
 
 
 def blocks_per_task(batch: int, E: int) -> int:

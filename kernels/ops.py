@@ -79,11 +79,11 @@ linear_cross_entropy = _op(_linear_cross_entropy)
 grouped_mm = _op(_grouped_mm)
 
 OPS: dict[str, Op] = {name: op for name, op in globals().items() if isinstance(op, Op)}
-"""All of the above by name."""
+"""Operations by name."""
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:
-    """These names of operations, or all where none is given.
+    """Returns these names of operations, or all where none is given.
 
     Raises:
         ValueError: if one does not exist; the message has the most similar name, or all.

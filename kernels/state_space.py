@@ -126,7 +126,7 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _convolve_documents(x: Tensor, kernel: Tensor, ids: Tensor) -> Tensor:
-    """The same over the tokens s of t's own document; ids (B, L / Q, Q).
+    """The sum of `_convolve` over the tokens s of t's own document; ids (B, L / Q, Q).
 
     By halves, so that no row needs a matrix of its own: a token of one block and one of the next are in the same
     document where both are in that of the first block's last token, a condition on each of the two alone.

@@ -29,10 +29,10 @@ MAX_WIDTH = 256
 """Widest head: a block of rows must fit the registers of one program."""
 
 DECODE_ROWS = 64
-"""Most queries, over all heads that share a key head, that are packed into one block."""
+"""Largest number of queries, over all heads that share a key head, that are packed into one block."""
 
 MAX_SPLITS = 32
-"""Most programs that share the keys of one head."""
+"""Largest number of programs that share the keys of one head."""
 
 SLOTS = 264
 """Programs that run at once: two on each of the 132 multiprocessors of an H100. Elsewhere only the balance suffers."""

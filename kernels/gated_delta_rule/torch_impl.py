@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
-"""Most tokens of a chunk."""
+"""Largest number of tokens of a chunk."""
 
 
 def gated_delta_rule(

@@ -22,7 +22,7 @@ from ..operators import operator
 from ..triton_kernels import launch
 
 MAX_GROUPS = 1023
-"""Most groups: their bounds, one more than they are, must fit the registers of one program."""
+"""Largest number of groups: their bounds, one more than they are, must fit the registers of one program."""
 
 
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

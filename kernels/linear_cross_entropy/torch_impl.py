@@ -10,7 +10,7 @@ from ..autocast import product_dtype
 from .chunks import Weights, chunked, means
 
 KEPT = 1 << 19
-"""Most logits in all that autograd keeps, 2 MiB in float32: up to there chunks cost more than they save on a CPU."""
+"""Logits that autograd may keep in all, 2 MiB in float32: up to there chunks cost more than they save on a CPU."""
 
 LOGITS = 1 << 22
 """Logits of a chunk: 16 MiB in float32."""

@@ -19,7 +19,7 @@ LOGITS = 1 << 27
 """Logits of a chunk: 256 MiB in bfloat16, and tokens enough to fill the device with products."""
 
 BLOCK = 4096
-"""Most logits that a program holds at once."""
+"""Largest number of logits that a program holds at once."""
 
 
 def linear_cross_entropy(

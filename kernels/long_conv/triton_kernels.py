@@ -35,7 +35,7 @@ from ..triton_kernels import exp, launch
 from . import torch_impl
 
 MAX_STATES = 256
-"""Most poles of a channel: they are divided among the lanes of a warp, up to eight each."""
+"""Largest number of poles of a channel: they are divided among the lanes of a warp, up to eight each."""
 
 POWERS = 32
 """Steps of ssm_kernel that a program takes at a time, a lane for each."""
@@ -527,7 +527,7 @@ def _load_tokens(X, offsets, channel, E):
 
 @triton.jit
 def _for_states(x, T: tl.constexpr, M: tl.constexpr, W: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr):
-    """The same for every state, [T, M, W, NL, DL]: in the layout of the states, where M copies are one register."""
+    """Repeats x for every state, [T, M, W, NL, DL]: in the layout of the states, where M copies are one register."""
     return tl.broadcast_to(x[:, None, :, None, :], [T, M, W, NL, DL])
 
 

@@ -20,7 +20,7 @@ MAX_WIDTH = 16384
 """Widest group: a row must fit the registers of one program."""
 
 PROGRAMS = 528
-"""Most programs that share the rows in backward: four for each multiprocessor of a large GPU."""
+"""Largest number of programs that share the rows in backward: four for each multiprocessor of a large GPU."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

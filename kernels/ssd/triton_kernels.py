@@ -25,7 +25,7 @@ from ..operators import operator
 from ..triton_kernels import LOG2_E, launch, sigmoid, silu, silu_slope, softplus
 
 MAX_STATES = 256
-"""Most states of a head: C and B of a chunk must fit the memory of a multiprocessor."""
+"""Largest number of states of a head: C and B of a chunk must fit the memory of a multiprocessor."""
 
 MAX_HEAD_DIM = 128
 """Widest head: backward has all of it in one program."""

@@ -19,7 +19,7 @@ from . import torch_impl
 from .reference import n_groups
 
 MAX_ROWS = 32
-"""Most rows of a program: with fewer B and C are convolved more often, with more a single sequence fills no GPU."""
+"""Row limit of a program: with fewer, B and C are convolved more often; with more, one sequence fills no GPU."""
 
 
 def state_update(
