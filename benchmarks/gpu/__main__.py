@@ -147,7 +147,7 @@ def run(setup: Setup, *, command: Sequence[str]) -> int:
 
 
 def _findings(setup: Setup, begin: float) -> Iterator[dict[str, Any]]:
-    """Every row of a run that began at `begin`, of time.monotonic()."""
+    """Yields every row of a run that began at `begin`, a value of time.monotonic()."""
     # what is tried out in one process is found by the next one: compiled kernels, and which of their variants is best
     for name, value in (("TRITON_CACHE_AUTOTUNING", "1"), ("TORCHINDUCTOR_COMPILE_THREADS", "1")):
         os.environ.setdefault(name, value)

@@ -20,7 +20,7 @@ from ..harness.timing import rounds, timed
 __all__ = ["Clock", "CpuClock", "CudaClock", "Limits", "Timing", "machine", "measure_limits"]
 
 _FLUSH_BYTES = 256 << 20
-"""Written between two runs, so that none finds its inputs in the cache: several times the largest cache there is."""
+"""Bytes written between two runs, so that none finds its inputs in the cache: several times the largest cache."""
 _LONGEST_LEAD = 0.02
 """Seconds that the GPU is kept busy at most while the CPU runs ahead. Beyond it launching is part of the time."""
 _CYCLES_PER_SECOND = 2e9

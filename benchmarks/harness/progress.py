@@ -49,7 +49,7 @@ class Schedule:
 
     @property
     def done(self) -> str:
-        """Tasks finished, of all."""
+        """Number of finished tasks, of all, as text."""
         return f"{self._total - len(self._left)}/{self._total}"
 
     def skip(self, name: str) -> None:

@@ -45,7 +45,7 @@ class Check:
     outputs: float | None = None
     """Relative error of the output that comes nearest to what it is allowed."""
     gradients: float | None = None
-    """The same of the gradients."""
+    """Relative error of the gradient that comes nearest to what it is allowed."""
     allowed: float | None = None
     """Relative error that is allowed for the nearest of them all."""
     status: str
