@@ -79,9 +79,9 @@ class PairsConfig:
     """Options of Pairs."""
 
     source: str = "source"
-    """Column of what is read."""
+    """Column of the texts that are read."""
     target: str = "target"
-    """Column of what is to be written."""
+    """Column of the texts that are to be written."""
 
 
 class Pairs(Objective[Pair, PairTokens | Tokens]):
