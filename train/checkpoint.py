@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .files import FormatError, read_json, write_json
+from .files import FormatError, read_json, sync, write_json
 
 __all__ = ["CheckpointError", "newest", "read_state", "restore", "save", "verify"]
 
@@ -69,11 +69,10 @@ def save(
         write_json(temporary / "trainer.json", {"step": step, **state, "rng": _rng()})
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         for path in files:
-            _sync(path)
+            sync(path)
         manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
         write_json(temporary / "manifest.json", {"step": step, "files": manifest})
-        _sync(temporary / "manifest.json")
-        _sync(temporary)
+        sync(temporary)
         if final.exists():  # the same step again, after a resume
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -83,7 +82,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(root)
+    sync(root)
     for old in _published(root)[keep:]:
         shutil.rmtree(old)
     return final
@@ -220,12 +219,3 @@ def _decode(text: str) -> Tensor:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "FormatError", "check_format", "read_json", "read_json_lines", "write_json", "write_text"]
+__all__ = ["FORMAT", "FormatError", "check_format", "read_json", "read_json_lines", "sync", "write_json", "write_text"]
 
 FORMAT = 1
 """The newest format that this version reads, and the one that it writes."""
@@ -27,11 +27,27 @@ def check_format(values: Mapping[str, Any], path: Path) -> None:
         raise FormatError(f"{path} has format {found}, newer than the {FORMAT} that is read here: update crossover")
 
 
+def sync(path: Path) -> None:
+    """Flushes a file, or the list of files of a folder, to the disk.
+
+    What is renamed without it can be empty after a power failure, under its new name.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes one file by rename, so that a reader finds the old file or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,27 @@ from crossover.train.data import Corpus, load_corpus
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def renamed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The new names of what is renamed, each file of which must be on the disk by then."""
+    names, on_disk, fsync = list[str](), set[int](), os.fsync
+
+    def watched(rename: Callable[..., None]) -> Callable[..., None]:
+        def watch(source: Any, target: Any) -> None:
+            source, target = Path(source), Path(target)
+            missing = {path.name for path in (source, *source.rglob("*")) if path.stat().st_ino not in on_disk}
+            assert not missing
+            names.append(target.name)
+            rename(source, target)
+
+        return watch
+
+    monkeypatch.setattr(os, "fsync", lambda file: (on_disk.add(os.fstat(file).st_ino), fsync(file)))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -188,6 +188,11 @@ def test_a_checkpoint_is_complete_before_its_name_appears(tmp_path: Path, monkey
     assert seen == ["step-00000005"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_name_appears(tmp_path: Path, renamed: list[str]) -> None:
+    saved(tmp_path, 5)
+    assert renamed[-1] == "step-00000005"
+
+
 def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 5)
     other = build("mamba", d_model=32, n_layers=1, vocab_size=16)

@@ -15,6 +15,18 @@ def test_a_reader_never_sees_half_a_json_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_on_the_disk_before_its_name_appears(tmp_path: Path, renamed: list[str]) -> None:
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert renamed == ["run.json"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_json(tmp_path / "run.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize(("text", "reason"), [("{", r"line 1"), ("[1]", "holds list where a JSON object")])
 def test_what_is_not_a_json_object_is_named(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "run.json"

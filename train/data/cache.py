@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..files import sync
+
 __all__ = ["DataError", "cache_folder", "publish"]
 
 
@@ -44,6 +46,8 @@ def publish(target: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
+        for path in (*draft.iterdir(), draft):
+            sync(path)
         try:
             draft.rename(target)
         except OSError:

@@ -218,6 +218,12 @@ def test_nothing_is_published_when_writing_fails(folder: Path, cache: Path, monk
     assert list((cache / "corpora").iterdir()) == []
 
 
+def test_a_folder_is_on_the_disk_before_its_name_appears(tmp_path: Path, renamed: list[str]) -> None:
+    with publish(tmp_path / "result") as draft:
+        (draft / "a").write_text("text")
+    assert renamed == ["result"]
+
+
 def test_the_first_of_two_publishers_wins(tmp_path: Path) -> None:
     target = tmp_path / "made/result"
     with publish(target) as slow:
