@@ -12,8 +12,7 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.operations.doctor import checks
 from crossover.kernels import dispatch, ops
 from crossover.kernels.dispatch import Unsupported, record_backends, switched_off
-from crossover.train import verdict
-from crossover.train.verdict import apply_verdict, store_verdict
+from crossover.train.verdict import apply_verdict, identity, store_verdict
 
 pytestmark = pytest.mark.quick
 
@@ -130,10 +129,10 @@ def test_a_backend_that_cannot_run_here_is_listed(monkeypatch: pytest.MonkeyPatc
 def test_a_verdict_of_other_versions_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apply_verdict() is None
     store_verdict(["rms_norm"], {("rms_norm", "torch"): "broken"})
-    now = verdict.identity()
+    now = identity()
     for changed in ({"torch": "2.99"}, {"kernels": "0" * 16}, {"gpu": "another"}, {"triton": None}):
         with monkeypatch.context() as other:
-            other.setattr(verdict, "identity", lambda changed=changed: now | changed)
+            other.setattr("crossover.train.verdict.identity", lambda changed=changed: now | changed)
             assert apply_verdict() is None
     assert switched_off() == {}
     assert apply_verdict() is not None
