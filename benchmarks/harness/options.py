@@ -63,7 +63,7 @@ def check_lengths(context: tuple[int, ...], tokens_per_batch: int | None, *, opt
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Whose turn it is, and how large."""
+    """Architectures to compare, and their size."""
 
     archs: tuple[str, ...] = ARCHS
     """Architectures; the first is the baseline that the report compares the others with."""
@@ -81,7 +81,7 @@ class Models:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every run of a comparison gets, and what it learns."""
+    """Budget of every run of a comparison, and what it learns."""
 
     seeds: int = 1
     """Runs of each kind, with seeds 0, 1, ..."""
@@ -108,7 +108,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a command works, and with what."""
+    """Folder and device of a command, and the share of the machine that it takes."""
 
     out: Path
     """Folder of the results."""
