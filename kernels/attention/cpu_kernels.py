@@ -334,7 +334,7 @@ def backward(
     """
     L, H, P = q.shape[1:]
     H_kv, V = k.shape[2], v.shape[3]
-    group, one = H // H_kv, np.float32(1.0)
+    group, unscaled = H // H_kv, np.float32(1.0)
     keys, values, grad_keys, grad_values = _tokens(L, P), _tokens(L, V), _tokens(L, P), _tokens(L, V)
     queries, grads, outputs = _tokens(QUERIES, P), _tokens(QUERIES, V), _tokens(QUERIES, V)
     qs, gs, grad_qs = _scratch(_width(P), QUERIES), _scratch(_width(V), QUERIES), _scratch(_width(P), QUERIES)
@@ -352,7 +352,7 @@ def backward(
                 _read(grad_o, b, i, h, n_queries, grads)
                 _read(o, b, i, h, n_queries, outputs)
                 _transpose(queries, n_queries, P, scale * np.float32(LOG2_E), qs)
-                _transpose(grads, n_queries, V, one, gs)
+                _transpose(grads, n_queries, V, unscaled, gs)
                 _dot_rows(grads, outputs, n_queries, products, minus_mean)
                 for t in range(n_queries):
                     minus_lse[t] = -lse[b, h, i + t]
