@@ -1,4 +1,4 @@
-"""The README works as shown: its commands parse, its Python runs, its targets and links exist."""
+"""The README works as shown: commands, Python, targets. Files that any page names or links to are there."""
 
 import re
 import shlex
@@ -12,6 +12,8 @@ from crossover.train.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(ROOT.glob("docs/*.md"))]
+SOURCES = ("kernels", "archs", "train", "benchmarks", "tests", "configs", "docs", "examples")
 
 
 def blocks(language: str) -> list[str]:
@@ -51,7 +53,10 @@ def test_python_runs_as_shown(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_links_and_pictures_exist() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert targets
-    assert [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_pictures_and_files_named_in_the_text_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)  # a new file may be shown there
+    links = [page.parent / link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    named = [ROOT / name for name in re.findall(rf"`((?:{'|'.join(SOURCES)})/[\w./-]*)`", text)]
+    assert links or named
+    assert [str(path) for path in (*links, *named) if not path.exists()] == []
