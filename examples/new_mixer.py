@@ -4,6 +4,7 @@ The mixer is an exponential moving average with a decay per channel and a gate: 
 takes what every mixer takes: a state, so that it reads in chunks and generates, and starts, at which documents begin.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class EMA(Mixer[EMAConfig, EMAState]):
 
     def __init__(self, d_model: int, config: EMAConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        time_constant = torch.logspace(0, torch.tensor(config.slowest).log10().item(), d_model)
+        time_constant = torch.logspace(0, math.log10(config.slowest), d_model)
         self.logit = nn.Parameter(torch.logit(torch.exp(-1 / time_constant)))
         self.gate_proj = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)

@@ -4,7 +4,7 @@
     python tests/losses.py --against before.json   # says what differs; exit code 1 if anything does
 
 With `--smoke runs/smoke` the runs of a finished `make smoke` are read too. Bits agree on one machine only; across
-machines float32 agrees to some 1e-5, which tests/test_losses.py holds against tests/fixtures/losses.json.
+machines float32 agrees to some 1e-5, which tests/test_fixtures.py holds against tests/fixtures/losses.json.
 """
 
 from __future__ import annotations
