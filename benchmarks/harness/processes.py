@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -64,7 +65,7 @@ class Child:
             _FORKSERVER.set_forkserver_preload(list(preload))
         self._line, theirs = context.Pipe()
         self._process = context.Process(target=_in_child, args=(work, order, str(log), theirs))
-        self._process.start()
+        _start(self._process)
         theirs.close()
 
     def __enter__(self) -> Self:
@@ -125,6 +126,19 @@ def ready(children: Sequence[Child], *, timeout: float) -> list[Child]:
     """The children from which there is something to receive, a message or their end; waits until there is one."""
     doors = {door: child for child in children for door in (child._line, child._process.sentinel)}
     return list(dict.fromkeys(doors[door] for door in connection.wait(list(doors), max(0.0, timeout))))  # pyright: ignore[reportArgumentType]
+
+
+def _start(process: BaseProcess) -> None:
+    """Starts a process, also where the server that should fork it is just being killed, and a new one is needed."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            process.start()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_TICK)
 
 
 def _in_child(work: Callable[[Any, Connection], object], order: Any, log: str, parent: Connection) -> None:
