@@ -303,7 +303,7 @@ class TrainConfig:
     eval_tokens: Count = 65_536
     """Held-out tokens read by one validation on the way, always the same ones."""
     final_eval_tokens: Count = 262_144
-    """Held-out tokens read by the last validation, whose bits per byte are the result of the run."""
+    """Held-out tokens read by the last validation, whose score is the result of the run."""
     position_len: Count = 1024
     """Window of the final loss-by-position evaluation, best beyond seq_len; 0 leaves it out."""
     sample_tokens: Count = 128
