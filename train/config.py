@@ -518,6 +518,7 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     data = dict(data)
     rows, packing = data.pop("rows", "documents"), data.pop("packing", None)
+    _require(rows in ("documents", "pairs"), f"data.rows={rows!r} is none of 'documents', 'pairs'")
     objective: dict[str, Any] = {"kind": "pairs" if rows == "pairs" else "next_token"}
     if rows != "pairs" and packing not in (None, "concat"):
         objective["options"] = {"packing": packing}

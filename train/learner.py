@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,12 +71,10 @@ def accumulate_gradients(
         _sync_gradients(learner, i == len(batches) - 1)
         with precision.autocast(device):
             terms = learner(batch.to(device))
-        # the mean over nothing, which may be NaN, has no share
-        shares = {
-            name: terms[name] * (batch.counts[name] / totals[name]) if batch.counts[name] else terms[name].new_zeros(())
-            for name in names
-        }
-        loss = cast(Tensor, sum(objective.weights.get(name, 1.0) * share for name, share in shares.items()))
+        shares = {name: terms[name] * (batch.counts[name] / max(totals[name], 1)) for name in names}
+        learned = {name: weight for name in names if (weight := objective.weights.get(name, 1.0))}
+        loss = sum((weight * shares[name] for name, weight in learned.items()), torch.zeros((), device=device))
+        # also of a share that is zero: the wrappers of other processes wait for this one's gradient
         if loss.requires_grad:
             (loss * world).backward()  # wrappers average over processes
         means = {name: means[name] + share.detach() for name, share in shares.items()}

@@ -128,7 +128,11 @@ class Objective(abc.ABC, Generic[Row, B]):
 
     @abc.abstractmethod
     def terms(self, model: Any, batch: B) -> dict[str, Tensor]:
-        """The mean of each term of batch.counts, a scalar; what varies between calls is drawn by the batch."""
+        """The mean of each term of batch.counts, a scalar; what varies between calls is drawn by the batch.
+
+        Of nothing (a count of 0) a term is finite, and depends on the parameters as ever: a part of a batch, or a
+        process, may have none of what it counts.
+        """
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[Row]) -> dict[str, float]:
         """Makes what is written down of held-out rows, from the means of the terms over all of them.

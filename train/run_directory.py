@@ -48,8 +48,9 @@ class RunState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Reads trainer.json, which holds more than this."""
-        known: dict[str, Any] = {item.name: values.get(item.name) for item in dataclasses.fields(cls)}
-        validation = known["validation"]
+        fields = {item.name for item in dataclasses.fields(cls)}
+        known: dict[str, Any] = {"tokens": None} | {key: value for key, value in values.items() if key in fields}
+        validation = known.get("validation")
         if validation and "n_bytes" in validation:  # its name until December 2026
             known["validation"] = {"bytes" if key == "n_bytes" else key: value for key, value in validation.items()}
         return cls(**known)
@@ -183,5 +184,6 @@ def _of_today(experiment: Mapping[str, Any]) -> dict[str, Any]:
     data = dict(experiment["data"])
     packing = data.pop("packing", "concat")
     reads_pairs = "source" in experiment["model"]
-    objective = {"kind": "pairs"} if reads_pairs else {"kind": "next_token", "packing": packing}
+    columns = {"source": "source", "target": "target"}
+    objective = {"kind": "pairs", **columns} if reads_pairs else {"kind": "next_token", "packing": packing}
     return {**experiment, "data": data, "objective": objective}

@@ -19,7 +19,7 @@ import torch
 from ..archs import build
 from ..kernels.dispatch import record_backends
 from . import checkpoint
-from .config import RunConfig, plain
+from .config import RunConfig
 from .evaluate import evaluate, evaluating
 from .learner import Learner, NonFiniteError, Update, split_rows
 from .objective import Objective
@@ -89,7 +89,7 @@ class Trainer:
         self._state, self._watch, self._first_step = RunState(), Stopwatch(clock=clock), 0
         self._found: dict[str, Any] = {}
         self._backends: Mapping[str, Sequence[str]] = {}
-        sketch = build(self.model_config, device="meta")
+        sketch: Any = objective.prepare(build(self.model_config, device="meta"))
         takes_no_state = self.model_config.kind == "encoder"
         states = [] if takes_no_state else sketch.init_state(1, run.train.seq_len, device="meta")
         self._facts = {
@@ -256,8 +256,9 @@ class Trainer:
         rows = objective.held_out(settings.final_eval_tokens if step == settings.steps else settings.eval_tokens)
         rows_at_once = settings.batch_size // settings.grad_accumulation
         found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
-        # whole numbers, such as bytes read, are facts of the result and no curves
-        curves = {f"val/{name}": value for name, value in found.items() if isinstance(value, float)}
+        # whole numbers, such as bytes read, are facts of the result and no curves, but for the score
+        score = objective.score.name
+        curves = {f"val/{k}": float(v) for k, v in found.items() if k == score or not isinstance(v, int)}
         record = self._position() | curves
         log.append(record)
         display.validated(record)
@@ -285,7 +286,7 @@ class Trainer:
             "data": {"digest": self.objective.data.digest},
             "train": {key: run["train"][key] for key in ("batch_size", "seq_len")},
             "optim": run["optim"] | {"lr": self.peak_lr} | length,
-            "model": plain(self.model_config.to_dict()),
+            "model": self.model_config.to_dict(),
         }
 
     def _run_record(self, verdict: Mapping[str, Any] | None, peak_memory_method: str) -> dict[str, Any]:

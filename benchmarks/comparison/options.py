@@ -69,6 +69,8 @@ class LearningRateConfig(Place, Budget, Models):
             part.__post_init__(self)
         if not self.rates:
             raise ValueError("--rates names no learning rate")
+        if self.optim.lr is not None:
+            raise ValueError(f"--optim.lr {self.optim.lr:g} has no effect where rates are tried: give it to --rates")
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(f"--rates names a rate twice: {' '.join(map(str, self.rates))}")
         check_positive(self, "rates")

@@ -20,6 +20,7 @@ __all__ = [
     "TrainingProcess",
     "arguments",
     "check_resumable",
+    "differences",
     "is_done",
     "share_threads",
     "train_runs",
@@ -36,7 +37,10 @@ def arguments(run: RunConfig) -> list[str]:
         option = f"--{path.replace('_', '-')}"
         if value == default.get(path):
             continue
-        if path.endswith(".set"):
+        section, _, key = path.partition(".options.")
+        if key:  # of the run file's table, which the command line gives one by one
+            words += [f"--{section}.set", f"{key}={json.dumps(value)}"]
+        elif path.endswith(".set"):
             words += [word for entry in value for word in (option, entry)]
         else:
             words += [option, *map(str, value if isinstance(value, list) else [value])]
@@ -48,14 +52,23 @@ _NOT_THE_EXPERIMENT = frozenset(
 )
 
 
-def _differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
+def differences(run: RunConfig, found: Mapping[str, Any]) -> list[str]:
     """Settings in which a recorded run is another experiment. None and 'auto' agree with what they were resolved to."""
-    recorded = flatten(RunConfig.from_dict(found).to_dict())
+    recorded, wanted = _settings(RunConfig.from_dict(found)), _settings(run)
     return [
-        f"{path} {recorded.get(path)} instead of {value}"
-        for path, value in flatten(run.to_dict()).items()
-        if path not in _NOT_THE_EXPERIMENT and value not in (None, "auto", recorded.get(path))
+        f"{path} {recorded.get(path)} instead of {wanted.get(path)}"
+        for path in {**wanted, **recorded}
+        if path not in _NOT_THE_EXPERIMENT and wanted.get(path) not in ("auto", recorded.get(path))
+        if wanted.get(path) is not None or ".options." in path
     ]
+
+
+def _settings(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run by dotted path, however its options were given."""
+    tables = run.to_dict()
+    for section, spec in (("model", run.model), ("objective", run.objective)):
+        tables[section] |= {"set": None, "options": spec.all_options()}
+    return flatten(tables)
 
 
 def check_resumable(runs: Sequence[RunConfig], digest: str) -> None:
@@ -64,7 +77,7 @@ def check_resumable(runs: Sequence[RunConfig], digest: str) -> None:
         if not (run.directory / "run.json").exists():
             continue
         found = load_run(run.directory)
-        differing = _differences(run, found.info["config"])
+        differing = differences(run, found.info["config"])
         if found.info["corpus"]["digest"] != digest:
             differing.append(f"data with digest {found.info['corpus']['digest'][:12]} instead of {digest[:12]}")
         if differing:

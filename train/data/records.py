@@ -136,13 +136,28 @@ def _texts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: st
     known = list(dict.fromkeys(key for row in rows for key in row))
     _check_columns(known, columns, source, option)
     for column in columns:
-        bad = [number for number, row in enumerate(rows, 1) if not isinstance(row.get(column), str)]
+        bad = [number for number, row in enumerate(rows, 1) if not _is_text(row.get(column))]
         if bad:
             raise DataError(
                 f"{source} has {len(bad)} of {len(rows)} rows without text in column '{column}', the first is row "
                 f"{bad[0]}: remove those rows or choose another column with {option}"
             )
     return [tuple(row[column] for column in columns) for row in rows]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that has a UTF-8 form: JSON can hold half of a surrogate pair, which has none."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _check_columns(known: Sequence[str], columns: Sequence[str], source: str, option: str) -> None:
@@ -160,9 +175,11 @@ def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
 def _json_array(path: Path, text: str) -> Iterator[dict[str, Any]]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = getattr(error, "msg", None) or _first_line(error)
         raise DataError(
-            f"cannot read {path} as a JSON array ({error.msg} in line {error.lineno}): give another file with --data"
+            f"cannot read {path} as a JSON array ({reason}{where}): give another file with --data"
         ) from error
     for number, value in enumerate(values, 1):
         yield _object(lambda value=value: value, f"row {number} of {path}")
@@ -171,8 +188,8 @@ def _json_array(path: Path, text: str) -> Iterator[dict[str, Any]]:
 def _object(read: Callable[[], Any], where: str) -> dict[str, Any]:
     try:
         value = read()
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
+        reason = getattr(error, "msg", None) or _first_line(error)
         raise DataError(f"{where} is not JSON ({reason}): give another file with --data") from error
     if not isinstance(value, dict):
         raise DataError(f'{where} is not an object with named columns: write {{"COLUMN": "..."}} in each row')
@@ -183,6 +200,9 @@ def _delimited(path: Path, text: str, delimiter: str) -> Iterator[dict[str, Any]
     csv.field_size_limit(sys.maxsize)  # a field may hold a whole document
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        header = list(reader.fieldnames or ())
+        if len(set(header)) < len(header):
+            raise DataError(f"{path} names a column twice in its header ({', '.join(header)}): rename one of them")
         for row in reader:
             if None in row:
                 raise DataError(

@@ -90,16 +90,19 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
     Config = PairsConfig
     kinds = ("seq2seq", "decoder")
 
-    def __init__(self, pairs: PairData, *, seed: int, train: TrainConfig) -> None:
+    def __init__(
+        self, pairs: PairData, *, seed: int, train: TrainConfig, columns: tuple[str, str] = ("source", "target")
+    ) -> None:
         self.data = self.pairs = pairs
-        self.seed, self.train = seed, train
+        self.seed, self.train, self._columns = seed, train, columns
         self._joined = False
 
     @classmethod
     def load(cls, run: RunConfig, options: PairsConfig, *, progress: bool = False) -> Self:
         """See Objective.load."""
         columns = (options.source, options.target)
-        return cls(load_pairs(run.data, columns, progress=progress), seed=run.seed, train=run.train)
+        pairs = load_pairs(run.data, columns, progress=progress)
+        return cls(pairs, seed=run.seed, train=run.train, columns=columns)
 
     @classmethod
     def example(cls, folder: Path) -> tuple[Path, PairsConfig]:
@@ -189,7 +192,8 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
 
     def experiment(self) -> dict[str, Any]:
         """See Objective.experiment."""
-        return {"kind": "pairs"}
+        source, target = self._columns
+        return {"kind": "pairs", "source": source, "target": target}
 
     def sample(self, model: Any) -> str:
         """A held-out source and the most likely target, token by token; nothing is drawn."""
@@ -219,6 +223,8 @@ def load_pairs(
     """
     cache = cache_folder(config.cache)
     option = "--objective.set source=COLUMN and target=COLUMN"
+    if config.column != DataConfig().column:
+        raise DataError(f"data.column={config.column} names the text of documents: choose columns of pairs by {option}")
     if config.source.startswith("hf:"):
         rows = read_hub(config.source, columns, option=option, cache=cache, progress=progress)
         pairs = Documents(name=config.source)

@@ -11,6 +11,7 @@ from crossover.benchmarks.comparison.runs import (
     MetricsTail,
     arguments,
     check_resumable,
+    differences,
     is_done,
     share_threads,
     train_runs,
@@ -19,7 +20,7 @@ from crossover.benchmarks.harness.options import ARCHS
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
 from crossover.benchmarks.harness.sizes import size_arch
 from crossover.train.command_line import parse
-from crossover.train.config import RunConfig
+from crossover.train.config import ObjectiveSpec, RunConfig
 from crossover.train.score import BITS_PER_BYTE
 
 from ..fake_runs import append_line, write_json
@@ -147,3 +148,12 @@ def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch
     assert started == ended == ["a", "c", "d", "e"]
     assert failures == dict.fromkeys("acde", "failed: on purpose")
     assert progress.schedule.done == "5/5"
+
+
+def test_options_of_an_objective_are_the_same_however_they_are_given() -> None:
+    by_file = RunConfig(objective=ObjectiveSpec(options={"packing": "reset"}))
+    by_words = RunConfig(objective=ObjectiveSpec(set=("packing=reset",)))
+    assert parse(arguments(by_file), "train").objective.all_options() == {"packing": "reset"}
+    assert differences(by_file, by_words.to_dict()) == []
+    assert differences(RunConfig(), by_file.to_dict()) == ["objective.options.packing reset instead of None"]
+    assert differences(by_file, RunConfig().to_dict()) == ["objective.options.packing None instead of reset"]
