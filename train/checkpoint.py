@@ -181,7 +181,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _load_model(model: nn.Module, path: Path) -> None:
     file = path / "model.safetensors"
     try:
-        safetensors.torch.load_model(model, file)  # also fills the other names of a tied tensor, stored once
+        safetensors.torch.load_model(model, file)
     except RuntimeError as error:
         first_difference = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{file} is of another model ({first_difference})") from None

@@ -66,13 +66,13 @@ def accumulate_gradients(
     if world > 1:
         counts = _summed(counts.to(device))
     totals = dict(zip(names, counts.tolist(), strict=True))
+    learned = {name: weight for name in names if (weight := objective.weights.get(name, 1.0))}
     means = {name: torch.zeros((), device=device) for name in names}
     for i, batch in enumerate(batches):
         _sync_gradients(learner, i == len(batches) - 1)
         with precision.autocast(device):
             terms = learner(batch.to(device))
         shares = {name: terms[name] * (batch.counts[name] / max(totals[name], 1)) for name in names}
-        learned = {name: weight for name in names if (weight := objective.weights.get(name, 1.0))}
         loss = sum((weight * shares[name] for name, weight in learned.items()), torch.zeros((), device=device))
         # also of a share that is zero: the wrappers of other processes wait for this one's gradient
         if loss.requires_grad:
