@@ -7,7 +7,7 @@ LINUX_NOTE := (on a machine with an NVIDIA GPU, PyTorch brings CUDA along: some 
 AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma \
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: help compare test quick test-avx2 bench-cpu gpu aot lint smoke clean
+.PHONY: help compare test quick fuzz test-avx2 bench-cpu gpu aot lint smoke clean
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -19,6 +19,9 @@ test: .venv/.dev  ## run the whole test suite, on every core
 
 quick: test  ## one cheap test of everything, for daily work: under a minute on two cores
 quick: override PYTEST += -m quick
+
+fuzz: .venv/.dev  ## feed 10,000 broken files to every reader, and kill a comparison at every point it writes: an hour
+	@FUZZ=100 $(MAKE) --no-print-directory test PYTEST="-m fuzz $(PYTEST)"
 
 test-avx2: .venv/.dev  ## the same as on a processor without AVX-512, whose vectors are half as wide
 	@$(AVX2) $(V) tests/processor.py avx2

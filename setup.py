@@ -1,9 +1,11 @@
-"""Packaging: the top-level folders are imported as crossover.kernels, .archs, .train and .benchmarks.
+"""Packaging: this folder is imported as crossover, its folders as crossover.kernels, .archs, .train and .benchmarks.
 
 An install adds one name to site-packages, `crossover`, and nothing under a generic name. `kernels/` has no __init__.py
 on purpose: with the repository root on sys.path, a regular package of that name would hide Hugging Face's `kernels`
 and break `import transformers`; a folder without __init__.py never does (PEP 420). Exact versions: constraints.txt.
 """
+
+import re
 
 from setuptools import find_namespace_packages, setup
 
@@ -13,7 +15,7 @@ HF = ["transformers>=5.0"]
 
 setup(
     name=NAME,
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', open("__init__.py", encoding="utf-8").read())[1],
     description="Transformer, S4, Mamba, Jamba and LSTM language models as one experiment: equal budgets, one report.",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
@@ -50,8 +52,10 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "slurm": ["submitit>=1.5"],
     },
-    package_dir={f"{NAME}.{folder}": folder for folder in FOLDERS},
-    packages=[
+    package_dir={NAME: "."},
+    script_name="setup.py",  # which is no module of the package; pip calls it by another name
+    packages=[NAME]
+    + [
         f"{NAME}.{package}"
         for folder in FOLDERS
         for package in (
@@ -60,7 +64,7 @@ setup(
         )
     ],
     package_data={
-        **{f"{NAME}.{folder}": ["py.typed"] for folder in FOLDERS},
+        NAME: ["py.typed"],
         f"{NAME}.benchmarks.report": ["templates/*"],
     },
     entry_points={"console_scripts": ["crossover = crossover.benchmarks.cli:main"]},

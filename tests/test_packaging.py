@@ -18,7 +18,7 @@ FOLDERS = ("kernels", "archs", "train", "benchmarks")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the built wheel and a stand-in for Hugging Face's `kernels` are installed."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in (*FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FOLDERS, "__init__.py", "py.typed", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -58,14 +58,26 @@ def test_the_wheel_and_a_package_named_kernels_hide_neither_one(site: Path, tmp_
 def test_the_wheel_adds_one_name(site: Path) -> None:
     names = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
     assert names <= {"crossover", "kernels", "bin", "__pycache__"}
-    assert not (site / "crossover/__init__.py").exists()
+    assert {p.name for p in (site / "crossover").glob("*.py")} == {"__init__.py"}
 
 
 def test_the_wheel_holds_every_module_and_template_and_the_type_marker(site: Path) -> None:
-    for folder in FOLDERS:
-        files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".j2", ".css")]
-        expected = {str(p.relative_to(ROOT)) for p in files} | {f"{folder}/py.typed"}
-        assert {name for name in expected if not (site / "crossover" / name).exists()} == set()
+    files = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".j2", ".css")]
+    expected = {str(p.relative_to(ROOT)) for p in files} | {"py.typed"}
+    assert {name for name in expected if not (site / "crossover" / name).exists()} == set()
+
+
+@pytest.mark.slow
+def test_the_models_are_at_the_top(site: Path, tmp_path: Path) -> None:
+    code = """
+import crossover
+print(crossover.__version__, "torch" in sys.modules)
+from crossover import Backbone, LanguageModel, build
+print(isinstance(build("mamba", d_model=8, n_layers=1, vocab_size=5).backbone, Backbone))
+"""
+    (info,) = site.glob("crossover-*.dist-info")
+    version = importlib.metadata.PathDistribution(info).version
+    assert run(code, site, tmp_path).split() == [version, "False", "True"]
 
 
 def test_the_wheel_has_the_command(site: Path) -> None:
