@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar, overload
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+from ..files import read_json, write_json
 from ..kernels import ops
 from . import generation
 from .config import ModelConfig
@@ -20,9 +20,6 @@ from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 
 M = TypeVar("M", bound=nn.Module)
-
-FORMAT = 1
-"""Format of saved models, which config.json carries. Files of every earlier format stay readable."""
 
 
 class Block(nn.Module):
@@ -353,7 +350,7 @@ def write_pretrained(model: Any, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))
-    (folder / "config.json").write_text(json.dumps({"format": FORMAT, **model.config.to_dict()}, indent=2) + "\n")
+    write_json(folder / "config.json", model.config.to_dict())
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -362,15 +359,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     Raises:
         ValueError: if a later version wrote it, in a format that is not known here, or it is not valid.
     """
-    path = Path(folder) / "config.json"
-    values = json.loads(path.read_text())
-    found = values.pop("format", 1)  # the first versions wrote none
-    if found not in range(1, FORMAT + 1):
-        raise ValueError(
-            f"{path} is of format {found}, and this version of crossover reads formats up to {FORMAT}: a newer version"
-            " wrote it, so update crossover"
-        )
-    return ModelConfig.from_dict(values)
+    return ModelConfig.from_dict(read_json(Path(folder) / "config.json"))
 
 
 def read_weights(model: M, folder: str | Path) -> M:

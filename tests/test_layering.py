@@ -82,6 +82,12 @@ def test_imports_point_down(folder: str) -> None:
     assert {file: names for file, names in found.items() if names} == {}
 
 
+def test_what_stands_below_the_folders_imports_none_of_them_and_nothing_heavy() -> None:
+    files = [path for path in ROOT.glob("*.py") if path.name != "setup.py" and path.name != "__init__.py"]
+    assert files
+    assert {n[0] for f in files for n in imports(f)} & {*BELOW, "torch", "numpy", "tyro"} == set()
+
+
 def test_archs_enter_kernels_by_the_front_door() -> None:
     wrong = {
         str(f.relative_to(ROOT)): bad

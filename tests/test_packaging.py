@@ -18,7 +18,16 @@ FOLDERS = ("kernels", "archs", "train", "benchmarks")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the built wheel and a stand-in for Hugging Face's `kernels` are installed."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in (*FOLDERS, "__init__.py", "py.typed", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        *FOLDERS,
+        "__init__.py",
+        "files.py",
+        "py.typed",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

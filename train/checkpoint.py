@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .files import FormatError, read_json, sync, write_json
+from ..files import FormatError, read_json, sync, write_json
 
 __all__ = ["CheckpointError", "newest", "read_state", "restore", "save", "verify"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tyro
 
+from ..files import read_toml
 from .config import RunConfig
 
 __all__ = ["parse", "read_run_file"]
@@ -56,11 +55,9 @@ def read_run_file(path: Path) -> RunConfig:
         ValueError: if the file cannot be read, or describes no run.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except OSError as error:
         raise ValueError(f"cannot read the run file {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
     try:
         run = RunConfig.from_dict(values)
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .files import read_json_lines, write_text
+from ..files import read_json_lines, write_text
 from .score import BITS_PER_BYTE, Score
 
 __all__ = ["MetricsLog", "cpu_model", "layout", "provenance"]

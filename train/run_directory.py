@@ -13,9 +13,9 @@ import filelock
 import torch
 from torch import nn
 
+from ..files import FormatError, read_json, write_json
 from . import checkpoint
 from .config import RunConfig, flatten
-from .files import FormatError, read_json, write_json
 
 __all__ = ["ResumeError", "RunDirectory", "RunState"]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from ..files import read_json, write_json
 from ..kernels import dispatch
 from .data.cache import DataError, cache_folder
-from .files import read_json, write_json
 from .record import cpu_model
 
 __all__ = ["apply_verdict", "identity", "store_verdict", "version"]

@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import read_json, write_json
 from ...train.config import ModelSpec, RunConfig, TrainConfig, plain
-from ...train.files import write_json
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
@@ -250,7 +249,7 @@ def _stopped(stop: Interrupted, out: Path, command: Sequence[str], progress: Pro
 
 def _print_headline(out: Path) -> None:
     print()
-    for paragraph in json.loads((out / "summary.json").read_text())["headline"]:
+    for paragraph in read_json(out / "summary.json")["headline"]:
         print(paragraph)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...files import read_json, read_record
 from ...train.config import RunConfig, flatten
 from ...train.runtime import Interrupted
 from ...train.score import Score
@@ -181,7 +182,7 @@ class TrainingProcess:
         if is_done(self.run):
             return None
         result = self.run.directory / "result.json"
-        recorded = json.loads(result.read_text()) if result.exists() else {}
+        recorded = read_json(result) if result.exists() else {}
         if self.child.returncode == -signal.SIGKILL:
             return "out of memory (killed by the system)"
         reason = str(recorded.get("status", "failed")).replace("_", " ")
@@ -206,14 +207,13 @@ class MetricsTail:
                 file.seek(min(self._offset, self._path.stat().st_size))
                 whole, _, _ = file.read().rpartition(b"\n")
                 self._offset += len(whole) + 1 if whole else 0
-            for line in whole.splitlines():
+            for line in whole.split(b"\n"):
                 self._look(line)
         return self._step, self._quality
 
     def _look(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+        record = read_record(line, self._path)
+        if record is None:
             return  # the tail of a line that a resumed run has rewritten
         self._step = record.get("step", self._step)
         if self._score is None and any(key.startswith("val/") for key in record):

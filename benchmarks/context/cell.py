@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ...train.files import FORMAT, check_format, read_json_lines
+from ...files import FORMAT, read_json_lines
 
 __all__ = ["Cell", "Status", "read_cells"]
 
@@ -83,7 +83,4 @@ def read_cells(path: Path) -> list[Cell]:
     Raises:
         ValueError: naming the file, if it cannot be read or was written by a newer version.
     """
-    lines = read_json_lines(path)
-    for line in lines:
-        check_format(line, path)
-    return [Cell.from_dict(line) for line in lines]
+    return [Cell.from_dict(line) for line in read_json_lines(path)]

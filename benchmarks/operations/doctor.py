@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ...files import write_json
 from ...kernels import ops
-from ...train.files import write_json
 from ...train.progress import duration
 from ...train.record import cpu_model
 from ...train.runtime import choose_precision

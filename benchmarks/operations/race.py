@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ...files import read_json_lines, write_text
 from ...kernels import ops
 from ...kernels.dispatch import KernelFallbackWarning, record_backends
-from ...train.files import read_json_lines, write_text
 from ...train.record import provenance
 from ...train.runtime import is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...train.files import read_json, read_json_lines
+from ...files import read_json, read_json_lines
 from ...train.score import BITS_PER_BYTE, Score
 from ..context.cell import Cell, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers

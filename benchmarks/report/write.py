@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...train.files import write_json, write_text
+from ...files import write_json, write_text
 from ..context.cell import Cell
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, to_html, to_markdown

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...archs import LanguageModel
 from ...archs.hf import from_hf, to_hf
-from ...train.files import read_json
+from ...files import read_json
 from .generate import weights_of
 from .options import ConvertConfig
 

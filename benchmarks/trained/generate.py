@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...archs import LanguageModel, Seq2Seq, open_pretrained
 from ...archs.generation import NO_TOKEN
+from ...files import read_json
 from ...train.checkpoint import newest
 from ...train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
-from ...train.files import read_json
 from ...train.runtime import choose_device
 from ...train.verdict import apply_verdict
 from .options import GenerateConfig

@@ -114,11 +114,9 @@ def test_a_saved_model_carries_its_format_and_one_without_is_of_the_first(tmp_pa
 
 @pytest.mark.parametrize("found", [2, "2026-12", None])
 @pytest.mark.parametrize("load", [LanguageModel.from_pretrained, Seq2Seq.from_pretrained, open_pretrained])
-def test_a_format_of_a_newer_version_is_refused(load: Callable[[Path], object], found: object, tmp_path: Path) -> None:
+def test_a_format_that_is_not_known_is_refused(load: Callable[[Path], object], found: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"format": found, "layers": "as nobody knows yet"}))
-    with pytest.raises(
-        ValueError, match=r"^\S*/config\.json is of format (2|2026-12|None), .*a newer version wrote it"
-    ):
+    with pytest.raises(ValueError, match=r"^\S*/config\.json (has format 2, newer than|is damaged: \"format\" is)"):
         load(tmp_path)
 
 

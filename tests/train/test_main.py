@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from crossover.files import read_json, read_json_lines
 from crossover.train.__main__ import main
-from crossover.train.files import read_json, read_json_lines
 
 TINY = (
     "--model.preset", "lstm", "--model.d-model", "16", "--model.n-layers", "1", "--optim.lr", "1e-3",

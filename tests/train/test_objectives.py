@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crossover.files import read_json, read_json_lines
 from crossover.train.checkpoint import newest
 from crossover.train.evaluate import evaluate
-from crossover.train.files import read_json, read_json_lines
 from crossover.train.learner import Learner, Update, split_rows
 from crossover.train.objective import Objective
 from crossover.train.optim import adamw

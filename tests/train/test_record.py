@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crossover.train.files import read_json_lines
+from crossover.files import read_json_lines
 from crossover.train.record import MetricsLog, provenance
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from crossover.archs import LanguageModel, build, presets
+from crossover.files import read_json, read_json_lines
 from crossover.kernels import dispatch
 from crossover.train.checkpoint import newest
 from crossover.train.config import ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import Corpus, train_batch
 from crossover.train.evaluate import evaluate
-from crossover.train.files import read_json, read_json_lines
 from crossover.train.learner import Learner
 from crossover.train.objectives.next_token import NextToken, Tokens
 from crossover.train.runtime import choose_precision

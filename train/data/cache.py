@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..files import sync
+from ...files import sync
 
 __all__ = ["DataError", "cache_folder", "publish"]
 

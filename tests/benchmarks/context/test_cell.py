@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from crossover.benchmarks.context.cell import Cell, Status, read_cells
-from crossover.train.files import FORMAT
+from crossover.files import FORMAT
 
 from ..fake_runs import append_line, cell
 

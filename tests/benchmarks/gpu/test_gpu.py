@@ -27,10 +27,10 @@ from crossover.benchmarks.gpu.prepare import Job, carry_out, jobs, run_jobs
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations.checks import checks_of
 from crossover.benchmarks.operations.race_cases import Contestant, one_pass
+from crossover.files import read_json_lines
 from crossover.kernels import ops
 from crossover.kernels.cases import Cases, Counts, size
 from crossover.kernels.dispatch import Unsupported, use_backend
-from crossover.train.files import read_json_lines
 from torch import Tensor
 
 from ..scripts import Script

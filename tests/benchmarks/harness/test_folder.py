@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from crossover.benchmarks.harness.folder import append_jsonl, folder_for
-from crossover.train.files import read_json_lines
+from crossover.files import read_json_lines
 
 pytestmark = pytest.mark.quick
 

@@ -13,9 +13,9 @@ from crossover.benchmarks.operations.exp_rate import seconds_per_exp
 from crossover.benchmarks.operations.options import KernelsConfig
 from crossover.benchmarks.operations.race import bench_kernels
 from crossover.benchmarks.operations.race_cases import Compiler, case_of, cases, compiled, contestants
+from crossover.files import read_json_lines
 from crossover.kernels import ops
 from crossover.kernels.selective_scan import cases as scan_cases
-from crossover.train.files import read_json_lines
 
 TINY = {"lengths": (16,), "batch_size": 2, "channels": 16, "time_box": 0.001, "compile_box": 0.0}
 SIZES = (("selective_scan", 16), ("selective_scan", 32), ("rms_norm", 16))

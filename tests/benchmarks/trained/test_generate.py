@@ -11,9 +11,9 @@ from crossover.archs import LanguageModel, Seq2Seq, available, build
 from crossover.archs.generation import NO_TOKEN
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.trained.generate import Printer
+from crossover.files import write_json
 from crossover.kernels import dispatch
 from crossover.train.data.tokenizer import BytesTokenizer
-from crossover.train.files import write_json
 from crossover.train.verdict import store_verdict
 
 pytestmark = pytest.mark.quick

@@ -10,11 +10,11 @@ import pytest
 import torch
 from crossover.archs import ModelConfig, build
 from crossover.archs.seq2seq import Seq2SeqConfig
+from crossover.files import read_json, read_json_lines
 from crossover.train.checkpoint import newest
 from crossover.train.config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
 from crossover.train.data import DataError
 from crossover.train.evaluate import evaluate
-from crossover.train.files import read_json, read_json_lines
 from crossover.train.learner import Learner, accumulate_gradients
 from crossover.train.objectives.next_token import Tokens
 from crossover.train.objectives.pairs import PairData, Pairs, PairTokens, load_pairs
