@@ -38,12 +38,14 @@ def _scratch(width):
 
 @inline
 def _read(row, start, width, scratch):
-    """scratch[:width] = row[start : start + width]."""
+    """scratch[:width] = row[start : start + width], and zeros behind: what stood there may be 0 times infinity."""
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):
         store(scratch, i, load(row, start + i))
     if whole < width:
         store(scratch, whole, load_first(row, start + whole, width - whole))
+    for i in range(-(-width // LANES) * LANES, scratch.shape[0], LANES):
+        store(scratch, i, full(0.0))
 
 
 @inline
@@ -98,6 +100,8 @@ def forward(
                     store(xs, i, v)
                 squares = squares + v * v
             scale = np.float32(1.0) / np.sqrt(_sum(squares, four) / np.float32(width) + eps)
+            if scale == 0:  # the squares are beyond float range
+                scale = np.float32(np.nan)
             rstd[t, group] = scale
             for i in range(0, width, TILE):
                 store(xs, i, load_tile(xs, i) * scale * load_tile(ws, i))

@@ -16,11 +16,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        (..., D), in x's dtype.
+        (..., D), in x's dtype; NaN where the squares of a row are beyond float range, as what is left of the row is not
+        zero but unknown.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)).to(x.dtype)
+    return (wide * _inverse_rms(wide, eps) * weight.to(dtype)).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
@@ -43,5 +44,10 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
         raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
     dtype = torch.promote_types(x.dtype, torch.float32)
     gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
-    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    normed = gated * _inverse_rms(gated, eps)
     return (normed.flatten(-2) * weight.to(dtype)).to(x.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return scale.masked_fill(scale == 0, torch.nan)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Same contract as reference.rms_norm."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return _unless_overflown(F.rms_norm(x, weight.shape, weight.to(x.dtype), eps), x)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
@@ -18,5 +18,12 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
         raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
     dtype = torch.promote_types(x.dtype, torch.float32)
     gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
-    normed = F.rms_norm(gated, gated.shape[-1:], None, eps)
+    normed = _unless_overflown(F.rms_norm(gated, gated.shape[-1:], None, eps), gated)
     return (normed.flatten(-2) * weight.to(dtype)).to(x.dtype)
+
+
+def _unless_overflown(y: Tensor, x: Tensor) -> Tensor:
+    """PyTorch makes a row zero whose squares are beyond float range."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=dtype)
+    return y + torch.where(norm.isinf(), torch.nan, -0.0).to(y.dtype)  # -0 changes no bit of y, nor of its gradient

@@ -115,6 +115,7 @@ def _forward_kernel(
     if Z is not None:
         x *= silu(tl.load(Z + row * stride_z + column, mask=mask, other=0.0).to(tl.float32))
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    rstd = tl.where(rstd == 0, float("nan"), rstd)  # the squares are beyond float range
     w = tl.load(W + group * D + d, mask=d < D, other=0.0).to(tl.float32)
     y = x * rstd[:, None] * w[None, :]
     tl.store(Y + row * (n_groups * D) + column, y.to(Y.dtype.element_ty), mask=mask)
