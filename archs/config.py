@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from .layers import NORMS
+from ..options import Positive, Range, Size, check, from_plain, nearest, shown
 from .mixers.cross_attention import READERS, Reader
-from .registry import nearest, resolve
+from .registry import resolve
 
 __all__ = ["KINDS", "ModelConfig", "Options", "Seq2SeqConfig", "nearest"]
 
@@ -38,11 +38,11 @@ class ModelConfig:
         ValueError: for an unknown name, an unknown option or options that no layer uses, with the dotted path.
     """
 
-    d_model: int
+    d_model: Size
     """D, width of the residual stream."""
-    n_layers: int
+    n_layers: Annotated[int, Range(1, 2**12)]
     """Number of layers."""
-    vocab_size: int
+    vocab_size: Annotated[int, Range(1, 2**28)]
     """V, number of tokens in the vocabulary."""
     pattern: tuple[str, ...]
     """One entry per layer of a period."""
@@ -50,20 +50,20 @@ class ModelConfig:
     """Options of the mixers named in `pattern`."""
     ffn: Options = field(default_factory=dict)
     """Options of the ffns named in `pattern`."""
-    norm: str = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Norm of the residual stream: "rmsnorm" or "layernorm"."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square, or the variance, in every norm of the residual stream."""
     prenorm: bool = True
     """Whether a layer is x + f(norm(x)), with a norm after the last one; False is norm(x + f(x)), with a norm before
     the first one, as in BERT."""
     bias: bool = False
     """Whether the projections of every mixer and ffn that has an option `bias` have biases."""
-    positions: str = "none"
+    positions: Literal["none", "learned"] = "none"
     """Vectors that are added to the embeddings: "none", or "learned", one for each position in the document."""
-    max_positions: int | None = None
+    max_positions: Annotated[int, Range(1, 2**28)] | None = None
     """Longest context of learned positions, in tokens."""
-    head: str = "linear"
+    head: Literal["linear", "mlm"] = "linear"
     """Head that makes logits of the last layer's output: "linear", one projection, or "mlm", as BERT predicts masked
     tokens: a layer with GELU and a norm, then a projection with a bias."""
     tie_embeddings: bool = True
@@ -73,14 +73,7 @@ class ModelConfig:
     """Kinds that only models described by this class may use, besides the registered ones."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("d_model", "n_layers", "vocab_size", "max_positions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1")
-        for name, known in (("norm", NORMS), ("positions", ("none", "learned")), ("head", ("linear", "mlm"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown model.{name}={getattr(self, name)!r}{nearest(getattr(self, name), known)}")
+        check(self, "model.")
         if (self.positions == "learned") != (self.max_positions is not None):
             raise ValueError(
                 f"model.positions={self.positions!r} and model.max_positions={self.max_positions} contradict each"
@@ -144,14 +137,7 @@ class ModelConfig:
         """
         if "source" in values and not issubclass(cls, Seq2SeqConfig):
             return Seq2SeqConfig.from_dict(values)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                raise ValueError(f"unknown key model.{key}{nearest(key, fields)}")
-        required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-        if missing := sorted(required - set(values)):
-            raise ValueError(f"the model table lacks {', '.join(missing)}")
-        return cls(**values)
+        return from_plain(cls, values, "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +162,8 @@ class Seq2SeqConfig(ModelConfig):
                 raise ValueError(f"unknown key model.source.{key}{nearest(key, _SOURCE_KEYS)}")
         if "pattern" not in self.source:
             raise ValueError("model.source lacks the pattern of the encoder, such as ['encoder+mlp']")
+        if not isinstance(self.source["pattern"], list | tuple):
+            raise ValueError(f"model.source.pattern={shown(self.source['pattern'])} must be a list")
         object.__setattr__(self, "source", dict(self.source) | {"pattern": tuple(self.source["pattern"])})
         if not any(issubclass(self.mixer_of(name)[0], Reader) for name, _ in self.period):
             known = " or ".join(READERS)

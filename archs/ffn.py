@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from ..options import check
+
 C = TypeVar("C")
 
 
@@ -19,6 +21,7 @@ class FFN(nn.Module, Generic[C]):
         """Builds the ffn for width `d_model`; `residual_scale` is as in Mixer."""
         super().__init__()
         self.d_model = d_model
+        check(config)
         self.config = config
         self.residual_scale = residual_scale
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ops
+from ..options import Positive
 from .mixer import State
 
 
@@ -22,6 +23,32 @@ def linear(d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0) -> 
         if bias:
             layer.bias.zero_()
     return layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """Options of mixers that learn the step size of a state-space model."""
+
+    dt_min: Positive = 1e-3
+    """Smallest initial step size; where softplus makes it of a bias, itself at least 1e-4."""
+    dt_max: Positive = 1e-1
+    """Largest initial step size."""
+
+    def __post_init__(self) -> None:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min={self.dt_min} must not be more than dt_max={self.dt_max}")
+
+
+def inner_width(expand: float, d_model: int) -> int:
+    """E, the channels inside a mixer that is `expand` times as wide as the model.
+
+    Raises:
+        ValueError: if that leaves none.
+    """
+    width = int(expand * d_model)
+    if width < 1:
+        raise ValueError(f"expand={expand} of d_model={d_model} leaves no channel: use a larger one")
+    return width
 
 
 def step_bias(n: int, dt_min: float, dt_max: float) -> nn.Parameter:

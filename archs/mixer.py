@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..options import check
+
 
 @dataclass
 class State:
@@ -95,6 +97,7 @@ class Mixer(nn.Module, Generic[C, S]):
         """
         super().__init__()
         self.d_model = d_model
+        check(config)
         self.config = config
         self.residual_scale = residual_scale
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ..options import from_plain, nearest
 from .ffn import FFN
 from .ffns.mlp import MLP
 from .ffns.moe import MoE
@@ -74,20 +74,16 @@ def resolve(
         others: kinds that may stand here besides the registered ones.
 
     Raises:
-        ValueError: for an unknown kind or option, with the most similar name.
+        ValueError: for an unknown kind or option, with the most similar name, or a value that the option cannot have.
     """
     kinds = {**(MIXERS if section == "mixer" else FFNS), **(others or {})}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"unknown {section} {kind!r} in {named_in}{nearest(kind, kinds)}")
-    known = {f.name for f in dataclasses.fields(kinds[kind].Config)}
-    for key in options:
-        if key not in known:
-            raise ValueError(f"unknown option {path}.{key}{nearest(key, known)}")
-    return kinds[kind], kinds[kind].Config(**options)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the most similar known word, or all of them."""
-    known = sorted(known)
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
+    try:
+        return kinds[kind], from_plain(kinds[kind].Config, options, f"{path}.")
+    except ValueError as error:
+        if path in str(error):
+            raise
+        # of the class itself, which does not know where its options stand
+        names = tuple(field.name for field in dataclasses.fields(kinds[kind].Config))
+        raise ValueError(f"{path}{'.' if str(error).startswith(names) else ': '}{error}") from None

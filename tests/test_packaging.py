@@ -22,6 +22,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *FOLDERS,
         "__init__.py",
         "files.py",
+        "options.py",
         "py.typed",
         "setup.py",
         "pyproject.toml",

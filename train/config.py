@@ -7,24 +7,21 @@ once.
 
 from __future__ import annotations
 
-import collections.abc
+import contextlib
 import copy
 import dataclasses
-import difflib
 import json
-import math
 import re
-import tomllib
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from ..files import parse_toml
+from ..options import Positive, Range, Share, check, count, from_plain
 
 if TYPE_CHECKING:
     from ..archs import ModelConfig
@@ -37,36 +34,14 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
-    "count",
     "flatten",
-    "from_plain",
     "plain",
 ]
 
 CUSTOM = "custom"
 """Preset of a model that a [model] table describes from its pattern up."""
 
-T = TypeVar("T")
-
 _NOTHING = ("None", "''")
-_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-
-
-def count(text: str) -> int:
-    """Reads a whole number as people write it: "500k", "1M", "1.3B", "5e5", "1_000_000".
-
-    Raises:
-        ValueError: if the text is not a number or not a whole one.
-    """
-    number = text.strip()
-    scale = _SUFFIXES.get(number[-1:].lower(), 1)
-    try:
-        value = Decimal(number[:-1] if scale > 1 else number) * scale
-    except InvalidOperation:
-        raise ValueError(f"{text!r} is not a whole number such as 500, 500k, 1M or 5e5") from None
-    if not value.is_finite() or value != int(value):
-        raise ValueError(f"{text!r} is not a whole number such as 500, 500k, 1M or 5e5")
-    return int(value)
 
 
 def _value(read: Callable[[str], Any], metavar: str, *, optional: bool = False) -> PrimitiveConstructorSpec[Any]:
@@ -89,8 +64,10 @@ def _unset(meaning: str) -> Callable[[str], str]:
     return lambda default: f"(default: {default if default not in _NOTHING else meaning})"
 
 
-Count = Annotated[int, _value(count, "COUNT")]
-"""An int option that accepts what `count` reads."""
+Count = Annotated[int, _value(count, "COUNT"), Range(1)]
+"""A number of things, at least one, that accepts what `count` reads."""
+CountOrNone = Annotated[int, _value(count, "COUNT"), Range(0)]
+"""The same where 0 turns something off."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -110,10 +87,8 @@ def _read_entry(entry: str, section: str) -> dict[str, Any]:
     key, equals, value = entry.partition("=")
     _require(bool(equals) and bool(key.strip()), f"{section}.set {entry!r} is not of the form key=value")
     for text in (entry, f"{key}={json.dumps(value, ensure_ascii=False)}"):  # a bare word is a string
-        try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError:
-            continue
+        with contextlib.suppress(ValueError):
+            return parse_toml(text, key)
     raise ValueError(f"{section}.set {entry!r} is not of the form key=value")
 
 
@@ -137,18 +112,21 @@ class ModelSpec:
     n_params: Annotated[
         int | None,
         _value(count, "COUNT", optional=True),
+        Range(1, 10**12),
         tyro.conf.arg(aliases=("--params",), help_behavior_hint=_unset("the preset's own size")),
     ] = None
     """Total parameters, solved for within 2 %: 500k, 1M, 5e6."""
     d_model: Annotated[
         int | None,
         _value(count, "COUNT", optional=True),
+        Range(1, 2**18),
         tyro.conf.arg(help_behavior_hint=_unset("the preset's, or solved for")),
     ] = None
     """Width."""
     n_layers: Annotated[
         int | None,
         _value(count, "COUNT", optional=True),
+        Range(1, 2**12),
         tyro.conf.arg(help_behavior_hint=_unset("the preset's, or solved for")),
     ] = None
     """Number of layers."""
@@ -158,10 +136,8 @@ class ModelSpec:
     """The same as nested tables, from the [model] table of a run file."""
 
     def __post_init__(self) -> None:
+        check(self, "model.")
         _require(bool(self.preset), "model.preset must not be empty")
-        for name in ("n_params", "d_model", "n_layers"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"model.{name} must be positive, got {value}")
         options = self.all_options()
         _require("vocab_size" not in options, "model.vocab_size comes from the tokenizer (--tokenizer): leave it out")
         for name in ("preset", "n_params", "d_model", "n_layers"):
@@ -205,6 +181,7 @@ class ObjectiveSpec:
     """The same as tables, from the [objective] table of a run file."""
 
     def __post_init__(self) -> None:
+        check(self, "objective.")
         _require(bool(self.kind), "objective.kind must not be empty")
         self.all_options()
 
@@ -224,7 +201,7 @@ class DataConfig:
     """Column that holds the text in JSON lines, CSV, Parquet and Hugging Face data sets."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=("--tokenizer",), metavar="bytes|bpe:SIZE|FILE")] = "bytes"
     """Bytes as they are, a byte-level BPE trained on the training split, or a tokenizer.json."""
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
     """Share of the documents held out for validation."""
     cache: Annotated[
         Path | None,
@@ -234,9 +211,9 @@ class DataConfig:
     """Folder for prepared corpora."""
 
     def __post_init__(self) -> None:
+        check(self, "data.")
         _require(bool(self.source), "data.source must not be empty")
         _require(bool(self.tokenizer), "data.tokenizer must not be empty")
-        _require(0 < self.val_fraction < 1, f"data.val_fraction must lie between 0 and 1, got {self.val_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,42 +223,33 @@ class OptimConfig:
     lr: Annotated[
         float | None,
         _value(float, "FLOAT", optional=True),
+        Range(above=0),
         tyro.conf.arg(help_behavior_hint=_unset("the rate tuned for the preset")),
     ] = None
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: half a cosine down to the end, constant and then linear decay (wsd), or constant."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps in which the rate rises linearly."""
-    decay: float = 0.2
+    decay: Share = 0.2
     """Share of the steps in which wsd decays."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Share = 0.1
     """Rate of the last step as a share of the peak (cosine, wsd)."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(0)] = 0.1
     """Decoupled weight decay of the matrices; vectors and what a module exempts do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Range(0, below=1)] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon."""
-    clip: float = 1.0
+    clip: Annotated[float, Range(0)] = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.lr is None or (math.isfinite(self.lr) and self.lr > 0), f"optim.lr must be positive, got {self.lr}"
-        )
-        for name in ("warmup", "decay", "min_lr_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name} must lie in [0, 1], got {value}")
+        check(self, "optim.")
         _require(
             self.schedule != "wsd" or self.warmup + self.decay <= 1,
             f"optim.warmup and optim.decay overlap: {self.warmup} + {self.decay} is more than 1",
         )
-        for name in ("weight_decay", "clip"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"optim.{name} must not be negative, got {value}")
-        _require(math.isfinite(self.eps) and self.eps > 0, f"optim.eps must be positive, got {self.eps}")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas must lie in [0, 1), got {self.betas}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,50 +266,38 @@ class TrainConfig:
     """Number of equal parts in which a batch is computed: the same update in less memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of matrix products; auto: bf16 where the processor has it. Parameters always stay float32."""
-    eval_every: Count = 250
+    eval_every: CountOrNone = 250
     """Steps between two validations; 0 validates only at the end."""
     eval_tokens: Count = 65_536
     """Held-out tokens read by one validation on the way, always the same ones."""
     final_eval_tokens: Count = 262_144
     """Held-out tokens read by the last validation, whose score is the result of the run."""
-    position_len: Count = 1024
+    position_len: CountOrNone = 1024
     """Window of the final loss-by-position evaluation, best beyond seq_len; 0 leaves it out."""
-    sample_tokens: Count = 128
+    sample_tokens: CountOrNone = 128
     """Tokens of sample text written at each validation; 0 for none."""
     log_every: Count = 10
     """Steps between two lines of metrics."""
-    checkpoint_every: Count = 250
+    checkpoint_every: CountOrNone = 250
     """Steps between two checkpoints; 0 saves only at the end."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Annotated[Count, Range(2)] = 2
     """Number of the newest checkpoints to keep, at least 2, so that one is whole whatever happens to the other."""
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:1."""
     threads: Annotated[
-        int | None, _value(count, "COUNT", optional=True), tyro.conf.arg(help_behavior_hint=_unset("all cores"))
+        int | None,
+        _value(count, "COUNT", optional=True),
+        Range(1),
+        tyro.conf.arg(help_behavior_hint=_unset("all cores")),
     ] = None
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "seq_len",
-            "grad_accumulation",
-            "eval_tokens",
-            "final_eval_tokens",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            _require(value > 0, f"train.{name} must be positive, got {value}")
-        for name in ("eval_every", "position_len", "sample_tokens", "checkpoint_every"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name} must not be negative, got {value}")
+        check(self, "train.")
         _require(
             self.batch_size % self.grad_accumulation == 0,
             f"train.batch_size={self.batch_size} is not divisible by train.grad_accumulation={self.grad_accumulation}",
         )
-        _require(self.keep_checkpoints >= 2, f"train.keep_checkpoints must be at least 2, got {self.keep_checkpoints}")
-        _require(self.threads is None or self.threads > 0, f"train.threads must be positive, got {self.threads}")
         _require(
             re.fullmatch(r"auto|cpu|[a-z]+(:\d+)?", self.device) is not None,
             f"train.device must be auto, cpu, cuda or cuda:N, got {self.device!r}",
@@ -354,7 +310,7 @@ class RunConfig:
 
     name: Annotated[str, tyro.conf.arg(help_behavior_hint=_unset("PRESET-sSEED"))] = ""
     """Name of the run directory; the name of the run file where there is one."""
-    seed: Count = 0
+    seed: Annotated[CountOrNone, Range(below=2**63)] = 0
     """Seed of the initial weights and of the order of the data."""
     out: Path = Path("runs")
     """Folder that holds run directories."""
@@ -367,11 +323,11 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
+        check(self)
         _require(
             self.name not in (".", "..") and not re.search(r"[/\\\0]", self.name),
             f"name={self.name!r} is not the name of one folder; the folder above it is --out",
         )
-        _require(0 <= self.seed < 2**63, f"seed must lie in [0, 2^63), got {self.seed}")
 
     @property
     def directory(self) -> Path:
@@ -452,63 +408,6 @@ def flatten(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in table.items():
         leaves |= flatten(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
     return leaves
-
-
-def from_plain(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Makes a frozen dataclass of JSON or TOML values.
-
-    Args:
-        cls: the dataclass; its fields may be dataclasses.
-        values: values of its fields by name. A count may be text, such as "1M".
-        path: where they stand, for messages: "optim.".
-
-    Raises:
-        ValueError: for a key that there is not, with the nearest one, or a value of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
-            remedy = f": perhaps you meant {path}{nearest[0]}" if nearest else ", as it has no options"
-            raise ValueError(f"unknown key {path}{key}{remedy}")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """A JSON or TOML value as the type of its field."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return None if value is None and len(kinds) < len(typing.get_args(hint)) else _convert(kinds[0], value, path)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        _require(isinstance(value, Mapping), f"{path}={value!r} is a value where a table is expected")
-        return from_plain(hint, value, f"{path}.")
-    origin = typing.get_origin(hint) or hint
-    if origin is Mapping or origin is collections.abc.Mapping:
-        _require(isinstance(value, Mapping), f"{path}={value!r} is a value where a table is expected")
-        return dict(value)
-    _require(not isinstance(value, Mapping), f"[{path}] is a table where a value is expected")
-    if origin is Literal:
-        known = typing.get_args(hint)
-        _require(value in known, f"{path}={value!r} is none of {', '.join(map(repr, known))}")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{path}={value!r} is no list")
-        kinds = typing.get_args(hint)
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        _require(len(kinds) == len(value), f"{path}={list(value)} should have {len(kinds)} entries")
-        return tuple(_convert(kind, entry, path) for kind, entry in zip(kinds, value, strict=True))
-    if hint is int and isinstance(value, str):
-        try:
-            return count(value)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and (hint is bool) == isinstance(value, bool)):
-        return value
-    raise ValueError(f"{path}={value!r} should be of type {hint.__name__}")
 
 
 def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import ops
+from ...options import Size
 from ..ffn import FFN, default_d_ff
 from ..layers import linear, linear_flops
 
@@ -24,9 +26,9 @@ UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
 class MLPConfig:
     """Options of MLP."""
 
-    activation: str = GATED
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     """"swiglu", "gelu" (BERT), or "gelu_tanh", its approximation by tanh (GPT-2)."""
-    d_ff: int | None = None
+    d_ff: Size | None = None
     """Inner width; None means 8/3 d_model, up to a multiple of 8, or 4 d_model without a gate."""
     bias: bool = False
     """Whether the projections have biases."""
@@ -40,10 +42,9 @@ class MLP(FFN[MLPConfig]):
     def __init__(self, d_model: int, config: MLPConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
         self.is_gated = config.activation == GATED
-        if not self.is_gated and config.activation not in UNGATED:
-            known = ", ".join([GATED, *UNGATED])
-            raise ValueError(f"activation={config.activation!r} is unknown: it is one of {known}")
-        d_ff = config.d_ff or (default_d_ff(d_model) if self.is_gated else 4 * d_model)
+        d_ff = config.d_ff
+        if d_ff is None:
+            d_ff = default_d_ff(d_model) if self.is_gated else 4 * d_model
         if self.is_gated:
             self.gate_proj = linear(d_model, d_ff, bias=config.bias)
         self.up_proj = linear(d_model, d_ff, bias=config.bias)

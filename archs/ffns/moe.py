@@ -6,11 +6,13 @@ Router weights are the softmax over all experts, not renormalized over the chose
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...options import Range, Size
 from ..ffn import FFN, default_d_ff
 from ..layers import linear, linear_flops
 
@@ -19,14 +21,18 @@ from ..layers import linear, linear_flops
 class MoEConfig:
     """Options of MoE."""
 
-    n_experts: int = 16
+    n_experts: Size = 16
     """Experts in the layer."""
-    top_k: int = 2
+    top_k: Size = 2
     """Experts that each token uses."""
-    d_ff: int | None = None
+    d_ff: Size | None = None
     """Inner width of one expert; None means 8/3 d_model, up to a multiple of 8."""
-    balance_weight: float = 0.01
+    balance_weight: Annotated[float, Range(0)] = 0.01
     """Weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961, eq. 4); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k={self.top_k} must be at most n_experts={self.n_experts}")
 
 
 class MoE(FFN[MoEConfig]):
@@ -36,9 +42,7 @@ class MoE(FFN[MoEConfig]):
 
     def __init__(self, d_model: int, config: MoEConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        if not 1 <= config.top_k <= config.n_experts:
-            raise ValueError(f"top_k={config.top_k} must be between 1 and n_experts={config.n_experts}")
-        d_ff = config.d_ff or default_d_ff(d_model)
+        d_ff = default_d_ff(d_model) if config.d_ff is None else config.d_ff
         n = config.n_experts
         self.router = linear(d_model, n)
         self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * d_ff, d_model).uniform_(-(d_model**-0.5), d_model**-0.5))

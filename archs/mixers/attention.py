@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...kernels import ops
+from ...options import Length, Positive, Size
 from ..layers import linear, linear_flops
 from ..mixer import Mixer, State, Zeros
 
@@ -22,18 +23,18 @@ from ..mixer import Mixer, State, Zeros
 class AttentionConfig:
     """Options of Attention."""
 
-    n_heads: int | None = None
+    n_heads: Size | None = None
     """Query heads; None means d_model / head_dim."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Size | None = None
     """Key and value heads; None means n_heads (multi-head), 1 means multi-query."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """Channels per head; None means d_model / n_heads, or where that is None too the largest power of two up to 64 that
     leaves at least three heads."""
     rope: bool = True
     """Whether queries and keys are rotated by their position; False is NoPE."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotation's wavelengths."""
-    window: int | None = None
+    window: Length | None = None
     """Number of latest tokens seen, the current one included; None means all. Without `causal` as many to come."""
     causal: bool = True
     """Whether a token sees only itself and earlier ones; False is an encoder, which takes no state."""
@@ -67,15 +68,13 @@ class Attention(Mixer[AttentionConfig, KVCache]):
     def __init__(self, d_model: int, config: AttentionConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
         self.n_heads, self.head_dim = _heads(d_model, config)
-        self.n_kv_heads = config.n_kv_heads or self.n_heads
+        self.n_kv_heads = self.n_heads if config.n_kv_heads is None else config.n_kv_heads
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if config.rope and self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} is odd: rotary positions need pairs of channels (or rope=false)"
             )
-        if config.window is not None and config.window < 1:
-            raise ValueError(f"window={config.window} must be at least 1, the token itself")
         d_q, d_kv, bias = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, config.bias
         self.q_proj = linear(d_model, d_q, bias=bias)
         self.k_proj = linear(d_model, d_kv, bias=bias)
@@ -189,11 +188,11 @@ def _heads(d_model: int, config: AttentionConfig) -> tuple[int, int]:
         head_dim = fitting[0] if fitting else d_model
     if n_heads is not None and head_dim is not None:
         return n_heads, head_dim
-    known = n_heads or head_dim
+    name, known = ("n_heads", n_heads) if n_heads is not None else ("head_dim", head_dim)
     assert known is not None
     if d_model % known:
-        raise ValueError(f"d_model={d_model} is not divisible by {'n_heads' if n_heads else 'head_dim'}={known}")
-    return (n_heads, d_model // n_heads) if n_heads else (d_model // known, known)
+        raise ValueError(f"d_model={d_model} is not divisible by {name}={known}")
+    return (known, d_model // known) if n_heads is not None else (d_model // known, known)
 
 
 def _first_key_after(past: int | Tensor, first_key: Tensor | None, starts: Tensor | None) -> Tensor | None:

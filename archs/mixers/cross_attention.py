@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...options import Size
 from ..layers import linear, linear_flops
 from ..mixer import C, Mixer, State, Zeros
 from .attention import Attention, AttentionConfig
@@ -94,11 +95,11 @@ class Reader(Mixer[C, Memory]):
 class CrossAttentionConfig:
     """Options of CrossAttention, which are those of self-attention."""
 
-    n_heads: int | None = None
+    n_heads: Size | None = None
     """Query heads; None means d_model / head_dim."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Size | None = None
     """Key and value heads; None means n_heads."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """Channels per head; None means as in self-attention."""
     bias: bool = False
     """Whether the projections have biases."""
@@ -134,7 +135,7 @@ class CrossAttention(Reader[CrossAttentionConfig]):
 class AdditiveAttentionConfig:
     """Options of AdditiveAttention."""
 
-    d_attention: int | None = None
+    d_attention: Size | None = None
     """Width of the network that compares a query with a key; None means d_model."""
 
 
@@ -148,7 +149,7 @@ class AdditiveAttention(Reader[AdditiveAttentionConfig]):
 
     def __init__(self, d_model: int, config: AdditiveAttentionConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        d_attention = config.d_attention or d_model
+        d_attention = d_model if config.d_attention is None else config.d_attention
         self.q_proj = linear(d_model, d_attention, bias=True)
         self.k_proj = linear(d_model, d_attention)
         self.v_proj = linear(d_model, d_model, scale=residual_scale)

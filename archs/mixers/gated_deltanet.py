@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import RMSNorm, linear, linear_flops, step_bias
+from ...options import Size, Width
+from ..layers import RMSNorm, StepSizes, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
 
 CHUNK = 64
@@ -28,23 +29,19 @@ CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(StepSizes):
     """Options of Gated DeltaNet."""
 
-    n_heads: int | None = None
+    n_heads: Size | None = None
     """H; None means as many as make all keys together about 3/4 of d_model wide."""
-    d_state: int | None = None
+    d_state: Size | None = None
     """N, channels of a key; None means the largest power of two up to 128 that leaves at least three heads."""
-    expand: float = 2
+    expand: Width = 2
     """P / N, channels of a value to those of a key."""
-    d_conv: int = 4
+    d_conv: Size = 4
     """K, taps of the short convolutions."""
     negative_eigenvalues: bool = False
     """Whether the writing strength reaches 2 instead of 1, so that a state can change its sign (arXiv:2411.12537)."""
-    dt_min: float = 1e-3
-    """Smallest initial step size, itself at least 1e-4."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
 
 
 @dataclass
@@ -144,9 +141,8 @@ def _scaled_to(length: float, x: Tensor) -> Tensor:
 def _heads(d_model: int, config: GatedDeltaNetConfig) -> tuple[int, int]:
     """(H, N)."""
     width = 3 * d_model / 4
-    if config.d_state is not None:
-        return config.n_heads or max(1, round(width / config.d_state)), config.d_state
-    least = config.n_heads or 3
-    fitting = (n for n in (128, 64, 32, 16, 8, 4, 2) if least * n <= width)
-    N = next(fitting, 1)
-    return config.n_heads or max(1, round(width / N)), N
+    H, N = config.n_heads, config.d_state
+    if N is None:
+        least = 3 if H is None else H
+        N = next((n for n in (128, 64, 32, 16, 8, 4, 2) if least * n <= width), 1)
+    return max(1, round(width / N)) if H is None else H, N

@@ -15,26 +15,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import linear, linear_flops
+from ...options import Size
+from ..layers import StepSizes, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
-from .s4d import discretize, initial_poles
+from .s4d import Init, StateSize, discretize, initial_poles
 
 
 @dataclass(frozen=True, kw_only=True)
-class H3Config:
+class H3Config(StepSizes):
     """Options of H3; the defaults are the authors'."""
 
-    d_state: int = 64
+    d_state: StateSize = 64
     """Real states per channel of the diagonal SSM: N = d_state / 2 conjugate pairs."""
-    d_conv: int = 64
+    d_conv: Size = 64
     """K, states of the shift SSM: the tokens that it remembers, the current one included."""
-    head_dim: int = 1
+    head_dim: Size = 1
     """P. A head multiplies all pairs of its keys and values, so that its state holds P x P channels."""
-    dt_min: float = 1e-3
-    """Smallest initial step size."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
-    init: str = "lin"
+    init: Init = "lin"
     """Initial poles of the diagonal SSM, as in S4D."""
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import linear, linear_flops
+from ...options import Width
+from ..layers import inner_width, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
 
 
@@ -16,7 +17,7 @@ from ..mixer import Mixer, State, Zeros
 class LSTMConfig:
     """Options of LSTM."""
 
-    expand: float = 1
+    expand: Width = 1
     """E / D, where E is the number of cells."""
 
 
@@ -36,7 +37,7 @@ class LSTM(Mixer[LSTMConfig, LSTMState]):
 
     def __init__(self, d_model: int, config: LSTMConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        E = self.d_inner = int(config.expand * d_model)
+        E = self.d_inner = inner_width(config.expand, d_model)
         self.in_proj = linear(d_model, 4 * E, bias=True)
         self.weight = nn.Parameter(torch.empty(4 * E, E).uniform_(-(E**-0.5), E**-0.5))
         self.out_proj = linear(E, d_model, scale=residual_scale)

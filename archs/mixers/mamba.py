@@ -9,26 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import RMSNorm, linear, linear_flops, step_bias
+from ...options import Size, Width
+from ..layers import RMSNorm, StepSizes, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig:
+class MambaConfig(StepSizes):
     """Options of Mamba; the defaults are the paper's."""
 
-    d_state: int = 16
+    d_state: Size = 16
     """N, states per channel."""
-    d_conv: int = 4
+    d_conv: Size = 4
     """K, taps of the short convolution."""
-    expand: float = 2
+    expand: Width = 2
     """E / D."""
-    dt_rank: int | None = None
+    dt_rank: Size | None = None
     """Rank of the step-size projection; None means ceil(d_model / 16)."""
-    dt_min: float = 1e-3
-    """Smallest initial step size, itself at least 1e-4."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
     inner_norm: bool = False
     """Whether the step size, B and C pass through an RMSNorm each (Jamba, arXiv:2403.19887, section 6.4)."""
 
@@ -52,9 +49,9 @@ class Mamba(Mixer[MambaConfig, MambaState]):
 
     def __init__(self, d_model: int, config: MambaConfig, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        E, N, K = int(config.expand * d_model), config.d_state, config.d_conv
+        E, N, K = inner_width(config.expand, d_model), config.d_state, config.d_conv
         self.d_inner = E
-        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+        self.dt_rank = math.ceil(d_model / 16) if config.dt_rank is None else config.dt_rank
         self.in_proj = linear(d_model, 2 * E)
         self.conv_weight = nn.Parameter(torch.empty(E, K).uniform_(-(K**-0.5), K**-0.5))
         self.conv_bias = nn.Parameter(torch.empty(E).uniform_(-(K**-0.5), K**-0.5))

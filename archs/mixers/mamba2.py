@@ -8,30 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
+from ...options import Size, Width
+from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba2Config:
+class Mamba2Config(StepSizes):
     """Options of Mamba-2; the defaults are the authors'."""
 
-    d_state: int = 128
+    d_state: Size = 128
     """N, states per channel."""
-    d_conv: int = 4
+    d_conv: Size = 4
     """K, taps of the short convolution."""
-    expand: float = 2
+    expand: Width = 2
     """E / D."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """P, channels that share a decay; None means the largest power of two up to 64 that leaves at least three heads."""
-    n_groups: int = 1
+    n_groups: Size = 1
     """G, groups of heads that share B and C, and of channels that the norm treats apart."""
-    chunk_len: int | None = None
+    chunk_len: Size | None = None
     """About how many tokens the scan computes at once; None leaves it to the operation. Changes speed and rounding."""
-    dt_min: float = 1e-3
-    """Smallest initial step size, itself at least 1e-4."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
 
 
 @dataclass
@@ -53,8 +50,9 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
 
     def __init__(self, d_model: int, config: Mamba2Config, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        E, K = int(config.expand * d_model), config.d_conv
-        self.d_inner, self.head_dim = E, config.head_dim or default_head_dim(E, n_groups=config.n_groups)
+        E, K = inner_width(config.expand, d_model), config.d_conv
+        P = default_head_dim(E, n_groups=config.n_groups) if config.head_dim is None else config.head_dim
+        self.d_inner, self.head_dim = E, P
         self.n_heads, rest = divmod(E, self.head_dim)
         if rest:
             raise ValueError(f"d_inner={E} is not divisible by head_dim={self.head_dim}")
@@ -124,7 +122,8 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
 
         The state decays once a chunk, for 2 E N. Q is 64 unless given.
         """
-        Q, E, N = min(seq_len, self.config.chunk_len or 64), self.d_inner, self.config.d_state
+        chunk_len = 64 if self.config.chunk_len is None else self.config.chunk_len
+        Q, E, N = min(seq_len, chunk_len), self.d_inner, self.config.d_state
         scan = 2 * Q * (self.config.n_groups * N + E) + 4 * E * N + 2 * E * N / Q
         return seq_len * (self._flops_outside() + scan)
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import RMSNorm, default_head_dim, linear, linear_flops, step_bias
+from ...options import Positive, Share, Size, Width
+from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
 
 SMALLEST_FADE = 1e-9
@@ -28,24 +29,20 @@ SMALLEST_FADE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mamba3Config:
+class Mamba3Config(StepSizes):
     """Options of Mamba-3."""
 
-    d_state: int = 128
+    d_state: Size = 128
     """N, states per channel."""
-    rope_fraction: float = 0.5
+    rope_fraction: Share = 0.5
     """Share of the states that rotate, in pairs of neighbours: the first ones."""
-    expand: float = 2
+    expand: Width = 2
     """E / D."""
-    head_dim: int | None = None
+    head_dim: Size | None = None
     """P, channels that share a decay; None means the largest power of two up to 64 that leaves at least three heads."""
-    chunk_len: int | None = None
+    chunk_len: Size | None = None
     """About how many tokens the scan computes at once; None leaves it to the operation. Changes speed and rounding."""
-    dt_min: float = 1e-3
-    """Smallest initial step size, itself at least 1e-4."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
-    A_min: float = 1e-4
+    A_min: Positive = 1e-4
     """Smallest -A."""
 
 
@@ -80,10 +77,8 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
 
     def __init__(self, d_model: int, config: Mamba3Config, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, config, residual_scale=residual_scale)
-        E, N = int(config.expand * d_model), config.d_state
-        if not 0 <= config.rope_fraction <= 1:
-            raise ValueError(f"rope_fraction={config.rope_fraction} is no share of the states: use one from 0 to 1")
-        self.d_inner, self.head_dim = E, config.head_dim or default_head_dim(E)
+        E, N = inner_width(config.expand, d_model), config.d_state
+        self.d_inner, self.head_dim = E, default_head_dim(E) if config.head_dim is None else config.head_dim
         self.n_heads, rest = divmod(E, self.head_dim)
         if rest:
             raise ValueError(f"d_inner={E} is not divisible by head_dim={self.head_dim}")
@@ -172,7 +167,8 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
 
         Into and out of the state go 4 E N, and it decays once a chunk, for 2 E N. Q is 64 unless given.
         """
-        Q, E, N = min(seq_len, self.config.chunk_len or 64), self.d_inner, self.config.d_state
+        chunk_len = 64 if self.config.chunk_len is None else self.config.chunk_len
+        Q, E, N = min(seq_len, chunk_len), self.d_inner, self.config.d_state
         scan = 2 * Q * (self.n_heads * N + E) + 4 * E * N + 2 * E * N / Q
         return seq_len * (self._flops_outside() + scan)
 

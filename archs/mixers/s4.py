@@ -15,20 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import linear_flops
-from .s4d import S4D, S4DConfig, legs_normal_form
+from ..layers import StepSizes, linear_flops
+from .s4d import S4D, S4DConfig, StateSize, legs_normal_form
 
 
 @dataclass(frozen=True, kw_only=True)
-class S4Config:
+class S4Config(StepSizes):
     """Options of S4; the defaults are the authors'."""
 
-    d_state: int = 64
+    d_state: StateSize = 64
     """Real states per channel: N = d_state / 2 conjugate pairs."""
-    dt_min: float = 1e-3
-    """Smallest initial step size."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
 
 
 class S4(S4D):

@@ -8,27 +8,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ..layers import linear, linear_flops
+from ...options import Range
+from ..layers import StepSizes, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
+
+StateSize = Annotated[int, Range(2, 2**10)]
+"""Real states per channel, in pairs; HiPPO's matrix of more would take minutes to diagonalise."""
+Init = Literal["lin", "inv", "legs", "real"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class S4DConfig:
+class S4DConfig(StepSizes):
     """Options of S4D; the defaults are the authors'."""
 
-    d_state: int = 64
+    d_state: StateSize = 64
     """Real states per channel: N = d_state / 2 conjugate pairs."""
-    dt_min: float = 1e-3
-    """Smallest initial step size."""
-    dt_max: float = 1e-1
-    """Largest initial step size."""
-    init: str = "lin"
+    init: Init = "lin"
     """Initial poles: "lin", "inv", "legs" or "real" (S4D-Lin, S4D-Inv, S4D-LegS, S4D-Real). Training may move them to
     anywhere in the left half plane: S4D-Real starts on the real axis and is not held there."""
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
+from ...options import Length, Range
 from ...train.config import Count
 from ..context.options import MeasureConfig
-from ..harness.options import Budget, Models, Place, check_lengths, check_positive
+from ..harness.options import Budget, Models, Place, check_lengths
 
 __all__ = ["CompareConfig", "LearningRateConfig"]
 
@@ -27,7 +28,7 @@ class CompareConfig(Place, Budget, Models):
     eval_tokens: Count = 8_192
     """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
 
-    position_len: int | None = None
+    position_len: Length | None = None
     """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""
 
     out: Path = Path("runs/compare")
@@ -52,10 +53,10 @@ class LearningRateConfig(Place, Budget, Models):
     the end of the list means that the list is too short.
     """
 
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Peak learning rates to try."""
 
-    steps: int = 400
+    steps: Count = 400
     """Optimizer steps of every run."""
 
     eval_tokens: Count = 65_536
@@ -73,4 +74,3 @@ class LearningRateConfig(Place, Budget, Models):
             raise ValueError(f"--optim.lr {self.optim.lr:g} has no effect where rates are tried: give it to --rates")
         if len(set(self.rates)) < len(self.rates):
             raise ValueError(f"--rates names a rate twice: {' '.join(map(str, self.rates))}")
-        check_positive(self, "rates")

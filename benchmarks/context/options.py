@@ -6,8 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from ...options import Length, Positive, Size, check
 from ..harness.format import format_bytes
-from ..harness.options import ByteSize, Models, Place, check_lengths, check_positive
+from ..harness.options import ByteSize, Models, Place, check_lengths
 
 __all__ = ["ContextConfig", "MeasureConfig"]
 
@@ -16,24 +17,24 @@ __all__ = ["ContextConfig", "MeasureConfig"]
 class MeasureConfig:
     """How a cell (one architecture at one context length) is measured; part of the identity of a result."""
 
-    tokens_per_batch: int | None = None
+    tokens_per_batch: Length | None = None
     """Tokens in one training step at every length, as a batch of tokens // length sequences; the longest --context when
     not given."""
 
-    prompts: int = 1
+    prompts: Size = 1
     """Sequences read at once in prefill and continued at once in decode."""
 
-    decode_tokens: int = 32
+    decode_tokens: Length = 32
     """Tokens generated one at a time in each repeat of the decode measurement."""
 
-    time_box: float = 0.5
+    time_box: Positive = 0.5
     """Seconds spent on the repeats of one phase, longer where --min-repeats take longer."""
 
-    min_repeats: int = 3
+    min_repeats: Size = 3
     """Fewest repeats of a phase after its warm-up; training whose warm-up step alone takes longer than --time-box needs
     only 2."""
 
-    timeout: float = 300.0
+    timeout: Positive = 300.0
     """Seconds after which a phase is stopped and recorded as a timeout."""
 
     memory_limit: ByteSize = 3 * 2**30
@@ -41,8 +42,7 @@ class MeasureConfig:
     out of memory. The Python process itself takes about 0.3 GiB of it."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "prompts", "decode_tokens", "time_box", "min_repeats", "timeout", "memory_limit")
-        check_positive(self, "tokens_per_batch")
+        check(self, "--")
         if self.memory_limit < 2**29:
             raise ValueError(
                 f"--memory-limit {format_bytes(self.memory_limit)} is too little for Python and torch: give 512MiB"
@@ -56,7 +56,7 @@ class ContextConfig(Place, Models):
     context: tuple[int, ...] = (128, 512, 2048, 8192)
     """Context lengths in tokens."""
 
-    vocab_size: int = 256
+    vocab_size: Length = 256
     """Vocabulary of the models; tokens are drawn at random."""
 
     out: Path = Path("runs/context")
@@ -71,4 +71,3 @@ class ContextConfig(Place, Models):
         for part in (Models, Place):
             part.__post_init__(self)
         check_lengths(self.context, self.measure.tokens_per_batch)
-        check_positive(self, "vocab_size")

@@ -46,6 +46,6 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def parse_bytes(text: str) -> int:
     """Reads a size such as 3GiB, 512MiB or 2e9 (KiB, MiB, GiB are powers of 1024; kB, MB, GB of 1000)."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]i?|)b?", text.strip().lower())
-    if match is None:
+    if match is None or float(match[1]) > 1e18:
         raise ValueError(f"'{text}' is not a size in bytes; write it like 3GiB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])

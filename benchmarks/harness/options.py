@@ -1,12 +1,12 @@
 """Options that several commands share, and their checks. Nothing heavy is imported, so that `--help` is fast."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ...options import Length, Size, check
 from ...train.config import Count, DataConfig, ObjectiveSpec, OptimConfig
 from .format import format_bytes, parse_bytes
 
@@ -18,7 +18,6 @@ __all__ = [
     "Place",
     "Precision",
     "check_lengths",
-    "check_positive",
 ]
 
 ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
@@ -35,15 +34,6 @@ ByteSize = Annotated[
         str_from_instance=lambda value: [format_bytes(value).replace(" ", "")],
     ),
 ]
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Raises ValueError unless options, or all entries of those that are lists, are positive; None is not given."""
-    for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else () if value is None else (value,):
-            if not (math.isfinite(number) and number > 0):
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {number}")
 
 
 def check_lengths(context: tuple[int, ...], tokens_per_batch: int | None, *, option: str = "--context") -> None:
@@ -72,27 +62,27 @@ class Models:
     """Parameters of every model, reached within 2 % (1M, 500k)."""
 
     def __post_init__(self) -> None:
+        check(self, "--")
         if not self.archs:
             raise ValueError("--archs names no architecture")
         if len(set(self.archs)) < len(self.archs):
             raise ValueError(f"--archs names an architecture twice: {' '.join(self.archs)}")
-        check_positive(self, "params")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Budget of every run of a comparison, and what it learns."""
 
-    seeds: int = 1
+    seeds: Length = 1
     """Runs of each kind, with seeds 0, 1, ..."""
 
-    steps: int = 450
+    steps: Count = 450
     """Optimizer steps of every run."""
 
-    batch_size: int = 4
+    batch_size: Size = 4
     """Sequences per step."""
 
-    seq_len: int = 256
+    seq_len: Length = 256
     """Tokens per training sequence."""
 
     eval_tokens: Count = 8_192
@@ -103,7 +93,7 @@ class Budget:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, "seeds", "steps", "batch_size", "seq_len", "eval_tokens")
+        check(self, "--")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +109,15 @@ class Place:
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
 
-    jobs: int | None = None
+    jobs: Size | None = None
     """Runs trained at once, which share the CPU threads; when not given, one per thread on the CPU and one on CUDA.
     Small models train faster side by side than with more threads each."""
 
-    threads: int | None = None
+    threads: Size | None = None
     """CPU threads in all; all cores when not given."""
 
     fresh: bool = False
     """Move what is in --out aside and start over."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "jobs", "threads")
+        check(self, "--")

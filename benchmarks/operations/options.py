@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ..harness.options import check_lengths, check_positive
+from ...options import Positive, Range, Size, check
+from ..harness.options import check_lengths
 
 __all__ = ["DoctorConfig", "KernelsConfig"]
 
@@ -23,19 +25,19 @@ class KernelsConfig:
     """Sequence lengths of the selective scan, in tokens; other operations are timed at one of their own, at most the
     longest of these."""
 
-    batch_size: int = 8
+    batch_size: Size = 8
     """Sequences."""
 
-    channels: int = 512
+    channels: Size = 512
     """Channels of every operation."""
 
-    threads: int | None = None
+    threads: Size | None = None
     """Most CPU threads; all cores when not given. Every row is measured with one thread as well."""
 
-    time_box: float = 1.5
+    time_box: Positive = 1.5
     """Seconds spent on the repeats of one row. The definition is left out where one repeat would take twice as long."""
 
-    compile_box: float = 75.0
+    compile_box: Annotated[float, Range(0)] = 75.0
     """Seconds that torch.compile may take in all; what comes later is left out. 0 leaves out all."""
 
     models: bool = True
@@ -46,10 +48,9 @@ class KernelsConfig:
 
     def __post_init__(self) -> None:
         check_lengths(self.lengths, None, option="--lengths")
-        check_positive(self, "batch_size", "channels", "time_box")
+        check(self, "--")
         if self.channels % 16:
             raise ValueError(f"--channels must be a multiple of 16, got {self.channels}")
-        check_positive(self, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,12 @@
 """Options of the commands of this room. Nothing heavy is imported, so that `--help` is fast."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..harness.options import check_positive
+from ...options import Length, Positive, Range, check
 
 __all__ = ["ConvertConfig", "GenerateConfig"]
 
@@ -47,19 +46,19 @@ class GenerateConfig:
     prompt_file: tuple[Path, ...] = ()
     """Files in UTF-8, each a prompt from its first to its last byte, the newline at its end included."""
 
-    max_new_tokens: int = 200
+    max_new_tokens: Length = 200
     """Most tokens to add to each prompt, or in a target."""
 
-    temperature: float = 0.8
+    temperature: Annotated[float, Range(0)] = 0.8
     """Sampling temperature; 0 takes the most likely token."""
 
-    top_k: int | None = None
+    top_k: Length | None = None
     """Sample among this many most likely tokens."""
 
-    top_p: float | None = 0.95
+    top_p: Annotated[float | None, Range(above=0, at_most=1)] = 0.95
     """Sample among the most likely tokens that together have this probability."""
 
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Makes tokens that the text (of a target: without its source) already holds less likely: 1 does nothing, 1.2 is
     usual."""
 
@@ -69,21 +68,14 @@ class GenerateConfig:
     stop_at_end: bool = True
     """Whether a continuation ends where the model ends the document, and a target where the model ends it."""
 
-    prefill_chunk: int = 2048
+    prefill_chunk: Length = 2048
     """Tokens of each prompt that are read at once; fewer need less memory. A source is always read whole."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(0, below=2**63)] = 0
     """Seed of the sampling."""
 
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_new_tokens", "prefill_chunk")
-        check_positive(self, "top_k")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"--repetition-penalty must be positive, got {self.repetition_penalty}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"--temperature must be 0 or more, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
+        check(self, "--")

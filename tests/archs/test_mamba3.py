@@ -132,7 +132,7 @@ def test_heads_fit_the_width(d_model: int, options: dict[str, Any], heads: tuple
     ("options", "message"),
     [
         ({"head_dim": 5}, "d_inner=48 is not divisible by head_dim=5"),
-        ({"rope_fraction": 1.5}, "rope_fraction=1.5 is no share of the states: use one from 0 to 1"),
+        ({"rope_fraction": 1.5}, "rope_fraction=1.5 must be at most 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

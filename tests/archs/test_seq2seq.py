@@ -395,7 +395,7 @@ def test_a_reader_without_a_source_says_how_to_call_the_model() -> None:
         ({"source": {}}, r"model\.source lacks the pattern of the encoder"),
         ({"source": {"pattern": ("lstn",)}}, "unknown mixer 'lstn'"),
         ({"source": {"pattern": ("cross_attention",)}}, "unknown mixer 'cross_attention'"),
-        ({"mixer": {"cross_attention": {"n_head": 2}}}, r"unknown option model\.mixer\.cross_attention\.n_head; did"),
+        ({"mixer": {"cross_attention": {"n_head": 2}}}, r"unknown key model\.mixer\.cross_attention\.n_head; did"),
         ({"head": "mlm"}, "model.head='mlm' predicts masked tokens"),
     ],
 )

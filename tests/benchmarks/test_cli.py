@@ -82,7 +82,7 @@ def test_help_lists_the_options_of_the_other_measurements(
         (["compare", "--memory-limit", "lots"], "'lots' is not a size"),
         (["compare", "--context", "512", "128"], "increasing lengths"),
         (["compare", "--archs", "manba"], "did you mean 'mamba'?"),
-        (["bench", "lr", "--rates", "0"], "--rates must be positive"),
+        (["bench", "lr", "--rates", "0"], "--rates=(0.0,) must be more than 0"),
         (["report", "/nowhere/at/all"], "/nowhere/at/all is not a folder"),
         (["generate", "/nowhere/at/all", "def "], "/nowhere/at/all holds no model"),
         (["train", "--model.preset", "manba", "--data", "/nowhere"], "/nowhere"),

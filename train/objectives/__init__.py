@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...archs.registry import nearest
-from ..config import RunConfig, from_plain
+from ...options import from_plain, nearest
+from ..config import RunConfig
 from ..objective import Objective
 from .next_token import NextToken
 from .pairs import Pairs

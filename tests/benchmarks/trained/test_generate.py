@@ -231,10 +231,10 @@ def test_what_cannot_be_done_is_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--top-k", "0"], "--top-k must be positive, got 0"),
-        (["--top-p", "0"], "--top-p must be in (0, 1], got 0"),
-        (["--repetition-penalty", "-1"], "--repetition-penalty must be positive, got -1"),
-        (["--prefill-chunk", "0"], "--prefill-chunk must be positive, got 0"),
+        (["--top-k", "0"], "--top-k=0 must be at least 1"),
+        (["--top-p", "0"], "--top-p=0.0 must be more than 0"),
+        (["--repetition-penalty", "-1"], "--repetition-penalty=-1.0 must be more than 0"),
+        (["--prefill-chunk", "0"], "--prefill-chunk=0 must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(words: list[str], message: str, capsys: Capture) -> None:
