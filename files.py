@@ -29,6 +29,7 @@ __all__ = [
     "read_json_lines",
     "read_record",
     "read_toml",
+    "remove_drafts",
     "scan_json_lines",
     "sync",
     "write_json",
@@ -78,6 +79,12 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what a writer that was killed has left in a folder whose only writer is this process."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

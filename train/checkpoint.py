@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..files import FormatError, read_json, sync, write_json
 
-__all__ = ["CheckpointError", "newest", "read_state", "restore", "save", "verify"]
+__all__ = ["CheckpointError", "newest", "prune", "read_state", "restore", "save", "verify"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -60,8 +61,6 @@ def save(
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
     temporary = root / f"{final.name}.tmp-{os.getpid()}"
-    for leftover in root.glob("*.tmp-*"):  # of a run that was killed; a run directory has one writer
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     temporary.mkdir()
     try:
         model.save_pretrained(temporary)
@@ -83,9 +82,17 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(root)
-    for old in _published(root)[keep:]:
-        shutil.rmtree(old)
+    prune(root, keep)
     return final
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints, and what a writer that was killed has left.
+
+    A run directory has one writer, so that nobody is at work on it.
+    """
+    for old in (*_published(root)[keep:], *root.glob("*.tmp-*")):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def newest(root: Path) -> Path | None:
@@ -106,7 +113,9 @@ def newest(root: Path) -> Path | None:
             continue
         for bad, error in damaged.items():
             warnings.warn(f"{error}; continuing from the older {path.name}", RuntimeWarning, stacklevel=2)
-            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+            suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+            names = (bad.with_name(f"{bad.name}.damaged{suffix}") for suffix in suffixes)
+            bad.rename(next(name for name in names if not name.exists()))
         return path
     if damaged:
         reasons = "; ".join(map(str, damaged.values()))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .objective import Objective
+from .finite import NonFiniteError, check_finite, first_bad_weight
+from .objective import Batch, Objective
 from .runtime import Precision
 
-__all__ = ["evaluate", "evaluating"]
+__all__ = ["evaluate", "evaluating", "origin"]
 
 
 @contextlib.contextmanager
@@ -45,6 +47,10 @@ def evaluate(
         precision: arithmetic of the forward pass.
         rows_at_once: rows of one forward pass.
         poll: called before each forward pass; stops the evaluation by raising.
+
+    Raises:
+        NonFiniteError: naming the quantity and where it began, if a number is not finite.
+        ValueError: if no row has anything to be judged by.
     """
     device = next(learner.parameters()).device
     sums: dict[str, float] = {}
@@ -55,6 +61,37 @@ def evaluate(
             batch = objective.collate(rows[first : first + rows_at_once])
             for name, mean in learner(batch.to(device)).items():
                 if batch.counts[name]:  # the mean over nothing may be NaN
-                    sums[name] = sums.get(name, 0.0) + mean.item() * batch.counts[name]
+                    value = mean.item()
+                    if not math.isfinite(value):
+                        raise NonFiniteError(f"held-out {name} is {value}{origin(learner, batch, precision)}")
+                    sums[name] = sums.get(name, 0.0) + value * batch.counts[name]
                     counts[name] = counts.get(name, 0) + batch.counts[name]
-    return objective.metrics({name: total / counts[name] for name, total in sums.items()}, rows)
+    if not sums:
+        raise ValueError(f"{len(rows)} held-out rows have nothing to be judged by: hold out more")
+    found = objective.metrics({name: total / counts[name] for name, total in sums.items()}, rows)
+    check_finite(found, "held-out")
+    return found
+
+
+def origin(learner: nn.Module, batch: Batch, precision: Precision) -> str:
+    """Says in parentheses where a Learner makes a number of a batch that is not finite; empty where it makes none."""
+    if (name := first_bad_weight(learner)) is not None:
+        return f" (the weights of {name} are not finite)"
+    names: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, given: Any, made: Any) -> None:
+            parts = made if isinstance(made, tuple) else (made,)
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in parts):
+                names.append(name)
+
+        return look
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in learner.named_modules() if name]
+    try:
+        with evaluating(learner, precision):
+            learner(batch.to(next(learner.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f" (activations of {names[0]} go beyond float range)" if names else ""

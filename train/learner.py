@@ -10,15 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .finite import NonFiniteError
 from .objective import Batch, Objective
 from .optim import set_learning_rate
 from .runtime import Precision
 
-__all__ = ["Learner", "NonFiniteError", "Update", "accumulate_gradients", "split_rows"]
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is not finite; the update was not made."""
+__all__ = ["Learner", "Update", "accumulate_gradients", "split_rows"]
 
 
 class Learner(nn.Module):

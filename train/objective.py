@@ -65,6 +65,9 @@ class Objective(abc.ABC, Generic[Row, B]):
     weights: ClassVar[Mapping[str, float]] = {}
     """Factors of the terms in the loss: 1 unless given; a term of weight 0 is recorded and not learned."""
 
+    facts: ClassVar[frozenset[str]] = frozenset()
+    """Names among `metrics` of what is no curve, such as bytes read: it goes to the result alone."""
+
     data: Data
     """Data to learn from: the tokenizer, and the entries of run.json."""
     seed: int
@@ -135,10 +138,7 @@ class Objective(abc.ABC, Generic[Row, B]):
         """
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[Row]) -> dict[str, float]:
-        """Makes what is written down of held-out rows, from the means of the terms over all of them.
-
-        Numbers with a fraction are curves; whole ones, such as bytes read, are facts of the result alone.
-        """
+        """Makes what is written down of held-out rows, from the means of the terms over all of them."""
         return dict(means)
 
     @abc.abstractmethod
@@ -160,6 +160,11 @@ class Objective(abc.ABC, Generic[Row, B]):
     @abc.abstractmethod
     def experiment(self) -> dict[str, Any]:
         """Returns what a resume must not change, as JSON values: its name as "kind", options, digests."""
+
+    def sample_len(self, model: Any, n_read: int) -> int:
+        """Tokens to write in `sample` after reading some: as many as are asked for, and as positions go."""
+        n_positions = model.config.max_positions
+        return self.train.sample_tokens if n_positions is None else min(self.train.sample_tokens, n_positions - n_read)
 
     @property
     def forward_tokens(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..files import read_json_lines, write_text
+from ..files import scan_json_lines, write_text
 from .score import BITS_PER_BYTE, Score
 
 __all__ = ["MetricsLog", "cpu_model", "layout", "provenance"]
@@ -42,10 +42,29 @@ def layout(score: Score) -> dict[str, dict[str, list[Any]]]:
 class MetricsLog:
     """The metrics of one run: metrics.jsonl, and TensorBoard events of the same values under the same tags."""
 
-    def __init__(self, directory: Path, score: Score = BITS_PER_BYTE, *, first_step: int = 0) -> None:
-        """Continues the log of a run after `first_step` steps: what was recorded beyond it is dropped."""
+    def __init__(
+        self,
+        directory: Path,
+        score: Score = BITS_PER_BYTE,
+        *,
+        first_step: int = 0,
+        n_records: int | None = None,
+    ) -> None:
+        """Continues the log of a run after `first_step` steps and `n_records` lines, where their number is known.
+
+        What was recorded beyond is dropped: the run records it again. Lines that are lost are said.
+        """
         path = directory / "metrics.jsonl"
-        kept = [record for record in read_json_lines(path) if record["step"] <= first_step]
+        found = scan_json_lines(path).records if first_step else []
+        kept = [record for record in found if type(step := record.get("step")) is int and step <= first_step]
+        kept = kept[:n_records]
+        if n_records is not None and len(kept) < n_records:
+            warnings.warn(
+                f"{path} has {len(kept)} of the {n_records} lines written up to step {first_step}: the others are lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.n_records = len(kept)
         write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         self._board = _TensorBoard(directory / "tb", score, purge_step=first_step + 1)
@@ -54,6 +73,7 @@ class MetricsLog:
         """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
         self._file.write(_line(record))
         self._file.flush()
+        self.n_records += 1
         self._board.append(record)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,9 +13,11 @@ import filelock
 import torch
 from torch import nn
 
-from ..files import FormatError, read_json, write_json
+from ..files import FormatError, read_json, remove_drafts, write_json
 from . import checkpoint
 from .config import RunConfig, flatten
+from .objective import Objective
+from .record import MetricsLog
 
 __all__ = ["ResumeError", "RunDirectory", "RunState"]
 
@@ -40,6 +42,12 @@ class RunState:
     """Metrics of the last validation, with its "step"."""
     sample: str | None = None
     """Text written at the last validation."""
+    n_records: int | None = None
+    """Lines of metrics.jsonl that belong to it; None where a checkpoint of before December 2026 does not say."""
+    backends: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Backends that ran so far, by operation."""
+    stretches: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """For each start that it was made by: its first step, and the conditions from there on."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what trainer.json holds of it, as JSON values."""
@@ -65,6 +73,7 @@ class RunDirectory:
         self._checkpoints = self.path / "checkpoints"
         self._keep = run.train.keep_checkpoints
         self._saved_step: int | None = None
+        self._record: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -75,17 +84,26 @@ class RunDirectory:
         """
         lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout:
-            message = f"another process is training in {self.path}: wait for it, or choose another --name"
-            raise ResumeError(message) from None
-        except OSError as error:
-            raise ResumeError(f"cannot write to {self.path} ({error.strerror}): choose another --out") from None
-        try:
+            with self._refusing_what_cannot_be_written():
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                except filelock.Timeout:
+                    message = f"another process is training in {self.path}: wait for it, or choose another --name"
+                    raise ResumeError(message) from None
+                remove_drafts(self.path)
+                self._checkpoints.mkdir(exist_ok=True)
             yield
         finally:
             lock.release()
+
+    @contextlib.contextmanager
+    def _refusing_what_cannot_be_written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = error.filename2 or error.filename or self.path
+            raise ResumeError(f"cannot write to {path} ({error.strerror}): choose another --out or --name") from None
 
     def resume_point(self) -> Path | None:
         """The checkpoint to continue from, or None to start.
@@ -151,21 +169,35 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """What result.json holds; None where the run has not ended yet."""
         path = self.path / "result.json"
-        with _refusing_newer_formats():
+        try:
             return read_json(path) if path.exists() else None
+        except FormatError as error:
+            raise ResumeError(str(error)) from None
+        except (OSError, ValueError) as error:
+            reason = f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+            raise ResumeError(f"{reason}: remove it, or choose another --out or --name") from None
 
-    def begin(self, record: Mapping[str, Any]) -> None:
-        """Writes run.json, and removes the result of an earlier attempt."""
-        (self.path / "result.json").unlink(missing_ok=True)
-        write_json(self.path / "run.json", record)
+    def begin(self, record: Mapping[str, Any], state: RunState, objective: Objective[Any, Any]) -> MetricsLog:
+        """Writes run.json, removes the result of an earlier attempt, and opens the log where a state ends.
+
+        Raises:
+            ResumeError: before any work is done, if something cannot be written.
+        """
+        with self._refusing_what_cannot_be_written(), _refusing_newer_formats():
+            (self.path / "result.json").unlink(missing_ok=True)
+            checkpoint.prune(self._checkpoints, self._keep)
+            objective.data.tokenizer.save(self.path / "tokenizer.json")
+            self.add(**record)
+            return MetricsLog(self.path, objective.score, first_step=state.step, n_records=state.n_records)
 
     def add(self, **entries: Any) -> None:
         """Writes what is known by now into run.json."""
-        path = self.path / "run.json"
-        write_json(path, read_json(path) | entries)
+        self._record |= entries
+        write_json(self.path / "run.json", self._record)
 
-    def end(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json."""
+    def end(self, result: Mapping[str, Any], **entries: Any) -> None:
+        """Writes result.json, and into run.json what is known only now."""
+        self.add(**entries)
         write_json(self.path / "result.json", result)
 
 

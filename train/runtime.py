@@ -120,26 +120,32 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = 0
+        self.method = self.method_on(device)
         if device.type == "cuda":
-            self.method = "torch.cuda.max_memory_allocated"
             torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)  # what a warm-up has left, such as cuBLAS's workspace
             return
         if sys.platform == "linux":
-            self.method = "peak resident set of the process minus the resident set before the model was built"
             if platform.libc_ver()[0] == "glibc":
                 ctypes.CDLL(None).malloc_trim(0)  # what the start-up freed must not hide what the model takes
             with contextlib.suppress(OSError):  # read-only in some containers: then the peak includes the start-up's
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (proc(5))
             self._before = _proc_status("VmRSS")
         else:
-            self.method = "peak resident set of the process minus its peak before the model was built"
             self._before = _peak_resident()
+
+    @staticmethod
+    def method_on(device: torch.device) -> str:
+        """How it is measured on a device, in words."""
+        if device.type == "cuda":
+            return "torch.cuda.max_memory_allocated minus what was allocated before the model was built"
+        before = "the resident set" if sys.platform == "linux" else "its peak"
+        return f"peak resident set of the process minus {before} before the model was built"
 
     def peak_bytes(self) -> int:
         """Returns the peak so far."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+            return max(0, torch.cuda.max_memory_allocated(self._device) - self._before)
         # VmHWM and not ru_maxrss: a child inherits ru_maxrss from the process that started it.
         peak = _proc_status("VmHWM") if sys.platform == "linux" else _peak_resident()
         return max(0, peak - self._before)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from ..archs import build
 from ..kernels.dispatch import record_backends
 from . import checkpoint
 from .config import RunConfig
-from .evaluate import evaluate, evaluating
-from .learner import Learner, NonFiniteError, Update, split_rows
+from .evaluate import evaluate, evaluating, origin
+from .finite import NonFiniteError, check_finite, check_weights
+from .learner import Learner, Update, split_rows
 from .objective import Objective
 from .optim import adamw, learning_rate
 from .progress import Display, farewell, greeting
@@ -41,6 +43,11 @@ from .verdict import apply_verdict
 from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer"]
+
+_CONDITIONS = ("precision", "threads", "git_commit", "torch", "cuda", "python", "cpu", "device", "hostname_hash")
+"""What a continued run may change, of provenance and arithmetic, and by which its numbers may differ."""
+
+_REMEDY = "try a lower --optim.lr or a longer --optim.warmup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,40 +140,42 @@ class Trainer:
         """Puts run.json before the work and result.json behind it."""
         keep_freed_memory()
         verdict = apply_verdict()
-        warm_up(self.model_config, self.objective, self.device)
-        memory = PeakMemory(self.device)
-        record = self._run_record(verdict, memory.method)
-        self._directory.begin(record)
+        record = self._run_record(verdict)
+        log = self._directory.begin(record, self._state, self.objective)
         display.say(greeting(record, self._directory.path))
+        self._say_what_changed()
 
         status, error, exit_code = "failed", None, 1
-        with record_backends() as self._backends:
-            try:
-                with stop_signals() as poll:
-                    self._train(start, memory, display, poll)
-                status, exit_code = "done", 0
-            except Interrupted as stop:
-                status, error, exit_code = "interrupted", str(stop), 128 + stop.signum
-            except (NonFiniteError, OSError) as failure:
-                error = str(failure)
-            except (RuntimeError, MemoryError) as failure:
-                if not is_out_of_memory(failure):
-                    raise
-                status, error, exit_code = "out_of_memory", str(failure).partition("\n")[0] or "MemoryError", 3
-            finally:
-                unexpected = sys.exception()
-                if unexpected is not None and error is None:
-                    status = "interrupted" if isinstance(unexpected, KeyboardInterrupt) else "failed"
-                    error = f"{type(unexpected).__name__}: {unexpected}"
-                result = self._result(status, error)
-                self._directory.end(result)
+        try:
+            with contextlib.closing(log), stop_signals() as poll:
+                warm_up(self.model_config, self.objective, self.device, self.precision)
+                memory = PeakMemory(self.device)
+                with record_backends() as self._backends:
+                    self._train(start, memory, log, display, poll)
+            status, exit_code = "done", 0
+        except Interrupted as stop:
+            status, error, exit_code = "interrupted", str(stop), stop.exit_code
+        except (NonFiniteError, OSError) as failure:
+            error = str(failure)
+        except (RuntimeError, MemoryError) as failure:
+            if not is_out_of_memory(failure):
+                raise
+            status, error, exit_code = "out_of_memory", str(failure).partition("\n")[0] or "MemoryError", 3
+        finally:
+            unexpected = sys.exception()
+            if unexpected is not None and error is None:
+                status = "interrupted" if isinstance(unexpected, KeyboardInterrupt) else "failed"
+                error = f"{type(unexpected).__name__}: {unexpected}"
+            result = self._result(status, error)
+            self._directory.end(result, backends=self._backends_run())
         display.say(farewell(result, record, self._directory.path))
         return Outcome(result=result, exit_code=exit_code)
 
-    def _train(self, start: Path | None, memory: PeakMemory, display: Display, poll: Callable[[], None]) -> None:
+    def _train(
+        self, start: Path | None, memory: PeakMemory, log: MetricsLog, display: Display, poll: Callable[[], None]
+    ) -> None:
         """Trains from a checkpoint, or from nothing, to the last step."""
         run, objective = self.run, self.objective
-        objective.data.tokenizer.save(self._directory.path / "tokenizer.json")
         torch.manual_seed(run.seed)
         model = objective.prepare(build(self.model_config, device=self.device))
         learner = Learner(model, objective)
@@ -176,32 +185,37 @@ class Trainer:
         update = Update(learner, objective, optimizer, precision=self.precision, clip=run.optim.clip)
 
         def save() -> None:
-            self._state = replace(self._state, stopwatch=self._watch.state)
+            with self._naming_the_step():
+                check_weights(model)
+            self._state = replace(
+                self._state, stopwatch=self._watch.state, n_records=log.n_records, backends=self._backends_run()
+            )
             self._directory.save(self._state, experiment=self._experiment(), model=model, optimizer=optimizer)
 
-        log = MetricsLog(self._directory.path, objective.score, first_step=self._first_step)
-        with contextlib.closing(log):
-            try:
-                while True:
-                    if self._is_due(run.train.eval_every) and not self._is_validated():
+        try:
+            while True:
+                if self._is_due(run.train.eval_every) and not self._is_validated():
+                    with _losing_no_step(save):
                         self._validate(learner, log, display, poll)
-                    if self._is_due(run.train.checkpoint_every):
-                        save()
-                    if self._state.step == run.train.steps:
-                        break
-                    poll()
-                    values = self._update(update)
-                    self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
-                    if self._state.step == self._first_step + 1:
-                        self._directory.add(backends=self._backends_run())
-                    if self._state.step == 1 or self._is_due(run.train.log_every):
-                        self._log(values, log, display)
-                display.doing("examining")
-                with evaluating(model, self.precision):
-                    self._found = objective.examine(model, poll=poll)
-            except Interrupted:
-                save()
-                raise
+                if self._is_due(run.train.checkpoint_every):
+                    save()
+                if self._state.step == run.train.steps:
+                    break
+                poll()
+                values = self._update(learner, update)
+                self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
+                if self._state.step == self._first_step + 1:
+                    self._directory.add(backends=self._backends_run())
+                if self._state.step == 1 or self._is_due(run.train.log_every):
+                    self._log(values, log, display)
+            display.doing("examining")
+            with _losing_no_step(save), self._naming_the_step(), evaluating(model, self.precision):
+                found = objective.examine(model, poll=poll)
+                check_finite(found, "held-out")
+                self._found = found
+        except Interrupted:
+            save()
+            raise
 
     def _is_due(self, every: int) -> bool:
         """Whether something that happens each `every` steps (0: at the end only) happens now."""
@@ -212,7 +226,7 @@ class Trainer:
         """Whether the last validation is of this step."""
         return self._state.validation is not None and self._state.validation["step"] == self._state.step
 
-    def _update(self, update: Update) -> dict[str, float]:
+    def _update(self, learner: Learner, update: Update) -> dict[str, float]:
         """Makes one update and returns its metrics.
 
         Raises:
@@ -228,9 +242,9 @@ class Trainer:
             try:
                 values = update(batches, lr)
             except NonFiniteError as error:
+                where = next(filter(None, (origin(learner, batch, self.precision) for batch in batches)), "")
                 raise NonFiniteError(
-                    f"step {step + 1}: {error} at learning rate {lr:.3g}; this update was not made: "
-                    f"try a lower --optim.lr or a longer --optim.warmup"
+                    f"step {step + 1}: {error} at learning rate {lr:.3g}{where}; this update was not made: {_REMEDY}"
                 ) from None
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -255,10 +269,9 @@ class Trainer:
         display.doing("validating")
         rows = objective.held_out(settings.final_eval_tokens if step == settings.steps else settings.eval_tokens)
         rows_at_once = settings.batch_size // settings.grad_accumulation
-        found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
-        # whole numbers, such as bytes read, are facts of the result and no curves, but for the score
-        score = objective.score.name
-        curves = {f"val/{k}": float(v) for k, v in found.items() if k == score or not isinstance(v, int)}
+        with self._naming_the_step():
+            found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
+        curves = {f"val/{name}": float(value) for name, value in found.items() if name not in objective.facts}
         record = self._position() | curves
         log.append(record)
         display.validated(record)
@@ -270,6 +283,30 @@ class Trainer:
                 self._state = replace(self._state, sample=sample)
                 log.append({"step": step, "sample": sample})
         display.doing("training")
+
+    @contextlib.contextmanager
+    def _naming_the_step(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self._state.step}: after this update {error}: {_REMEDY}") from None
+
+    def _say_what_changed(self) -> None:
+        """Names what of machine and software is not as it was when the run was last at work."""
+        if len(self._state.stretches) < 2:
+            return
+        before, now = self._state.stretches[-2:]
+        changed = [
+            f"{key.removeprefix('git_')} {before.get(key)} -> {now.get(key)}"
+            for key in _CONDITIONS
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            warnings.warn(
+                f"this run goes on under other conditions ({', '.join(changed)}); run.json lists them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _position(self) -> dict[str, Any]:
         """What every line of metrics begins with."""
@@ -289,8 +326,16 @@ class Trainer:
             "model": self.model_config.to_dict(),
         }
 
-    def _run_record(self, verdict: Mapping[str, Any] | None, peak_memory_method: str) -> dict[str, Any]:
+    def _run_record(self, verdict: Mapping[str, Any] | None) -> dict[str, Any]:
         run = self.run.to_dict()
+        origin = {
+            **provenance(self.device, self._command),
+            "precision": self.precision.name,
+            "precision_reason": self.precision.reason,
+            "peak_memory_method": PeakMemory.method_on(self.device),
+        }
+        stretch = {"from_step": self._first_step, **{key: origin[key] for key in ("started", "command", *_CONDITIONS)}}
+        self._state = replace(self._state, stretches=[*self._state.stretches, stretch])
         return {
             "name": self._directory.path.name,
             **self._facts,
@@ -300,14 +345,10 @@ class Trainer:
             "model": self.model_config.to_dict(),
             "corpus": self.objective.data.summary(),
             "resumed_from_step": self._first_step or None,
-            "backends": None,
+            "stretches": self._state.stretches,
+            "backends": self._backends_run() or None,
             "doctor": verdict,
-            "provenance": {
-                **provenance(self.device, self._command),
-                "precision": self.precision.name,
-                "precision_reason": self.precision.reason,
-                "peak_memory_method": peak_memory_method,
-            },
+            "provenance": origin,
         }
 
     def _result(self, status: str, error: str | None) -> dict[str, Any]:
@@ -333,5 +374,19 @@ class Trainer:
         }
 
     def _backends_run(self) -> dict[str, list[str]]:
-        """The backends that ran so far, by operation."""
-        return {op: list(names) for op, names in sorted(self._backends.items())}
+        """The backends that ran so far, by operation, before a resume too."""
+        before, now = self._state.backends, self._backends
+        ops = sorted({*before, *now})
+        return {op: list(dict.fromkeys([*before.get(op, ()), *now.get(op, ())])) for op in ops}
+
+
+@contextlib.contextmanager
+def _losing_no_step(save: Callable[[], None]) -> Iterator[None]:
+    """An evaluation that fails costs no training: the next start goes on from where it was."""
+    try:
+        yield
+    except NonFiniteError:  # from such weights no run can go on
+        raise
+    except Exception:
+        save()
+        raise

@@ -249,7 +249,7 @@ def measure_phases(job: ContextJob, phases: Sequence[str], parent: Connection) -
     config = ModelConfig.from_dict(job.model)
     try:
         toy = RandomTokens(vocab_size=config.vocab_size, batch_size=8, seq_len=min(128, config.max_positions or 128))
-        warm_up(config, toy, device)  # what its libraries and compilers take for good is not the model's
+        warm_up(config, toy, device, precision)  # what its libraries and compilers take for good is not the model's
         bench = Bench(config, job.context_len, job.measure, device=device, precision=precision)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -198,3 +198,13 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = build("mamba", d_model=32, n_layers=1, vocab_size=16)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is of another model"):
         restore(path, model=other, optimizer=adamw(other, OptimConfig()))
+
+
+def test_damaged_checkpoints_of_one_step_are_all_kept_aside(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    for _ in range(3):
+        flip_a_byte(saved(tmp_path, 2) / "model.safetensors")
+        with pytest.warns(RuntimeWarning, match="continuing from the older step-00000001"):
+            newest(tmp_path)
+    aside = [f"step-00000002.damaged{suffix}" for suffix in ("", "-2", "-3")]
+    assert files_below(tmp_path) == ["step-00000001", *aside]

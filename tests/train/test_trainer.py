@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from crossover.train.data import Corpus, train_batch
 from crossover.train.evaluate import evaluate
 from crossover.train.learner import Learner
 from crossover.train.objectives.next_token import NextToken, Tokens
+from crossover.train.record import provenance
 from crossover.train.runtime import choose_precision
 from crossover.train.score import Score
 from crossover.train.trainer import Outcome, ResumeError, Trainer
@@ -26,6 +28,7 @@ from crossover.train.verdict import store_verdict
 from safetensors.torch import load_file
 from torch import Tensor
 
+TORCH = re.escape(torch.__version__)
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
 
@@ -389,6 +392,71 @@ def test_a_run_stops_before_an_update_that_is_not_finite(
     assert all(value.isfinite().all() for value in tensors(run).values())
 
 
+def infinite_weight(step: int) -> Callable[[torch.optim.Optimizer], None]:
+    """An optimizer's step that makes one weight infinite at an update."""
+    original, steps = torch.optim.AdamW.step, []
+
+    def change(self: torch.optim.Optimizer) -> None:
+        original(self)  # pyright: ignore[reportArgumentType]
+        steps.append(1)
+        if len(steps) == step:
+            self.param_groups[0]["params"][0].data.view(-1)[-1] = math.inf
+
+    return change
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        ("torch.optim.AdamW.step", infinite_weight(6), "held-out loss is nan (the weights of model."),
+        (
+            "crossover.train.objectives.next_token.bits_per_byte",
+            lambda *_: math.inf,
+            "held-out bits_per_byte is inf",
+        ),
+        (
+            "crossover.train.objectives.next_token.NextToken.by_position",
+            lambda *_, **__: [{"start": 0, "bits_per_byte": math.nan}],
+            "held-out position_bits_per_byte 0 bits_per_byte is nan",
+        ),
+    ],
+)
+def test_a_number_that_is_not_finite_fails_the_run_before_it_is_written(
+    place: str, change: Any, said: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, change)
+    run = config(tmp_path, "transformer", checkpoint_every=4)
+    outcome = fit(run, corpus)
+    assert (outcome.exit_code, outcome.result["status"]) == (1, "failed")
+    assert outcome.result["error"].startswith(f"step 6: after this update {said}")
+    assert outcome.result["error"].endswith("try a lower --optim.lr or a longer --optim.warmup")
+    assert read_json(run.directory / "result.json")["steps"] == 6
+    assert all(value.isfinite().all() for value in tensors(run).values())
+
+
+def test_weights_that_no_row_has_shown_to_be_infinite_are_not_saved(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", infinite_weight(2))
+    monkeypatch.setattr(NextToken, "terms", lambda self, model, batch: {
+        name: model.embedding.weight[0].sum() for name in batch.counts
+    })  # fmt: skip
+    run = config(tmp_path, steps=3, checkpoint_every=1)
+    outcome = fit(run, corpus)
+    assert outcome.result["error"].startswith("step 2: after this update the weights of ")
+    assert newest(run.directory / "checkpoints") == run.directory / "checkpoints" / "step-00000001"
+
+
+@pytest.mark.parametrize("arch", ["mamba", "mamba2", "transformer", "gpt2"])
+def test_activations_beyond_float_range_are_named_and_are_no_result(arch: str, tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, arch, steps=1, precision="bf16")
+    run = replace(run, model=replace(run.model, n_layers=4), optim=replace(run.optim, lr=1e12))
+    outcome = fit(run, corpus)
+    assert outcome.result["status"] == "failed"
+    assert "beyond float range" in outcome.result["error"]
+
+
 def test_running_out_of_memory_is_a_result(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,6 +512,101 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line(
     assert "No space left" in outcome.result["error"]
 
 
+def test_an_evaluation_that_fails_costs_no_step(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = config(tmp_path / "a", eval_every=2), config(tmp_path / "b", eval_every=2)
+    fit(straight, corpus)
+    for place in ("metrics", "sample", "examine"):
+        with monkeypatch.context() as patch:
+            patch.setattr(NextToken, place, lambda *_, **__: {}["a mistake"])
+            with pytest.raises(KeyError, match="a mistake"):
+                fit(broken, corpus)
+        step = 6 if place == "examine" else 2
+        assert newest(broken.directory / "checkpoints") == broken.directory / "checkpoints" / f"step-{step:08d}"
+    fit(broken, corpus)
+    assert lines(broken) == lines(straight)
+
+
+def test_held_out_rows_without_anything_to_predict_are_named(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path)
+    judge, original = objective(run, corpus), NextToken.collate
+    monkeypatch.setattr(
+        NextToken, "collate", lambda self, rows: replace(original(self, rows), counts={"loss": 0, "aux_loss": 0})
+    )
+    learner = Learner(build(run.model.configure(256)), judge)
+    with pytest.raises(ValueError, match="4 held-out rows have nothing to be judged by"):
+        evaluate(
+            learner, judge, judge.held_out(64), precision=choose_precision("fp32", torch.device("cpu")), rows_at_once=4
+        )
+
+
+def stopping(original: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
+    """The function, with a signal before or after its work."""
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        if not after:
+            signal.raise_signal(signal.SIGTERM)
+        found = original(*args, **options)
+        if after:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    return stopped
+
+
+def lines(run: RunConfig) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or a meter says."""
+    measured = ("seconds", "perf/tokens_per_second", "perf/peak_bytes")
+    return [
+        {key: value for key, value in line.items() if key not in measured}
+        for line in read_json_lines(run.directory / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "places",
+    [
+        [("crossover.train.trainer.evaluate", False)],
+        [("crossover.train.trainer.evaluate", True)],
+        [("crossover.train.objectives.next_token.NextToken.sample", True)],
+        [("crossover.train.checkpoint.save", True)],
+        [("crossover.train.objectives.next_token.NextToken.by_position", False)],
+        [
+            ("crossover.train.trainer.evaluate", False),  # leaves a checkpoint of the last step without its validation
+            ("crossover.train.objectives.next_token.NextToken.sample", True),
+            ("crossover.train.objectives.next_token.NextToken.by_position", False),
+        ],
+    ],
+)
+def test_a_run_stopped_at_its_end_leaves_what_an_unbroken_one_does(
+    places: list[tuple[str, bool]], tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossover.train import checkpoint, trainer
+
+    straight, broken = (config(tmp_path / name, steps=2) for name in "ab")
+    expected = fit(straight, corpus).result
+    originals = {
+        "evaluate": trainer.evaluate, "sample": NextToken.sample, "save": checkpoint.save,
+        "by_position": NextToken.by_position,
+    }  # fmt: skip
+    for place, after in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stopping(originals[place.rpartition(".")[2]], after=after))
+            assert fit(broken, corpus).exit_code == 143
+    outcome = fit(broken, corpus)
+    assert outcome.exit_code == 0
+    assert lines(broken) == lines(straight)
+    measured = {"train_seconds", "tokens_per_second", "peak_bytes"}
+    assert {key: value for key, value in outcome.result.items() if key not in measured} == {
+        key: value for key, value in expected.items() if key not in measured
+    }
+    assert read_json(broken.directory / "run.json")["backends"] == outcome.result["backend"] != {}
+
+
 def test_a_signal_during_validation_keeps_the_last_step(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,6 +651,65 @@ def test_a_run_stopped_in_its_last_evaluation_only_finishes_that(
     assert after["position_bits_per_byte"] is not None
     for key in ("sample", "val_bits_per_byte", "peak_bytes", "tokens_per_second", "train_seconds"):
         assert after[key] == before.result[key] is not None
+
+
+def test_a_resume_under_other_conditions_says_which_and_run_json_lists_them(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossover.train import trainer
+
+    run = config(tmp_path, schedule="constant", threads=torch.get_num_threads(), steps=1)
+    fit(run, corpus)
+    run = changed(run, steps=2)
+    fit(run, corpus)  # under the same, without a warning
+    monkeypatch.setattr(trainer, "provenance", lambda *told: provenance(*told) | {"torch": "9.9"})
+    with pytest.warns(RuntimeWarning, match=rf"\(precision fp32 -> bf16, torch {TORCH} -> 9\.9\); run.json lists"):
+        fit(changed(run, precision="bf16", steps=3), corpus)
+    stretches = read_json(run.directory / "run.json")["stretches"]
+    assert [(entry["from_step"], entry["precision"]) for entry in stretches] == [(0, "fp32"), (1, "fp32"), (2, "bf16")]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_log_that_was_cut_short_is_noticed_on_resume(kept: int, tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, schedule="constant", steps=3, sample_tokens=0)
+    fit(run, corpus)
+    path = run.directory / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:kept]))
+    with pytest.warns(RuntimeWarning, match=f"has {kept} of the 4 lines written up to step 3: the others are lost"):
+        fit(changed(run, steps=5), corpus)
+    assert [line["step"] for line in lines(run)] == [*[1, 2, 3][:kept], 4, 5, 5]
+    fit(changed(run, steps=6), corpus)  # which says it once
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "tb"])
+def test_what_is_in_the_way_of_a_run_is_one_sentence_before_any_work(
+    name: str, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, steps=1)
+    path = run.directory / name
+    if name in ("checkpoints", "tb"):
+        path.parent.mkdir(parents=True)
+        path.write_text("a file where a folder should be")
+    else:
+        (path / "inside").mkdir(parents=True)
+    if name == "tb":
+        with pytest.warns(RuntimeWarning, match="no more TensorBoard events"):
+            assert fit(run, corpus).exit_code == 0
+        return
+    monkeypatch.setattr(Trainer, "_train", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ResumeError, match=rf"{name}.* choose another --out or --name") as refused:
+        fit(run, corpus)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_killed_writer_left_is_gone_after_the_next_start(tmp_path: Path, corpus: Corpus) -> None:
+    run = config(tmp_path, steps=1)
+    drafts = [run.directory / ".run.json.123.tmp", run.directory / "checkpoints" / "step-00000001.tmp-123"]
+    drafts[1].mkdir(parents=True)
+    drafts[0].write_text("{")
+    fit(run, corpus)
+    assert not any(path.exists() for path in drafts)
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path: Path, corpus: Corpus) -> None:
@@ -593,6 +815,8 @@ def test_a_model_is_read_as_far_as_its_positions_go(tmp_path: Path, corpus: Corp
     run = replace(run, model=replace(run.model, set=("max_positions=24",)))
     fit(run, corpus)
     assert read_json(run.directory / "result.json")["position_bits_per_byte"][-1]["stop"] == 24
+    longer = replace(run, name="longer", train=replace(run.train, sample_tokens=128))
+    assert len(fit(longer, corpus).result["sample"].encode()) <= 3 * 23  # a lone byte is written as three
     with pytest.raises(ValueError, match="16 tokens are more than max_positions=12"):
         fit(replace(run, model=replace(run.model, set=("max_positions=12",))), corpus)
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from crossover.archs import configure
 from crossover.train.objectives.next_token import RandomTokens
-from crossover.train.runtime import PeakMemory
+from crossover.train.runtime import PeakMemory, Precision
 from crossover.train.warm_up import warm_up
 
 CPU = torch.device("cpu")
+FP32 = Precision("fp32", "for the test")
 TOKENS = RandomTokens(vocab_size=256, batch_size=8, seq_len=128)
 
 
@@ -18,20 +19,20 @@ TOKENS = RandomTokens(vocab_size=256, batch_size=8, seq_len=128)
 @pytest.mark.parametrize("name", ["transformer", "jamba"])
 def test_the_random_state_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
-    warm_up(configure(name), TOKENS, CPU)
+    warm_up(configure(name), TOKENS, CPU, FP32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_options_that_need_their_own_width_are_no_obstacle() -> None:
-    warm_up(configure("transformer", d_model=35, n_heads=1, head_dim=14), TOKENS, CPU)
-    warm_up(configure("transformer", d_model=70, n_heads=7), TOKENS, CPU)
+    warm_up(configure("transformer", d_model=35, n_heads=1, head_dim=14), TOKENS, CPU, FP32)
+    warm_up(configure("transformer", d_model=70, n_heads=7), TOKENS, CPU, FP32)
 
 
 def test_a_second_warm_up_takes_almost_no_memory() -> None:
     config = configure("mamba")
-    warm_up(config, TOKENS, CPU)
+    warm_up(config, TOKENS, CPU, FP32)
     memory = PeakMemory(CPU)
-    warm_up(config, TOKENS, CPU)
+    warm_up(config, TOKENS, CPU, FP32)
     assert memory.peak_bytes() < 16 * 2**20
 
 
@@ -42,5 +43,5 @@ def test_it_compiles_the_kernels_that_leave_small_inputs_to_pytorch(monkeypatch:
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.delattr(importlib.import_module(name.rpartition(".")[0]), "cpu_kernels", raising=False)
-    warm_up(configure("transformer"), TOKENS, CPU)
+    warm_up(configure("transformer"), TOKENS, CPU, FP32)
     assert [name for name in names if name not in sys.modules] == []

@@ -44,6 +44,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
     """Language modelling, judged by bits per byte of held-out windows."""
 
     Config = NextTokenConfig
+    facts = frozenset({"bytes"})
 
     def __init__(self, corpus: Corpus, *, seed: int, train: TrainConfig, packing: str = "concat") -> None:
         self.data = self.corpus = corpus
@@ -114,7 +115,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(0)  # its own, so that sampling leaves training alone
         prompt = torch.tensor([[self.corpus.separator]], device=device)
-        n_tokens = self.train.sample_tokens
+        n_tokens = self.sample_len(model, 1)
         tokens = model.generate(prompt, max_new_tokens=n_tokens, temperature=0.8, top_p=0.95, generator=generator)
         return self.corpus.tokenizer.decode(tokens[0, 1:].cpu().numpy())
 

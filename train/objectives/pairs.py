@@ -88,6 +88,7 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
     """Every token of a target from those before it and the source, judged by bits per byte of held-out targets."""
 
     Config = PairsConfig
+    facts = frozenset({"bytes"})
     kinds = ("seq2seq", "decoder")
 
     def __init__(
@@ -201,9 +202,9 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
         read = torch.from_numpy(source.astype(np.int64))[None].to(next(model.parameters()).device)
         options: dict[str, Any] = {"temperature": 0, "stop_tokens": [stop]}
         if self._joined:
-            written = model.generate(read, self.train.sample_tokens, **options)[0, len(source) :]
+            written = model.generate(read, self.sample_len(model, len(source)), **options)[0, len(source) :]
         else:
-            (written,) = model.generate(read, self.train.sample_tokens, start_token=stop, **options)
+            (written,) = model.generate(read, self.sample_len(model, 1), start_token=stop, **options)
         texts = (self.pairs.tokenizer.decode(ids[ids != stop]) for ids in (source, written.cpu().numpy()))
         return " -> ".join(texts)
 
