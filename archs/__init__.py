@@ -5,8 +5,8 @@ from .config import ModelConfig
 from .ffn import FFN
 from .mixer import Mixer, State, Zeros
 from .model import Backbone, Block, LanguageModel, LMLoss, LMOutput
-from .presets import PUBLISHED, available, build, configure
-from .registry import FFNS, MIXERS, register_mixer
+from .presets import PUBLISHED, available, build, configure, register_preset
+from .registry import FFNS, MIXERS, register_ffn, register_mixer
 from .seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
 
 __all__ = [
@@ -30,5 +30,7 @@ __all__ = [
     "configure",
     "open_pretrained",
     "presets",
+    "register_ffn",
     "register_mixer",
+    "register_preset",
 ]

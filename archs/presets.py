@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -16,10 +17,11 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
-from .config import ModelConfig, Seq2SeqConfig
+from ..options import nearest
+from .config import KINDS, ModelConfig, Seq2SeqConfig
 from .ffn import default_d_ff
 from .model import LanguageModel
-from .registry import nearest
+from .registry import UnknownName, register
 from .seq2seq import Seq2Seq, model_of
 
 TOLERANCE = 0.02
@@ -36,8 +38,6 @@ class Preset:
     name: str
     label: str
     """Its name in tables and figures."""
-    summary: str
-    """One line for --help and the documentation."""
     make: Callable[..., Mapping[str, Any]]
     """Its own options -> ModelConfig fields."""
     learning_rate: float
@@ -50,16 +50,67 @@ class Preset:
     kind: str = "decoder"
     """One of config.KINDS."""
 
+    @property
+    def summary(self) -> str:
+        """One line for the documentation."""
+        return (self.make.__doc__ or "").split("\n", 1)[0].rstrip(".")
+
 
 PRESETS: dict[str, Preset] = {}
+
+
+def register_preset(
+    name: str,
+    make: Callable[..., Mapping[str, Any]],
+    *,
+    label: str | None = None,
+    learning_rate: float = UNTUNED,
+    n_layers_at_1m: float = 4,
+    d_model_multiple: int = 32,
+    kind: str = "decoder",
+) -> None:
+    """Makes an architecture available to `build`, `crossover train` and `crossover compare`, from outside the package.
+
+        register_preset("ema", lambda: {"pattern": ("ema+mlp",)}, label="EMA", learning_rate=4e-3)
+
+    Args:
+        name: its name in commands, and in the names of runs.
+        make: its options -> ModelConfig fields, without sizes.
+        label: its name in tables and figures; `name` when None.
+        learning_rate: peak learning rate of AdamW; `crossover bench lr --archs NAME` finds it as it found all others'.
+        n_layers_at_1m: depth at one million parameters; it grows with their fourth root.
+        d_model_multiple: widths are multiples of this, so that head sizes are legal.
+        kind: "decoder", "encoder" or "seq2seq".
+
+    Raises:
+        ValueError: if the name is taken or no identifier, or a number cannot be.
+    """
+    if name == "custom":
+        raise ValueError("a preset cannot be named 'custom', which stands for models that give their own pattern")
+    for what, value in (("learning_rate", learning_rate), ("n_layers_at_1m", n_layers_at_1m)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{what}={value} of the preset {name!r} must be positive")
+    if d_model_multiple < 1:
+        raise ValueError(f"d_model_multiple={d_model_multiple} of the preset {name!r} must be at least 1")
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} of the preset {name!r} is none of {', '.join(KINDS)}")
+    preset = Preset(
+        name=name,
+        label=label or name,
+        make=make,
+        learning_rate=learning_rate,
+        n_layers_at_1m=n_layers_at_1m,
+        d_model_multiple=d_model_multiple,
+        kind=kind,
+    )
+    register(PRESETS, "preset", name, preset, make)
 
 
 def _preset(**fields: Any) -> Callable[[Callable[..., Mapping[str, Any]]], Callable[..., Mapping[str, Any]]]:
     """Registers the decorated function as the preset of its name."""
 
     def register(make: Callable[..., Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
-        summary = (make.__doc__ or "").split("\n", 1)[0].rstrip(".")
-        PRESETS[make.__name__] = Preset(name=make.__name__, summary=summary, make=make, **fields)
+        PRESETS[make.__name__] = Preset(name=make.__name__, make=make, **fields)
         return make
 
     return register
@@ -270,11 +321,11 @@ def find(name: str) -> Preset:
     """The preset of a name, or of the architecture of a published model.
 
     Raises:
-        ValueError: if there is none, with the most similar name.
+        UnknownName: if there is none, with the most similar name.
     """
     arch, _ = PUBLISHED.get(name, (name, {}))
     if arch not in PRESETS:
-        raise ValueError(f"unknown architecture {name!r}{nearest(name, [*PRESETS, *PUBLISHED])}")
+        raise UnknownName(f"unknown architecture {name!r}{nearest(name, [*PRESETS, *PUBLISHED])}")
     return PRESETS[arch]
 
 
@@ -401,7 +452,7 @@ def _encoder(config: ModelConfig) -> ModelConfig:
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    return function.__code__.co_varnames[: function.__code__.co_argcount]
+    return tuple(inspect.signature(function).parameters)
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -502,4 +553,5 @@ __all__ = [
     "count_params",
     "find",
     "learning_rate",
+    "register_preset",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from ..options import from_plain, nearest
 from .ffn import FFN
@@ -21,6 +22,8 @@ from .mixers.mamba2 import Mamba2
 from .mixers.mamba3 import Mamba3
 from .mixers.s4 import S4
 from .mixers.s4d import S4D
+
+T = TypeVar("T")
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -41,17 +44,58 @@ FFNS: dict[str, type[FFN]] = {
 }
 
 
+class UnknownName(ValueError):
+    """Nothing is registered under a name; what would register it may not have been imported."""
+
+
 def register_mixer(name: str, mixer: type[Mixer]) -> None:
     """Makes `mixer` available to layer patterns under `name`, from outside the package.
 
     Raises:
-        ValueError: if the name is taken, or could not stand in a pattern.
+        ValueError: if the name is taken by another one, or is no identifier.
     """
-    if name in MIXERS:
-        raise ValueError(f"a mixer named {name!r} exists: {MIXERS[name].__module__}.{MIXERS[name].__name__}")
+    register(MIXERS, "mixer", name, mixer, mixer)
+
+
+def register_ffn(name: str, ffn: type[FFN]) -> None:
+    """Makes `ffn` available to layer patterns under `name`, as `register_mixer` does."""
+    register(FFNS, "ffn", name, ffn, ffn)
+
+
+def register(registry: dict[str, T], what: str, name: str, entry: T, code: Callable[..., Any]) -> None:
+    """Adds an entry of outside the package to a registry; one that is defined anew takes the place of its former self.
+
+    Args:
+        registry: entries by name.
+        what: says in messages what they are.
+        name: name of the new one.
+        entry: the new one.
+        code: its class or function, or the one that the entry holds.
+
+    Raises:
+        ValueError: if the name is taken by another one, or is no identifier.
+    """
     if not name.isidentifier():
-        raise ValueError(f"{name!r} is not an identifier, as names in a layer pattern must be")
-    MIXERS[name] = mixer
+        raise ValueError(f"{name!r} is not an identifier, as the name of a {what} must be")
+    if name in registry and _REGISTERED.get((what, name)) != _place(code):
+        raise ValueError(f"there is a {what} named {name!r} already: choose another name")
+    registry[name] = entry
+    _REGISTERED[what, name] = _place(code)
+
+
+_REGISTERED: dict[tuple[str, str], tuple[str, str]] = {}
+"""Where the code of each entry of outside the package was defined."""
+
+
+def _place(code: Callable[..., Any]) -> tuple[str, str]:
+    """File and name of a class or function: the same when a module is read again, or is run as a script besides."""
+    module = getattr(code, "__module__", "")
+    return getattr(sys.modules.get(module), "__file__", None) or module, getattr(code, "__qualname__", repr(code))
+
+
+def registered(what: str) -> list[str]:
+    """Names of the mixers, ffns, presets or objectives of outside the package."""
+    return [name for kind, name in _REGISTERED if kind == what]
 
 
 def resolve(
@@ -74,11 +118,12 @@ def resolve(
         others: kinds that may stand here besides the registered ones.
 
     Raises:
-        ValueError: for an unknown kind or option, with the most similar name, or a value that the option cannot have.
+        UnknownName: for an unknown kind, with the most similar name.
+        ValueError: likewise for an unknown option, or for a value that it cannot have.
     """
     kinds = {**(MIXERS if section == "mixer" else FFNS), **(others or {})}
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"unknown {section} {kind!r} in {named_in}{nearest(kind, kinds)}")
+        raise UnknownName(f"unknown {section} {kind!r} in {named_in}{nearest(kind, kinds)}")
     try:
         return kinds[kind], from_plain(kinds[kind].Config, options, f"{path}.")
     except ValueError as error:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
 from tyro.conf import arg, subcommand
 
+from ..train.command_line import understand
+from ..train.plugins import take
 from .comparison.options import CompareConfig, LearningRateConfig
 from .context.options import ContextConfig
 from .operations.options import DoctorConfig, KernelsConfig
@@ -55,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 something failed, 2 a request that cannot be met (one line on stderr), 130 or 143 stopped.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["train"]:
-        from ..train.__main__ import main as train
-
-        return train(words[1:], prog="crossover train")
+    typed = list(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = tyro.cli(_Command, prog="crossover", description=_DESCRIPTION, args=words)  # pyright: ignore[reportArgumentType,reportCallIssue]
-        return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *words])
+        words = take(typed)
+        if words[:1] == ["train"]:
+            from ..train.__main__ import main as train
+
+            return train(words[1:], prog="crossover train")
+        parsed = understand(_Command, words, prog="crossover", description=_DESCRIPTION)
+        return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *typed])
     except ValueError as error:
         print(f"crossover: {error}", file=sys.stderr)
         return 2

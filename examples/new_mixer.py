@@ -1,5 +1,8 @@
 """Adds a mixer, checks the contract, and trains it in one stack with attention: `python examples/new_mixer.py`.
 
+In this folder commands take it too: `crossover train --import new_mixer --model.preset custom --model.d-model 96
+--model.n-layers 4 --model.set 'pattern=["ema+mlp", "attention+mlp"]' --optim.lr 2e-3`; plugin/ goes further.
+
 The mixer is an exponential moving average with a decay per channel and a gate: h[t] = a h[t-1] + (1 - a) x[t]. It
 takes what every mixer takes: a state, so that it reads in chunks and generates, and starts, at which documents begin.
 """
@@ -25,7 +28,7 @@ class EMAState(State):
     """Constant in the context length."""
 
     h: Tensor
-    """The averages, (B, D)."""
+    """The averages, (B, D), in float32 at least: in half precision a slow average stands still."""
 
 
 class EMA(Mixer[EMAConfig, EMAState]):
@@ -49,29 +52,31 @@ class EMA(Mixer[EMAConfig, EMAState]):
     ) -> tuple[Tensor, EMAState | None]:
         """See Mixer.forward."""
         a = torch.sigmoid(self.logit)
-        h = torch.zeros_like(x[:, 0]) if state is None else state.h
-        averages = []
+        h = self.init_state(len(x), 0, device=x.device, dtype=x.dtype).h if state is None else state.h
+        averages = [h[:, None][:, :0]]  # no tokens have no averages
         for t in range(x.shape[1]):
             if starts is not None:
                 h = torch.where(starts[:, t, None], 0.0, h)
             h = a * h + (1 - a) * x[:, t]
-            averages.append(h)
-        y = self.out_proj(torch.stack(averages, dim=1) * nn.functional.silu(self.gate_proj(x)))
+            averages.append(h[:, None])
+        y = self.out_proj(torch.cat(averages, dim=1).to(x.dtype) * nn.functional.silu(self.gate_proj(x)))
         return y, None if state is None else EMAState(h)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""
-        return {"h": Zeros((self.d_model,))}
+        return {"h": Zeros((self.d_model,), at_least=torch.float32)}
 
     def flops_per_token(self, context_len: float) -> float:
         """Two projections, and five operations per channel."""
         return 4 * self.d_model**2 + 5 * self.d_model
 
 
+register_mixer("ema", EMA)
+
+
 def main() -> None:
     """Checks that steps equal the full pass, then trains."""
     torch.manual_seed(0)
-    register_mixer("ema", EMA)
     pattern = ("ema+mlp", "attention+mlp")
     lm = build(ModelConfig(d_model=48, n_layers=2, vocab_size=16, pattern=pattern, mixer={"ema": {"slowest": 50.0}}))
 

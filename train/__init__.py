@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .command_line import parse
     from .config import DataConfig, ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
+    from .objectives import register_objective
     from .run import train
     from .trainer import Outcome, Trainer
 
@@ -23,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "parse",
+    "register_objective",
     "train",
 ]
 
@@ -36,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from . import trainer
 
         return getattr(trainer, name)
+    if name == "register_objective":
+        from .objectives import register_objective
+
+        return register_objective
     if name == "parse":
         from .command_line import parse
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from .command_line import parse
 from .config import RunConfig
+from .plugins import explaining, take, words
 
 __all__ = ["main"]
 
@@ -18,7 +19,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.tra
 
     0 done, 1 failed, 2 a request that cannot be met (one line on stderr), 3 out of memory, 130 or 143 interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        argv = take(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        return _refuse(prog, error)
     run = parse(argv, prog)
     try:
         with _one_line_warnings():
@@ -34,8 +38,9 @@ def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
     from .trainer import ResumeError, Trainer
 
     try:
-        objective = open_objective(run, progress=sys.stderr.isatty())
-        trainer = Trainer(run, objective, command=[*prog.split(), *argv])
+        with explaining(run.directory):
+            objective = open_objective(run, progress=sys.stderr.isatty())
+            trainer = Trainer(run, objective, command=[*prog.split(), *words(), *argv])
     except ValueError as error:
         return _refuse(prog, error)
     try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from ..files import read_toml
 from .config import RunConfig
+from .plugins import HELP
 
-__all__ = ["parse", "read_run_file"]
+__all__ = ["parse", "read_run_file", "understand"]
 
 
 _DESCRIPTION = (
@@ -35,17 +41,57 @@ def parse(argv: Sequence[str], prog: str) -> RunConfig:
             default, prog = read_run_file(path), f"{prog} {path}"
         elif {"-h", "--help"} & set(words):
             prog = f"{prog} [RUN.toml]"
-        return tyro.cli(
-            RunConfig,
-            prog=prog,
-            description=_DESCRIPTION,
-            args=words,
-            default=default,
-            config=(),
-        )
-    except ValueError as error:  # of the file, or of RunConfig itself; tyro shows those of its parts
+        return understand(RunConfig, words, prog=prog, description=_DESCRIPTION, default=default, config=())
+    except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def understand(options: Any, words: Sequence[str], *, prog: str, **more: Any) -> Any:
+    """What the words of a command line say, as tyro reads them; its help ends with what every command takes.
+
+    Raises:
+        ValueError: one line that names the option, if the words cannot be understood.
+        SystemExit: after help.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, args=list(words), prog=prog, **more)
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(complaint.getvalue())) from None
+        if {"-h", "--help"} & set(words):
+            print(textwrap.fill(HELP, 80))
+        raise
+
+
+_PLAINER = (
+    (r"^Error parsing (\w+: )?", ""),
+    (r"Could not find valid parse for arguments: \[(.*)\]", r"cannot read \1"),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
+)
+
+
+def _one_line(box: str) -> str:
+    """The message in a box of tyro's, with the names of what it proposes and without their explanations."""
+    lines = [line[2:].rstrip(" │") for line in box.splitlines() if line.startswith(("│ ", "  "))]  # or in ASCII
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) in ({"─"}, {"-"}):
+            parts.append([])
+        elif not line.startswith(" " * 8):  # an explanation
+            parts[-1].append(line.strip())
+    said = " ".join(parts[0])
+    for theirs, ours in _PLAINER:
+        said = re.sub(theirs, ours, said)
+    for head, *rest in parts[1:]:
+        if head.startswith("Argument helptext") and "cannot read" in said:
+            said += f" as {rest[0].partition(' ')[2]}"
+        elif head.startswith(("Perhaps", "Available")):
+            said += f"; {' '.join([head[:1].lower() + head[1:], *rest])}"
+    return said
 
 
 def read_run_file(path: Path) -> RunConfig:

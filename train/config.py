@@ -22,6 +22,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ..files import parse_toml
 from ..options import Positive, Range, Share, check, count, from_plain
+from .plugins import registered
 
 if TYPE_CHECKING:
     from ..archs import ModelConfig
@@ -57,6 +58,16 @@ def _value(read: Callable[[str], Any], metavar: str, *, optional: bool = False) 
         is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _beside(what: str) -> Callable[[str], str]:
+    """Says in the help, after the default, which presets or objectives imported modules have added."""
+
+    def hint(default: str) -> str:
+        names = ", ".join(registered(what))
+        return f"(default: {default}; imported: {names})" if names else f"(default: {default})"
+
+    return hint
 
 
 def _unset(meaning: str) -> Callable[[str], str]:
@@ -106,7 +117,7 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
 class ModelSpec:
     """The model: a preset and its size, or a [model] table of a run file that spells out the pattern."""
 
-    preset: str = "mamba"
+    preset: Annotated[str, tyro.conf.arg(help_behavior_hint=_beside("preset"))] = "mamba"
     """Architecture: transformer, mamba, mamba2, s4, h3, jamba, lstm, ..., as `crossover.archs.available()` lists them;
     "custom" where a [model] table gives the pattern."""
     n_params: Annotated[
@@ -172,7 +183,9 @@ class ModelSpec:
 class ObjectiveSpec:
     """What a model learns from the data."""
 
-    kind: Annotated[str, tyro.conf.arg(aliases=("--objective",), metavar="NAME")] = "next_token"
+    kind: Annotated[
+        str, tyro.conf.arg(aliases=("--objective",), metavar="NAME", help_behavior_hint=_beside("objective"))
+    ] = "next_token"
     """Name of the objective: next_token, or pairs (a target from its source, both columns of the data)."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Any option of the objective, as key=TOML value: --objective.set packing=reset (next_token: forget at the start of

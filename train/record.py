@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..files import scan_json_lines, write_text
+from . import plugins
 from .score import BITS_PER_BYTE, Score
 
 __all__ = ["MetricsLog", "cpu_model", "layout", "provenance"]
@@ -143,6 +144,7 @@ def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "command": shlex.join(command),
+        **plugins.record(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if is_cuda else None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...files import read_json, write_json
 from ...train.config import ModelSpec, RunConfig, TrainConfig, plain
+from ...train.plugins import explaining, words
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
@@ -36,7 +37,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
     Raises:
         ValueError: before any work is done, if the configuration cannot be run.
     """
-    check_archs(config.archs)
+    check_archs(config)
     with folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
@@ -49,7 +50,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         print("\nEach run can be repeated by hand, for example:")
-        print(f"  {shlex.join(module_command('crossover.train', *arguments(runs[0])))}\n", flush=True)
+        print(f"  {shlex.join(module_command('crossover.train', *words(), *arguments(runs[0])))}\n", flush=True)
 
         labels = {sized.arch: sized.label for sized in sizes.values()}
         record = {"config": plain(config), "labels": labels, "provenance": provenance, "failures": {}}
@@ -79,7 +80,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
     Raises:
         ValueError: before any work is done, if the configuration cannot be run.
     """
-    check_archs(config.archs)
+    check_archs(config)
     with folder_for(config.out, fresh=config.fresh) as logs:
         sizes = [
             size_arch(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
@@ -104,12 +105,13 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         return 1 if failed else 0
 
 
-def check_archs(archs: Sequence[str]) -> None:
+def check_archs(config: CompareConfig | LearningRateConfig | ContextConfig) -> None:
     """Raises ValueError, with the nearest valid name, if an architecture does not exist."""
     from ...archs.presets import find
 
-    for arch in archs:
-        find(arch)
+    with explaining(config.out):
+        for arch in config.archs:
+            find(arch)
 
 
 def open_objective(config: CompareConfig | LearningRateConfig) -> "Objective[Any, Any]":
@@ -122,7 +124,8 @@ def open_objective(config: CompareConfig | LearningRateConfig) -> "Objective[Any
 
     train = TrainConfig(batch_size=config.batch_size, seq_len=config.seq_len, position_len=0)
     run = RunConfig(objective=config.objective, data=config.data, train=train)
-    objective = open_of_run(run, progress=sys.stderr.isatty())
+    with explaining(config.out):
+        objective = open_of_run(run, progress=sys.stderr.isatty())
     data = objective.data
     print(
         f"Data: {data.name}, {data.n_documents:,} documents, {data.train_bytes / 1e6:.1f} MB to train on, "

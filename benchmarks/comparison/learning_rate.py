@@ -28,7 +28,7 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
     Raises:
         ValueError: before any work is done, if the configuration cannot be run.
     """
-    check_archs(config.archs)
+    check_archs(config)
     with folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes, score = sizes_of(config, objective), objective.score

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...files import read_json, read_record
 from ...train.config import RunConfig, flatten
+from ...train.plugins import words
 from ...train.runtime import Interrupted
 from ...train.score import Score
 from ..harness.processes import last_line, start, stop
@@ -163,7 +164,7 @@ class TrainingProcess:
         (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
         log.unlink(missing_ok=True)
         self.run, self._log = run, log
-        self.child = start("crossover.train", *arguments(run), threads=run.train.threads, log=log)
+        self.child = start("crossover.train", *words(), *arguments(run), threads=run.train.threads, log=log)
         self._metrics = MetricsTail(run.directory / "metrics.jsonl")
 
     def progress(self) -> tuple[float, str]:

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ...train import plugins
 from ...train.runtime import says_out_of_memory
 from ..harness.folder import append_jsonl
 from ..harness.processes import Child, last_line
@@ -137,7 +138,7 @@ def _run_worker(
 
     log_bytes = log.stat().st_size if log.exists() else 0
     preload = _PRELOAD if job.device == "cpu" else None
-    with Child(_work, (job, phases), log=log, preload=preload) as child:
+    with Child(_work, (job, phases, plugins.imported()), log=log, preload=preload) as child:
         while left:
             show()
             try:
@@ -152,11 +153,13 @@ def _run_worker(
             left.pop(0)
 
 
-def _work(order: tuple[ContextJob, Sequence[str]], parent: Connection) -> None:
+def _work(order: tuple[ContextJob, Sequence[str], Sequence[str]], parent: Connection) -> None:
     """Main function of a cell's process. The import is here because this process, the parent, needs none of it."""
     from .worker import measure_phases
 
-    measure_phases(*order, parent)
+    job, phases, modules = order
+    plugins.load(modules)
+    measure_phases(job, phases, parent)
 
 
 def cause_of_death(returncode: int, last_words: str) -> dict[str, Any]:

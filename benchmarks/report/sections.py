@@ -188,6 +188,7 @@ def _budget_section(comparison: Comparison, checks: Sequence[Check]) -> list[Blo
             if comparison.predicts_text
             else "The peak learning rates of the presets were chosen for predicting text, not for this score."
         ),
+        *_foreign_rates(comparison),
         Items(
             items=[
                 f"{capital(check.name)}: {'' if check.equal else 'NOT EQUAL, '}{check.statement}" for check in checks
@@ -195,6 +196,19 @@ def _budget_section(comparison: Comparison, checks: Sequence[Check]) -> list[Blo
             warnings=frozenset(i for i, check in enumerate(checks) if not check.equal),
         ),
     ]
+
+
+def _foreign_rates(comparison: Comparison) -> list[Block]:
+    modules = {
+        name
+        for run in comparison.runs
+        for kind in ("imports", "plugins")
+        for name in run.info["provenance"].get(kind) or ()
+    }
+    if not modules:
+        return []
+    named = and_list(sorted(modules))
+    return [Paragraph(text=f"An architecture that comes from {named} has the learning rate that its author gave it.")]
 
 
 def _sample_section(comparison: Comparison) -> list[Block]:
@@ -290,7 +304,11 @@ def _provenance_items(comparison: Comparison) -> Items:
     command = comparison.info.get("provenance", {}).get("command")
     if command:
         items.append(f"command: {command}")
-    items += [f"{key}: {value}" for key, value in comparison.provenance.items() if key != "command"]
+    items += [
+        f"{key}: {', '.join(value) if isinstance(value, list) else value}"
+        for key, value in comparison.provenance.items()
+        if key != "command" and value != []
+    ]
     corpus = comparison.corpus
     if corpus:
         items.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...archs import LanguageModel
 from ...archs.hf import from_hf, to_hf
 from ...files import read_json
-from .generate import weights_of
+from .generate import homes_of, opening, weights_of
 from .options import ConvertConfig
 
 __all__ = ["convert"]
@@ -30,9 +30,10 @@ def convert(config: ConvertConfig) -> int:
     print(f"{source} -> {target}, {'ours to Hugging Face' if to_theirs else 'Hugging Face to ours'}", flush=True)
     if to_theirs:
         weights = weights_of(source)
-        lm = LanguageModel.from_pretrained(weights)
+        with opening(source, weights):
+            lm = LanguageModel.from_pretrained(weights)
         to_hf(lm, target)
-        _copy_tokenizer((source, weights, *weights.parents[:2]), target)
+        _copy_tokenizer(homes_of(source, weights), target)
     else:
         lm = from_hf(source)
         lm.save_pretrained(target)

@@ -7,6 +7,7 @@ import codecs
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from ...archs.generation import NO_TOKEN
 from ...files import read_json
 from ...train.checkpoint import newest
 from ...train.data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
+from ...train.plugins import explaining
 from ...train.runtime import choose_device
 from ...train.verdict import apply_verdict
 from .options import GenerateConfig
 
-__all__ = ["Printer", "generate", "tokenizer_of", "weights_of"]
+__all__ = ["Printer", "generate", "homes_of", "opening", "tokenizer_of", "weights_of"]
 
 
 def generate(config: GenerateConfig) -> int:
@@ -35,7 +37,8 @@ def generate(config: GenerateConfig) -> int:
     apply_verdict()
     weights = weights_of(config.folder)
     device = choose_device(config.device)
-    lm = open_pretrained(weights, device=device).eval()
+    with opening(config.folder, weights):
+        lm = open_pretrained(weights, device=device).eval()
     tokenizer = tokenizer_of(config.folder, weights, lm.config.vocab_size)
     texts = _prompts(config)
     stops = [_token(tokenizer, text) for text in config.stop]
@@ -162,9 +165,20 @@ def weights_of(folder: Path) -> Path:
     return checkpoint
 
 
+def homes_of(folder: Path, weights: Path) -> tuple[Path, ...]:
+    """The folders that may tell more of a model: the one asked for, its own, and its run's where it is a checkpoint."""
+    return (folder, weights, *weights.parents[:2])
+
+
+def opening(folder: Path, weights: Path) -> AbstractContextManager[None]:
+    """A block that opens a model, in which the message about an unknown part says what to import."""
+    otherwise = "; a part of your own needs the --import MODULE that registers it"
+    return explaining(*homes_of(folder, weights), otherwise=otherwise)
+
+
 def _learned(folder: Path, weights: Path) -> str | None:
     """The objective of the run that a model is of; None where no run.json tells."""
-    for home in (folder, weights, *weights.parents[:2]):
+    for home in homes_of(folder, weights):
         if (home / "run.json").exists():
             return read_json(home / "run.json").get("objective", {}).get("kind")
     return None
@@ -172,7 +186,7 @@ def _learned(folder: Path, weights: Path) -> str | None:
 
 def tokenizer_of(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer saved beside the model, in its run folder, or bytes where the vocabulary is theirs."""
-    for home in (folder, weights, *weights.parents[:2]):
+    for home in homes_of(folder, weights):
         if (home / "tokenizer.json").exists():
             return load_tokenizer(home)
     if vocab_size == BytesTokenizer().vocab_size:

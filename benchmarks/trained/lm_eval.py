@@ -3,12 +3,13 @@
     python -m crossover.benchmarks.trained.lm_eval --model crossover --model_args folder=runs/compare/mamba-s0 \
         --tasks piqa
 
-takes all options of the `lm_eval` command (`--device cpu` where there is no GPU); in Python it is
-`lm_eval.simple_evaluate(model=CrossoverLM(folder), ...)`.
+takes all options of the `lm_eval` command (`--device cpu` where there is no GPU), and `--import MODULE`; in Python it
+is `lm_eval.simple_evaluate(model=CrossoverLM(folder), ...)`.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from ...archs import LanguageModel
+from ...train.plugins import take
 from ...train.runtime import choose_device
-from .generate import tokenizer_of, weights_of
+from .generate import opening, tokenizer_of, weights_of
 from .scoring import complete, encode_pair, loglikelihoods, windows
 
 __all__ = ["CrossoverLM"]
@@ -53,7 +55,8 @@ class CrossoverLM(LM):
         folder = Path(folder)
         weights = weights_of(folder)
         self._device = choose_device(device)
-        self.lm = LanguageModel.from_pretrained(weights, device=self._device).eval()
+        with opening(folder, weights):
+            self.lm = LanguageModel.from_pretrained(weights, device=self._device).eval()
         self.lm.init_state(1, 1, device="meta")  # an encoder refuses
         self.tokenizer = tokenizer_of(folder, weights, self.lm.config.vocab_size)
         self.max_len = max_len or self.lm.config.max_positions
@@ -103,4 +106,8 @@ class CrossoverLM(LM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
+    try:
+        sys.argv[1:] = take(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"lm_eval: {error}")
     cli_evaluate()

@@ -6,14 +6,20 @@ Mixers of encoders keep what does not need a state: packing and padding. Whole m
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from crossover.archs import MIXERS, LanguageModel, Mixer, State, available, build, configure
 from crossover.archs.layers import RMSNorm
+from crossover.archs.presets import PRESETS
 from crossover.kernels.compare import assert_same
+from crossover.train.objectives import OBJECTIVES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +41,26 @@ VARIANTS = {
     "gated_deltanet": [{"n_heads": 3, "d_state": 5, "expand": 0.6, "d_conv": 3, "negative_eigenvalues": True}],
     "lstm": [{"expand": 2}],
 }
-CASES = [(name, options) for name in MIXERS if name != "bidirectional" for options in VARIANTS.get(name, [{}])]
+
+
+def example(file: str, name: str) -> type[Mixer]:
+    """The mixer of a file in examples/, which registers it for this call alone."""
+    path = Path(__file__).parents[2] / "examples" / file
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    with patch.dict(sys.modules), patch.dict(MIXERS), patch.dict(PRESETS), patch.dict(OBJECTIVES):
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+KINDS = {name: cls for name, cls in MIXERS.items() if name != "bidirectional"} | {
+    "examples/new_mixer.py": example("new_mixer.py", "EMA"),
+    "examples/plugin": example("plugin/token_shift.py", "TokenShift"),
+}
+ALL = KINDS | {"bidirectional": MIXERS["bidirectional"]}
+CASES = [(name, options) for name in KINDS for options in VARIANTS.get(name, [{}])]
 ENCODERS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"causal": False, "n_heads": 4, "n_kv_heads": 2}),
     ("attention", {"causal": False, "n_heads": 2, "rope": False, "bias": True}),
@@ -61,7 +86,7 @@ SEED, LENGTHS, WIDTHS = st.integers(0, 2**16), st.integers(1, LENGTH), st.sample
 def make(name: str, options: dict[str, Any], d_model: int, seed: int) -> Mixer:
     """A mixer with weights large enough for errors to show, in float64."""
     torch.manual_seed(seed)
-    cls = MIXERS[name]
+    cls = ALL[name]
     mixer = cls(d_model, cls.Config(**options)).double()
     with torch.no_grad():
         for module in mixer.modules():
@@ -304,7 +329,7 @@ def test_state_keeps_no_more_alive_than_it_declares(name: str, options: dict[str
 
 @over_the_registry
 def test_state_counts_the_same_in_bfloat16(name: str, options: dict[str, Any]) -> None:
-    mixer = MIXERS[name](8, MIXERS[name].Config(**options)).to(torch.bfloat16)
+    mixer = KINDS[name](8, KINDS[name].Config(**options)).to(torch.bfloat16)
     state = mixer.init_state(1, 9, dtype=torch.bfloat16)
     before = state.nbytes
     with torch.no_grad():

@@ -212,18 +212,22 @@ def test_every_preset_builds_and_says_what_it_is(name: str) -> None:
 
 
 def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
-    class Identity(Mixer):
-        Config = MIXERS["lstm"].Config
+    def identity() -> type[Mixer]:
+        class Identity(Mixer):
+            Config = MIXERS["lstm"].Config
 
-        def forward(self, x, state=None, *, starts=None):
-            return x, state
+            def forward(self, x, state=None, *, starts=None):
+                return x, state
 
-    register_mixer("identity", Identity)
+        return Identity
+
+    register_mixer("identity", identity())
     try:
         assert build(ModelConfig(d_model=8, n_layers=2, vocab_size=5, pattern=("identity+mlp",))).n_params > 0
-        with pytest.raises(ValueError, match="a mixer named 'identity' exists"):
-            register_mixer("identity", Identity)
+        register_mixer("identity", identity())  # its module was read again
+        with pytest.raises(ValueError, match="there is a mixer named 'identity' already"):
+            register_mixer("identity", MIXERS["lstm"])
     finally:
         del MIXERS["identity"]
     with pytest.raises(ValueError, match="not an identifier"):
-        register_mixer("a+b", Identity)
+        register_mixer("a+b", identity())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...archs.registry import UnknownName, register
 from ...options import from_plain, nearest
 from ..config import RunConfig
 from ..objective import Objective
 from .next_token import NextToken
 from .pairs import Pairs
 
-__all__ = ["OBJECTIVES", "open_objective"]
+__all__ = ["OBJECTIVES", "open_objective", "register_objective"]
 
 OBJECTIVES: dict[str, type[Objective[Any, Any]]] = {
     "next_token": NextToken,
@@ -18,14 +19,24 @@ OBJECTIVES: dict[str, type[Objective[Any, Any]]] = {
 }
 
 
+def register_objective(name: str, objective: type[Objective[Any, Any]]) -> None:
+    """Makes an objective available to `--objective` under `name`, from outside the package.
+
+    Raises:
+        ValueError: if the name is taken by another one, or is no identifier.
+    """
+    register(OBJECTIVES, "objective", name, objective, objective)
+
+
 def open_objective(run: RunConfig, *, progress: bool = False) -> Objective[Any, Any]:
     """The objective of a run with its data; `progress` shows bars on a terminal.
 
     Raises:
-        ValueError: if the objective or one of its options does not exist, or the data cannot be used.
+        UnknownName: if there is no such objective.
+        ValueError: if one of its options does not exist, or the data cannot be used.
     """
     if run.objective.kind not in OBJECTIVES:
-        raise ValueError(f"unknown objective {run.objective.kind!r}{nearest(run.objective.kind, OBJECTIVES)}")
+        raise UnknownName(f"unknown objective {run.objective.kind!r}{nearest(run.objective.kind, OBJECTIVES)}")
     cls = OBJECTIVES[run.objective.kind]
     options = from_plain(cls.Config, run.objective.all_options(), "objective.")
     return cls.load(run, options, progress=progress)
