@@ -8,6 +8,7 @@ from .model import Backbone, Block, LanguageModel, LMLoss, LMOutput
 from .presets import PUBLISHED, available, build, configure, register_preset
 from .registry import FFNS, MIXERS, register_ffn, register_mixer
 from .seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
+from .state import States
 
 __all__ = [
     "FFN",
@@ -24,6 +25,7 @@ __all__ = [
     "Seq2Seq",
     "Seq2SeqConfig",
     "State",
+    "States",
     "Zeros",
     "available",
     "build",

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixer import State
+from .inputs import check_count
 from .registry import nearest
+from .state import State, States
 
 if TYPE_CHECKING:
     from .model import LanguageModel
@@ -167,6 +168,7 @@ def takes_sampling(function: Function) -> Function:
 @torch.inference_mode()
 def generate(lm: LanguageModel, prompt: Prompts, max_new_tokens: int, sampling: Sampling) -> Tensor | list[Tensor]:
     """Continues each prompt: LanguageModel.generate says how."""
+    check_count("max_new_tokens", max_new_tokens)
     tokens, starts = _batch(prompt, next(lm.parameters()).device)
     state = lm.init_state(len(tokens), tokens.shape[1] + max_new_tokens)
     new = extend(lm, tokens, state, max_new_tokens, sampling, starts=starts, penalized=tokens)
@@ -179,7 +181,7 @@ def generate(lm: LanguageModel, prompt: Prompts, max_new_tokens: int, sampling: 
 def extend(
     lm: LanguageModel,
     unread: Tensor,
-    state: list[State],
+    state: States,
     max_new_tokens: int,
     sampling: Sampling,
     *,
@@ -224,7 +226,7 @@ def extend(
             if not len(left):
                 return new[:, : n + 1]
             rows, step, seen = rows[left], step[left], None if seen is None else seen[left]
-            state = [layer.select(left) for layer in state]
+            state = state.select(left)
         unread = step[:, None]
     return new
 
@@ -252,8 +254,8 @@ def without_padding(new: Tensor) -> list[Tensor]:
 
 
 def read(
-    lm: LanguageModel, tokens: Tensor, state: list[State], *, starts: Tensor | None = None, chunk: int | None = None
-) -> tuple[Tensor, list[State]]:
+    lm: LanguageModel, tokens: Tensor, state: States, *, starts: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, States]:
     """Reads tokens into a state, some at a time, and makes logits of the last one only.
 
     Args:
@@ -287,7 +289,7 @@ def _batch(prompt: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None
             raise ValueError(f"a prompt tensor must be (B, L), not {tuple(prompt.shape)}: use prompt[None] for one row")
         if prompt.shape[1] == 0:
             raise ValueError(_EMPTY)
-        return prompt.to(device), None
+        return _whole(prompt).to(device), None
     rows = rows_of(prompt, device)
     longest = max(map(len, rows))
     tokens = torch.stack([torch.cat([row[:1].expand(longest - len(row)), row]) for row in rows])
@@ -310,12 +312,19 @@ def rows_of(prompt: Prompts, device: torch.device) -> list[Tensor]:
 
 def _row(tokens: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """One prompt of a list, (L,) int64."""
-    row = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+    row = torch.as_tensor(tokens)
     if row.dim() != 1:
         raise ValueError(f"a prompt of a list must be (L,), not {tuple(row.shape)}")
     if not len(row):
         raise ValueError(_EMPTY)
-    return row
+    return _whole(row).to(device)
+
+
+def _whole(tokens: Tensor) -> Tensor:
+    """Tokens of a prompt as int64."""
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+        raise ValueError(f"a prompt must be whole numbers, not {str(tokens.dtype).removeprefix('torch.')}")
+    return tokens.long()
 
 
 _EMPTY = "the prompt is empty: generation needs at least one token to start from"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels import ops
 from ..options import Positive
-from .mixer import State
+from .mixer import State, Zeros
+from .state import joined_numbers, per_row
 
 
 def linear(d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0) -> nn.Linear:
@@ -92,11 +94,19 @@ class PositionState(State):
     first: Tensor
     """Index of the first token of the current document, (B,) int64."""
     n_seen: int | Tensor = 0
-    """Tokens seen: the index of the next one."""
+    """Tokens seen: the index of the next one; (B,) where rows were joined that have seen unlike numbers."""
+
+    @classmethod
+    def cat(cls, states: Sequence[Any]) -> Self:
+        """See State.cat."""
+        first = torch.cat([state.first for state in states])
+        return cls(first, joined_numbers([(s.n_seen, len(s.first)) for s in states], first.device))
 
 
 class LearnedPositions(nn.Module):
     """x[t] + weight[p], where p counts the tokens of its document before token t (Gehring et al. 2017, 1705.03122)."""
+
+    State = PositionState
 
     def __init__(self, max_positions: int, d_model: int) -> None:
         super().__init__()
@@ -110,12 +120,15 @@ class LearnedPositions(nn.Module):
 
         Raises:
             ValueError: if the sequence is longer than max_positions, even if each of its documents is not: their
-                lengths are only known on the device.
+                lengths are only known on the device. Those of joined rows are read back.
         """
         n_seen = 0 if state is None else state.n_seen
-        if not isinstance(n_seen, Tensor):  # a tensor is not read back: `init_state` has checked the length
+        if not isinstance(n_seen, Tensor):
             self._check(n_seen + x.shape[1])
-        index = n_seen + torch.arange(x.shape[1], device=x.device)
+        elif state is not None and n_seen.dim() and len(n_seen) and not torch.compiler.is_compiling():
+            self._check(int((n_seen - state.first).max()) + x.shape[1])
+        # a single number of the device is not read back: `init_state` has checked the length
+        index = per_row(n_seen) + torch.arange(x.shape[1], device=x.device)
         first = index.new_zeros(1, 1) if state is None else state.first[:, None]
         if starts is not None:
             first = torch.where(starts, index, first).cummax(1).values  # (B, L): of the document of each token
@@ -126,6 +139,10 @@ class LearnedPositions(nn.Module):
         """The state before the first of at most `max_len` tokens; ValueError where max_positions is less."""
         self._check(max_len)
         return PositionState(torch.zeros(batch_size, device=device, dtype=torch.int64))
+
+    def state_layout(self, max_len: int) -> dict[str, Zeros]:
+        """See Mixer.state_layout."""
+        return {"first": Zeros((), at_least=torch.int64)}
 
     def _check(self, length: int) -> None:
         if length > len(self.weight):

@@ -7,46 +7,15 @@ K d_conv, V vocabulary, S keys. Batch first, length second, channels last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..options import check
+from .state import State
 
-
-@dataclass
-class State:
-    """The memory of a mixer between two tokens. Subclasses add fields: tensors, batch first, and plain numbers.
-
-    A state is consumed by the call it is passed to: the callee may reuse its storage, so keep only the state that comes
-    back, or `clone` first.
-    """
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held. True on any device, so `init_state(..., device="meta")` measures without allocating."""
-        return sum(t.nbytes for t in self.tensors().values())
-
-    def clone(self) -> Self:
-        """A copy that shares no storage."""
-        return self._map(torch.clone)
-
-    def detach(self) -> Self:
-        """A state with the same values outside the autograd graph, for truncated backpropagation."""
-        return self._map(torch.detach)
-
-    def select(self, rows: Tensor) -> Self:
-        """The state of some batch rows, (n,) int64, with repeats allowed: beam search, finished sequences."""
-        return self._map(lambda t: t.index_select(0, rows))
-
-    def _map(self, function: Any) -> Self:
-        return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+__all__ = ["Mixer", "State", "Zeros"]
 
 
 class Zeros(NamedTuple):

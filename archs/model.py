@@ -16,8 +16,10 @@ from ..kernels import ops
 from . import generation
 from .config import ModelConfig
 from .ffn import FFN
+from .inputs import check_count, check_features, check_targets, check_tokens, kept, marks_of, starts_of, taken
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
+from .state import States
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,34 +73,65 @@ class Backbone(nn.Module):
             self.positions = LearnedPositions(config.max_positions, config.d_model)
 
     def forward(
-        self, x: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None
-    ) -> tuple[Tensor, list[State] | None, Tensor]:
+        self,
+        x: Tensor,
+        state: Sequence[State | None] | None = None,
+        *,
+        starts: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, States | None, Tensor]:
         """Runs every block.
 
         Args:
             x: (B, L, D).
             state: a list of states, as `init_state` and this method return it; None keeps none.
-            starts: (B, L) bool, True at the first token of a document.
+            starts: (B, L) bool, True at the first token of a document; (1, L) for all rows alike.
+            padding_mask: (B, L) bool, True at real tokens, for rows padded at either end with anything; (1, L) for all
+                rows alike. Padding is a document of its own, before whose end all is forgotten, a given state too: a
+                row that is read in parts has its padding in the first. What y holds at padding means nothing.
 
         Returns:
-            y, (B, L, D), the states after the last token (None in gives None out), and the sum of the auxiliary losses,
-            a scalar.
+            y, (B, L, D), the states after the last token (None in gives None out; under a mask that is the last real
+            token of each row), and the sum of the auxiliary losses, a scalar.
+
+        Raises:
+            ValueError: if an input has another shape, dtype or device than the others or the model demand.
         """
+        check_features(x, self.config.d_model)
+        if starts is not None:
+            starts = marks_of("starts", starts, x)
+        if padding_mask is None:
+            return self._run(x, state, starts)
+        real = marks_of("padding_mask", padding_mask, x)
+        if state is None:
+            return self._run(x, None, _either(starts, starts_of(real)))
+        # rows turned until their padding is at the beginning: then the last token is a real one, and leaves the state
+        t, n_after = torch.arange(x.shape[1], device=x.device), real.flip(1).int().argmax(1, keepdim=True)
+        turned = (t - n_after) % x.shape[1]
+        starts = None if starts is None else starts.gather(1, turned)
+        starts = _either(starts, starts_of(real.gather(1, turned)))
+        y, after, aux_loss = self._run(x.take_along_dim(turned[..., None], 1), state, starts)
+        return y.take_along_dim(((t + n_after) % x.shape[1])[..., None], 1), after, aux_loss
+
+    def _run(
+        self, x: Tensor, given: Sequence[State | None] | None, starts: Tensor | None
+    ) -> tuple[Tensor, States | None, Tensor]:
         aux_loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        before: list[Any] = [None] * (len(self.blocks) + 1) if state is None else state
-        states: list[Any] = []
+        before: list[Any] = [None] * (len(self.blocks) + 1) if given is None else taken(given, self._stateful(), x)
+        after: list[Any] = []
         position = None
         if self.positions is not None:
             x, position = self.positions(x, before[-1], starts=starts)
         if not self.config.prenorm:
             x = self.norm(x)
         for i, block in enumerate(self.blocks):
-            x, after, aux = block(x, before[i], starts=starts)
-            states.append(after)
+            x, state, aux = block(x, before[i], starts=starts)
+            after.append(state)
             aux_loss = aux_loss if aux is None else aux_loss + aux
-        if position is not None:
-            states.append(position)
-        return self.norm(x) if self.config.prenorm else x, None if state is None else states, aux_loss
+        if self.positions is not None:
+            after.append(position)
+        x = self.norm(x) if self.config.prenorm else x
+        return x, None if given is None else kept(after, self._stateful(), given), aux_loss
 
     def init_state(
         self,
@@ -107,7 +140,7 @@ class Backbone(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> list[State]:
+    ) -> States:
         """An empty state for each block, then one for learned positions where there are any.
 
         The device and dtype are the parameters' unless given.
@@ -115,12 +148,21 @@ class Backbone(nn.Module):
         Raises:
             ValueError: if the mixers are those of an encoder, or if max_len is more than max_positions.
         """
+        check_count("batch_size", batch_size)
+        check_count("max_len", max_len)
         weight = next(self.parameters())
         device, dtype = device or weight.device, dtype or weight.dtype
         states = [block.mixer.init_state(batch_size, max_len, device=device, dtype=dtype) for block in self.blocks]
         if self.positions is not None:
             states.append(self.positions.init_state(batch_size, max_len, device=device))
-        return states
+        return kept(states, self._stateful())
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        """What keeps a state, by the names of their layers."""
+        mixers: list[tuple[str, Any]] = [
+            (f"layer {i}, {type(block.mixer).__name__}", block.mixer) for i, block in enumerate(self.blocks)
+        ]
+        return mixers if self.positions is None else [*mixers, ("the learned positions", self.positions)]
 
 
 class LMOutput(NamedTuple):
@@ -128,7 +170,7 @@ class LMOutput(NamedTuple):
 
     logits: Tensor
     """(B, L, V)."""
-    state: list[State] | None
+    state: Sequence[State] | None
     """The states after the last token, in the form of `init_state`; None where none were given."""
     aux_loss: Tensor
     """Sum of the blocks' auxiliary losses, a scalar."""
@@ -141,7 +183,7 @@ class LMLoss(NamedTuple):
     """Mean cross-entropy in nats per token, a scalar."""
     aux_loss: Tensor
     """Sum of the blocks' auxiliary losses, to be added to the loss, a scalar."""
-    state: list[State] | None = None
+    state: Sequence[State | None] | None = None
     """See LMOutput.state."""
 
 
@@ -188,9 +230,10 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        state: list[State] | None = None,
+        state: Sequence[State | None] | None = None,
         *,
         starts: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> LMOutput | LMLoss:
         """Logits at each token, or the loss of targets.
@@ -198,19 +241,45 @@ class LanguageModel(nn.Module):
         Args:
             tokens: (B, L) int64.
             state: as in Backbone.forward.
-            starts: (B, L) bool, True at the first token of a document.
+            starts: (B, L) bool, True at the first token of a document; (1, L) for all rows alike.
+            padding_mask: (B, L) bool, True at real tokens, as in Backbone.forward; the targets of padding are not
+                counted.
             targets: the tokens to be predicted, (B, L) int64: the next ones, or the masked ones; -100 is not counted.
+
+        Raises:
+            ValueError: if an input has another shape, dtype or device than the others or the model demand, or a token
+                is not in the vocabulary.
         """
-        x, state, aux_loss = self.hidden(tokens, state, starts=starts)
+        x, state, aux_loss = self.hidden(tokens, state, starts=starts, padding_mask=padding_mask)
         if targets is None:
             return LMOutput(self.logits(x), state, aux_loss)
+        if padding_mask is not None:
+            check_targets(targets, x)
+            targets = targets.masked_fill(~padding_mask, -100)
         return LMLoss(self.cross_entropy(x, targets), aux_loss, state)
 
     def hidden(
-        self, tokens: Tensor, state: list[State] | None = None, *, starts: Tensor | None = None
-    ) -> tuple[Tensor, list[State] | None, Tensor]:
+        self,
+        tokens: Tensor,
+        state: Sequence[State | None] | None = None,
+        *,
+        starts: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, States | None, Tensor]:
         """Runs the backbone over tokens, (B, L) int64: x, (B, L, D), the state after them, and the auxiliary loss."""
-        return self.backbone(self.embedding(tokens), state, starts=starts)
+        return self.backbone(self.embed(tokens), state, starts=starts, padding_mask=padding_mask)
+
+    def embed(self, tokens: Tensor, *, name: str = "tokens") -> Tensor:
+        """Vectors of tokens, (B, L) int64: (B, L, D).
+
+        Raises:
+            ValueError: unless they are (B, L) and, where the CPU reads them, of the vocabulary.
+        """
+        check_tokens(tokens, name=name)
+        try:
+            return self.embedding(tokens)
+        except IndexError:  # of the CPU; elsewhere the host does not know the values
+            raise _beyond_vocabulary(name, tokens, self.config.vocab_size) from None
 
     def logits(self, x: Tensor) -> Tensor:
         """Makes logits of the x of `hidden`, or of some of its positions: (..., D) -> (..., V)."""
@@ -222,19 +291,30 @@ class LanguageModel(nn.Module):
 
         It equals that of `logits(x)`, which are never all in memory.
         """
+        check_targets(targets, x)
         x, weight = self.transform(x).flatten(0, 1), self.output_weight
         if self.head.bias is not None:  # the bias is the weight of a channel that is always one
             x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, self.head.bias[:, None]], dim=1)
-        loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
+        try:
+            loss, _ = ops.linear_cross_entropy(x, weight, targets.flatten())
+        except IndexError:
+            raise _beyond_vocabulary("targets", targets[targets != -100], self.config.vocab_size) from None
         return loss
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        starts: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats per token, and the auxiliary loss to be added to it, both scalars.
 
         They are `out.loss` and `out.aux_loss` of `out = self(tokens, targets=targets)`, which is how a wrapper of the
         model (DDP, FSDP2, torch.compile) must be called.
         """
-        out = self(tokens, starts=starts, targets=targets)
+        out = self(tokens, starts=starts, padding_mask=padding_mask, targets=targets)
         return out.loss, out.aux_loss
 
     def token_losses(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Tensor:
@@ -249,7 +329,7 @@ class LanguageModel(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> list[State]:
+    ) -> States:
         """An empty state for `batch_size` sequences of at most `max_len` tokens; `nbytes` of each is its memory."""
         return self.backbone.init_state(batch_size, max_len, device=device, dtype=dtype)
 
@@ -383,6 +463,18 @@ def read_weights(model: M, folder: str | Path) -> M:
     if problems:
         raise ValueError(f"{path}: the tensors do not fit config.json: {'; '.join(problems)}")
     return model
+
+
+def _either(starts: Tensor | None, more: Tensor) -> Tensor:
+    return more if starts is None else starts | more
+
+
+def _beyond_vocabulary(name: str, tokens: Tensor, vocab_size: int) -> ValueError:
+    low, high = (int(value) for value in tokens.aminmax())
+    return ValueError(
+        f"{name} reach from {low} to {high}, and the vocabulary of the model from 0 to {vocab_size - 1}: use its own"
+        " tokenizer"
+    )
 
 
 def _norm(config: ModelConfig) -> nn.Module:

@@ -26,9 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import generation
 from .config import ModelConfig, Seq2SeqConfig
-from .mixer import State
+from .inputs import check_count, check_lengths, check_tokens
 from .mixers.cross_attention import Reader
 from .model import Backbone, LanguageModel, LMLoss, LMOutput, read_config, read_weights, write_pretrained
+from .state import States
 
 __all__ = ["Seq2Seq", "Seq2SeqConfig", "model_of", "open_pretrained"]
 
@@ -55,10 +56,17 @@ class Seq2Seq(nn.Module):
         Args:
             source: (B, S) int64.
             target: the target tokens read, (B, T) int64: a start token, then all but the last.
-            source_len: (B,) int64.
+            source_len: (B,) int64, each from 1 to S.
             targets: the tokens to be predicted, (B, T) int64; -100 is not counted.
+
+        Raises:
+            ValueError: if an input has another shape, dtype or device than the others demand, or a token is not in the
+                vocabulary.
         """
         h, aux_loss = self._read(source, source_len)
+        check_tokens(target, name="target")
+        if len(target) != len(source):
+            raise ValueError(f"target has {len(target)} rows and source {len(source)}: give each source its target")
         out = self.decoder(target, self._state(h, source_len), targets=targets)
         if targets is None:
             return LMOutput(out.logits, None, aux_loss + out.aux_loss)
@@ -71,12 +79,12 @@ class Seq2Seq(nn.Module):
         out = self(source, target, source_len=source_len, targets=targets)
         return out.loss, out.aux_loss
 
-    def encode(self, source: Tensor, source_len: Tensor | None = None, *, max_len: int) -> list[State]:
+    def encode(self, source: Tensor, source_len: Tensor | None = None, *, max_len: int) -> States:
         """Reads the source, (B, S): the decoder's state before the first of at most `max_len` target tokens."""
         h, _ = self._read(source, source_len)
         return self._state(h, source_len, self.init_state(len(source), max_len, n_source=0))
 
-    def decode(self, target: Tensor, state: list[State]) -> LMOutput:
+    def decode(self, target: Tensor, state: States) -> LMOutput:
         """Logits, (B, T, V), after each of the next target tokens, (B, T), and the state after them.
 
         The state is that of `encode` or of an earlier call: any split of a target gives the logits of the whole.
@@ -91,15 +99,15 @@ class Seq2Seq(nn.Module):
         n_source: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> list[State]:
+    ) -> States:
         """A state as large as that of sources of `n_source` tokens (None means max_len) and targets of `max_len`."""
-        backbone, weight = self.decoder.backbone, self.decoder.embedding.weight
+        weight = self.decoder.embedding.weight
         like = {"device": device or weight.device, "dtype": dtype or weight.dtype}
-        source_len = max_len if n_source is None else n_source
-        lengths = [source_len if isinstance(b.mixer, Reader) else max_len for b in backbone.blocks]
-        state = [b.mixer.init_state(batch_size, n, **like) for b, n in zip(backbone.blocks, lengths, strict=True)]
-        if backbone.positions is not None:
-            state.append(backbone.positions.init_state(batch_size, max_len, device=like["device"]))
+        state = self.decoder.init_state(batch_size, max_len, **like)
+        if n_source is not None:
+            for i, block in enumerate(self.decoder.backbone.blocks):
+                if isinstance(block.mixer, Reader):
+                    state[i] = block.mixer.init_state(batch_size, n_source, **like)
         return state
 
     @overload
@@ -139,6 +147,7 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: for an empty source, an option out of its range, or prefill_chunk.
         """
+        check_count("max_new_tokens", max_new_tokens)
         sampling = generation.Sampling(*args, **options)
         if sampling.prefill_chunk is not None:
             raise ValueError("an encoder reads a source as a whole: leave prefill_chunk out")
@@ -204,20 +213,22 @@ class Seq2Seq(nn.Module):
 
     def _read(self, source: Tensor, source_len: Tensor | None) -> tuple[Tensor, Tensor]:
         """The encoder's output, (B, S, D), and its auxiliary loss."""
+        check_tokens(source, name="source")
         starts = None
         if source_len is not None:  # padding is a document of its own, which the source does not see
+            check_lengths("source_len", source_len, source)
             starts = torch.arange(source.shape[1], device=source.device) == source_len[:, None]
-        h, _, aux_loss = self.encoder(self.decoder.embedding(source), starts=starts)
+        h, _, aux_loss = self.encoder(self.decoder.embed(source, name="source"), starts=starts)
         return h, aux_loss
 
-    def _state(self, h: Tensor, source_len: Tensor | None, state: list[Any] | None = None) -> list[State]:
+    def _state(self, h: Tensor, source_len: Tensor | None, state: States | None = None) -> States:
         """The decoder's state, with the source in its readers.
 
         Without a given `state` nothing else has one, as in training.
         """
         backbone = self.decoder.backbone
         n_states = len(backbone.blocks) + (backbone.positions is not None)
-        before: list[Any] = [None] * n_states if state is None else [*state]
+        before = States([None] * n_states) if state is None else state
         for i, block in enumerate(backbone.blocks):
             if isinstance(block.mixer, Reader):
                 before[i] = block.mixer.read(h, source_len)

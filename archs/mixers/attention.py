@@ -6,7 +6,9 @@ keys, arXiv:2305.13245), Beltagy et al. 2020 (window, arXiv:2004.05150).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from ...kernels import ops
 from ...options import Length, Positive, Size
 from ..layers import linear, linear_flops
 from ..mixer import Mixer, State, Zeros
+from ..state import joined_numbers, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,29 @@ class KVCache(State):
     length: int | Tensor = 0
     """Keys held. As a tensor, (), it makes every step the same work, whose result the host need not know."""
     n_seen: int | Tensor = 0
-    """Tokens seen: the position of the next one. A tensor where `length` is one."""
+    """Tokens seen: the position of the next one. A tensor where `length` is one, and (B,) where rows were joined that
+    have seen unlike numbers."""
+
+    @classmethod
+    def cat(cls, states: Sequence[Any]) -> Self:
+        """See State.cat: the last keys of all rows stand side by side, and `first_key` hides what is before a row's."""
+        hidden = [0 if s.first_key is None or not len(s.k) else int(s.first_key.min()) for s in states]
+        held = [int(s.length) - n for s, n in zip(states, hidden, strict=True)]
+        length, room = max(held), max(s.k.shape[1] - int(s.length) for s in states)
+        k, v = (
+            torch.cat([
+                F.pad(t[:, n : n + m], (0, 0, 0, 0, length - m, room))
+                for t, n, m in zip(tensors, hidden, held, strict=True)
+            ])
+            for tensors in ([s.k for s in states], [s.v for s in states])
+        )  # fmt: skip
+        first_key = None
+        if any(s.first_key is not None or m < length for s, m in zip(states, held, strict=True)):
+            first_key = torch.cat([
+                (k.new_zeros(len(s.k), dtype=torch.int64) if s.first_key is None else s.first_key) + length - m - n
+                for s, n, m in zip(states, hidden, held, strict=True)
+            ])  # fmt: skip
+        return cls(k, v, first_key, length, joined_numbers([(s.n_seen, len(s.k)) for s in states], k.device))
 
 
 class Attention(Mixer[AttentionConfig, KVCache]):
@@ -97,9 +122,10 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         )
         if self.config.rope:
             # attention sees differences of positions only, so they may run on across documents
-            first = 0 if state is None else state.n_seen
-            positions = first + torch.arange(x.shape[1], device=x.device)
-            q, k = ops.rotary(q, k, positions, self.config.rope_theta)
+            positions = torch.arange(x.shape[1], device=x.device)
+            if state is not None:
+                positions = per_row(state.n_seen) + positions
+            q, k = self._rotated(q, k, positions)
         first_key = kv_len = None
         if state is not None:
             first_key = state.first_key
@@ -109,15 +135,32 @@ class Attention(Mixer[AttentionConfig, KVCache]):
             else:
                 k, v, state = self._append(state.length, state, k, v, starts)
         o = ops.attention(
-            q, k, v, self.config.causal, self.config.window, starts=starts, first_key=first_key, kv_len=kv_len
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            self.config.causal,
+            self.config.window,
+            starts=starts,
+            first_key=first_key,
+            kv_len=kv_len,
         )
         return self.out_proj(rearrange(o, "b l h p -> b l (h p)")), state
+
+    def _rotated(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys at positions, (L,), or (B, L) of each row."""
+        if positions.dim() == 1:
+            return ops.rotary(q, k, positions, self.config.rope_theta)
+        shape, one_row = positions.shape, [t.flatten(0, 1)[None] for t in (q, k)]
+        q, k = ops.rotary(one_row[0], one_row[1], positions.flatten(), self.config.rope_theta)
+        return q[0].unflatten(0, shape), k[0].unflatten(0, shape)
 
     def _append(
         self, past: int, state: KVCache, k: Tensor, v: Tensor, starts: Tensor | None
     ) -> tuple[Tensor, Tensor, KVCache]:
         """All keys and values that the new tokens may see, and the cache after them; `past` is the length before."""
         L, capacity = k.shape[1], state.k.shape[1]
+        if self.config.window is not None:  # joined rows may have brought room for more
+            capacity = min(capacity, self.config.window - 1)
         first_key, n_seen = _first_key_after(past, state.first_key, starts), state.n_seen + L
         if past + L <= capacity and self.may_write_in_place(k, v, state.k, state.v):
             state.k[:, past : past + L], state.v[:, past : past + L] = k, v

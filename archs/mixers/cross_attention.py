@@ -6,7 +6,9 @@ Sources: Vaswani et al. 2017 (arXiv:1706.03762, section 3.2.3), Bahdanau et al. 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,23 @@ class Memory(State):
     """Values, (B, S, d_v)."""
     source_len: Tensor | None = None
     """Tokens of each source, (B,) int64, at least 1: what follows them is padding; None where nothing is padded."""
+
+    @classmethod
+    def cat(cls, states: Sequence[Any]) -> Self:
+        """See State.cat: shorter sources are padded."""
+        sizes = [s.k.shape[1] for s in states]
+        longest = max(sizes)
+        k, v = (
+            torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tensors])
+            for tensors in ([s.k for s in states], [s.v for s in states])
+        )
+        if all(s.source_len is None and n == longest for s, n in zip(states, sizes, strict=True)):
+            return cls(k, v)
+        lengths = [
+            torch.full((len(s.k),), n, device=k.device) if s.source_len is None else s.source_len
+            for s, n in zip(states, sizes, strict=True)
+        ]
+        return cls(k, v, torch.cat(lengths))
 
     def visible(self) -> Tensor | None:
         """Marks the keys that are of the source and not padding, (B, S) bool; None where all are."""
@@ -120,7 +139,8 @@ class CrossAttention(Reader[CrossAttentionConfig]):
 
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         """See Reader.attend."""
-        q, k, v = (rearrange(t, "b l (h p) -> b h l p", p=self.head_dim) for t in (self.q_proj(x), memory.k, memory.v))
+        q = self.q_proj(x)
+        q, k, v = (rearrange(t.to(q.dtype), "b l (h p) -> b h l p", p=self.head_dim) for t in (q, memory.k, memory.v))
         visible = memory.visible()
         mask = None if visible is None else visible[:, None, None]
         o = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.n_heads != self.n_kv_heads)
@@ -158,7 +178,7 @@ class AdditiveAttention(Reader[AdditiveAttentionConfig]):
     def attend(self, x: Tensor, memory: Memory) -> Tensor:
         """See Reader.attend. At most CHUNK_NUMBERS sums W x[t] + U h[s] are held at once, in the backward pass too."""
         q, visible = self.q_proj(x), memory.visible()
-        n_targets = max(1, CHUNK_NUMBERS // memory.k.numel())
+        n_targets = max(1, CHUNK_NUMBERS // max(1, memory.k.numel()))
         if n_targets >= q.shape[1]:
             return self._attend(q, memory.k, memory.v, visible)
         chunks = (
