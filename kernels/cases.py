@@ -203,6 +203,21 @@ def uniform(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64)
 
 
+def steps(*shape: int) -> Tensor:
+    """Step sizes in float64, (B, L, ...), for examples: after large ones, which forget everything, tiny and usual ones.
+
+    What decays by little must not lose digits to what decayed by much before.
+    """
+    share, t = uniform(*shape), torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))
+    later = torch.where(torch.rand(shape) < 0.5, 1e-5 * share, share)
+    return torch.where(3 * t + 3 <= shape[1], 30 * share, later)
+
+
+def before_softplus(x: Tensor) -> Tensor:
+    """What softplus makes x of."""
+    return x + torch.log(-torch.expm1(-x))
+
+
 def complex_normal(*shape: int) -> Tensor:
     """Standard normal in complex128, for examples."""
     return torch.complex(normal(*shape), normal(*shape))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import Cases, Inputs, Maker, normal, size, uniform
+from ..cases import Cases, Inputs, Maker, before_softplus, normal, size, steps, uniform
 
 LOOP_LEN = 16
 """Tokens of the loop that torch.compile unrolls: with half as many it trains much slower, with more it compiles for
@@ -19,7 +19,7 @@ minutes."""
 def _example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: bool) -> dict[str, Tensor]:
     tensors = {
         "u": normal(B, L, E),
-        "delta": normal(B, L, E) - 2 if optional else uniform(B, L, E),
+        "delta": before_softplus(steps(B, L, E)) if optional else steps(B, L, E),
         "A": -uniform(E, N) * 8 - 0.1,
         "B": normal(B, L, N),
         "C": normal(B, L, N),

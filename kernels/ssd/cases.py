@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..cases import Cases, Inputs, Maker, normal, size, uniform
+from ..cases import Cases, Inputs, Maker, before_softplus, normal, size, steps, uniform
 
 
 def _example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: bool) -> dict[str, Tensor]:
     tensors = {
         "x": normal(B, L, 4, E),
-        "dt": normal(B, L, 4) - 2 if optional else uniform(B, L, 4),
+        "dt": before_softplus(steps(B, L, 4)) if optional else steps(B, L, 4),
         "A": -uniform(4) * 8 - 0.1,
         "B": normal(B, L, 2, N),
         "C": normal(B, L, 2, N),

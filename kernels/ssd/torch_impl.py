@@ -1,25 +1,24 @@
 """Plain PyTorch: matrix products inside chunks, a state between them (arXiv:2405.21060, section 6).
 
-Inside a chunk of Q tokens, with s the running sum of log decays dt A, the scan is attention without a softmax,
+Inside a chunk of Q tokens, with s[i, j] the sum of the log decays dt A of tokens j + 1 to i, and s[i] of all up to i,
+the scan is attention without a softmax,
 
-    y[i] = sum over j <= i of C[i] B[j] exp(s[i] - s[j]) dt[j] x[j]  +  exp(s[i]) h C[i],
+    y[i] = sum over j <= i of C[i] B[j] exp(s[i, j]) dt[j] x[j]  +  exp(s[i]) h C[i],
 
-and the state h enters from the chunk before. Forward keeps the states that enter the chunks and nothing of size Q x Q;
-backward, written out, walks the chunks in reverse. One chunk at a time, what is computed in between stays in the cache,
-and memory is linear in L. The elementwise parts around (softplus, skip, gate) are left to autograd.
+and the state h enters from the chunk before; at the start of a document the log decay is -inf. Forward keeps the states
+that enter the chunks and nothing of size Q x Q; backward, written out, walks the chunks in reverse. One chunk at a
+time, what is computed in between stays in the cache, and memory is linear in L. The elementwise parts around (softplus,
+skip, gate) are left to autograd.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ..documents import document_ids
 
 CHUNK = 64
 """Tokens of a chunk where the caller has no wish."""
@@ -97,8 +96,7 @@ def _chunked(
     chunk_len: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See Scan."""
-    ids = None if starts is None else document_ids(starts)
-    y, h, _ = _scan(x, dt, A, B, C, initial_state, ids, chunk_len or CHUNK)
+    y, h, _ = _scan(x, dt, A, B, C, initial_state, starts, chunk_len or CHUNK)
     return y, h
 
 
@@ -130,24 +128,15 @@ class _Decays(NamedTuple):
     """Factor from the entering state to the leaving one, (B, H)."""
 
 
-def _decays(dt: Tensor, A: Tensor, ids: Tensor | None, chunk: slice) -> _Decays:
-    limits = torch.finfo(dt.dtype)
-    # a single step below this leaves nothing; without the bound, sums of such steps would swamp those of the others
-    least = math.log(limits.tiny) + math.log(limits.eps) - 2
-    s = (dt[:, chunk] * A).clamp(min=least).cumsum(1)  # (B, Q, H)
-    last = s[:, -1:]
-    after = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool, device=s.device).triu(1)
-    pair = s.mT[..., None] - s.mT[..., None, :]
-    if ids is None:
-        return _Decays(pair.masked_fill_(after, -torch.inf).exp_(), s.exp(), (last - s).exp(), last[:, 0].exp())
-    here = ids[:, chunk]
-    entering = ids[:, chunk.start - 1, None] if chunk.start else torch.zeros_like(here[:, :1])
-    apart = (here[:, :, None] != here[:, None]) | after
-    # masked before the exponential, which would overflow above the diagonal
-    pair = pair.masked_fill_(apart[:, None], -torch.inf).exp_()
-    enter = s.masked_fill((here != entering)[..., None], -torch.inf).exp_()
-    leave = (last - s).masked_fill_((here != here[:, -1:])[..., None], -torch.inf).exp_()
-    return _Decays(pair, enter, leave, enter[:, -1])
+def _decays(dt: Tensor, A: Tensor, starts: Tensor | None, chunk: slice) -> _Decays:
+    log_decay = dt[:, chunk] * A  # (B, Q, H)
+    if starts is not None:
+        log_decay = log_decay.masked_fill(starts[:, chunk, None], -torch.inf)
+    Q = log_decay.shape[1]
+    # [i, j] sums the log decays of tokens j + 1 to i: a sum, never a difference, loses no digits to earlier decays
+    pair = log_decay.mT[..., None].expand(-1, -1, Q, Q).tril(-1).cumsum(-2).exp_().tril_()
+    enter = log_decay.cumsum(1).exp_()
+    return _Decays(pair, enter, pair[:, :, -1].mT, enter[:, -1])
 
 
 def _by_group(t: Tensor, G: int) -> Tensor:
@@ -162,7 +151,7 @@ def _by_head(t: Tensor, H: int) -> Tensor:
 
 @torch.library.custom_op("crossover::ssd", mutates_args=())
 def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, ids: Tensor | None, chunk_len: int
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, starts: Tensor | None, chunk_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, (B, L, H, P); the final state, (B, H, P, N); the states that enter the chunks, (L / Q, B, H, P, N)."""
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
@@ -172,7 +161,7 @@ def _scan(
     for i, first in enumerate(range(0, L, chunk_len)):
         chunk = slice(first, min(first + chunk_len, L))
         states[i] = h
-        d = _decays(dt, A, ids, chunk)
+        d = _decays(dt, A, starts, chunk)
         b, c = B[:, chunk].transpose(1, 2), C[:, chunk].transpose(1, 2)  # (B, G, Q, N)
         u = x[:, chunk] * dt[:, chunk, :, None]
         mixing = d.pair.unflatten(1, (G, -1)) * (c @ b.mT)[:, :, None]  # (B, G, H / G, Q, Q)
@@ -185,7 +174,7 @@ def _scan(
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, initial_state, ids, chunk_len):
+def _(x, dt, A, B, C, initial_state, starts, chunk_len):
     n_chunks = -(-x.shape[1] // chunk_len)
     return (x.new_empty(x.shape), x.new_empty(initial_state.shape), x.new_empty(n_chunks, *initial_state.shape))
 
@@ -199,7 +188,7 @@ def _scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    ids: Tensor | None,
+    starts: Tensor | None,
     states: Tensor,
     chunk_len: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -210,7 +199,7 @@ def _scan_backward(
     r = grad_state.clone(memory_format=torch.contiguous_format)  # gradient of the state that leaves the chunk
     for i in reversed(range(len(states))):
         chunk = slice(i * chunk_len, min((i + 1) * chunk_len, L))
-        d, h = _decays(dt, A, ids, chunk), states[i].view(batch, G, -1, N)
+        d, h = _decays(dt, A, starts, chunk), states[i].view(batch, G, -1, N)
         b, c = B[:, chunk].transpose(1, 2), C[:, chunk].transpose(1, 2)
         x_c, dt_c, g = x[:, chunk], dt[:, chunk], grad_y[:, chunk]
         u, r_by_group = x_c * dt_c[..., None], r.view(batch, G, -1, N)
@@ -231,10 +220,10 @@ def _scan_backward(
         grad_C[:, chunk] = (grad_scores @ b + g_in @ h).transpose(1, 2)
         grad_B[:, chunk] = (grad_scores.mT @ c + u_out @ r_by_group).transpose(1, 2)
         # The log decay of token t is in every pair j < t <= i, in what enters for i >= t, in what leaves for j < t.
-        # Such sums, unlike differences of row and column sums, have nothing to cancel.
-        through = (grad_log.cumsum(-1) - grad_log + entered.mT[..., None]).tril_().sum(-2)
+        # All are sums, of which none is a difference of two: there is nothing to cancel.
+        before = grad_log.cumsum(-1).tril_(-1).sum(-2).mT + left.cumsum(1)  # j <= t, pairs with i > t: of token t + 1
         kept = d.whole * (states[i] * r).sum((-2, -1))
-        grad_step = through.mT + (left.cumsum(1) - left) + kept[:, None]  # (B, Q, H)
+        grad_step = F.pad(before[:, :-1], (0, 0, 1, 0)) + entered.flip(1).cumsum(1).flip(1) + kept[:, None]  # (B, Q, H)
         grad_A += (grad_step * dt_c).sum((0, 1))
         grad_dt[:, chunk] = grad_step * A + (grad_u * x_c).sum(-1)
         grad_x[:, chunk] = grad_u * dt_c[..., None]
@@ -243,20 +232,20 @@ def _scan_backward(
 
 
 @_scan_backward.register_fake
-def _(grad_y, grad_state, x, dt, A, B, C, ids, states, chunk_len):
+def _(grad_y, grad_state, x, dt, A, B, C, starts, states, chunk_len):
     return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, grad_state))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, _, ids, chunk_len = inputs
-    ctx.save_for_backward(x, dt, A, B, C, ids, output[2])
+    x, dt, A, B, C, _, starts, chunk_len = inputs
+    ctx.save_for_backward(x, dt, A, B, C, starts, output[2])
     ctx.chunk_len = chunk_len
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
-    x, dt, A, B, C, ids, states = ctx.saved_tensors
-    grads = _scan_backward(grad_y, grad_state, x, dt, A, B, C, ids, states, ctx.chunk_len)
+    x, dt, A, B, C, starts, states = ctx.saved_tensors
+    grads = _scan_backward(grad_y, grad_state, x, dt, A, B, C, starts, states, ctx.chunk_len)
     return *grads, None, None
 
 

@@ -167,14 +167,15 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
 
 
 def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dt_softplus: bool, Q: int) -> tuple[Tensor, Tensor]:
-    """Step sizes and, from the start of each chunk, sums of the binary logarithms of the decays: (B, H, chunks * Q).
+    """Step sizes, (B, H, chunks * Q), and, from the start of each chunk, sums of the binary logarithms of the decays.
 
-    Beyond the end steps are zero, which leaves the state as it is.
+    The sums are (B, H, chunks, 2, Q): float32 and what that leaves of them, so that a difference of two is as good as
+    the sum of what lies between. Beyond the end steps are zero, which leaves the state as it is.
     """
     batch, L, H = dt.shape
     n_chunks = triton.cdiv(L, Q)
     steps = torch.empty(batch, H, n_chunks * Q, dtype=torch.float32, device=dt.device)
-    sums = torch.empty_like(steps)
+    sums = torch.empty(batch, H, n_chunks, 2, Q, dtype=torch.float32, device=dt.device)
     block = min(32, triton.next_power_of_2(H))
     launch(
         _steps_kernel, (batch * n_chunks, triton.cdiv(H, block)),
@@ -293,7 +294,11 @@ def _steps_kernel(
     a = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32) * LOG2_E
     out = (batch * H + h[None, :]) * (n_chunks * Q) + t[:, None]
     tl.store(STEPS + out, dt, mask=(h < H)[None, :])
-    tl.store(SUMS + out, tl.cumsum(tl.maximum(dt * a[None, :], FORGOTTEN), 0), mask=(h < H)[None, :])
+    sums = tl.cumsum(tl.maximum(dt * a[None, :], FORGOTTEN).to(tl.float64), 0)
+    rounded = sums.to(tl.float32)
+    SUMS += (batch * H + h[None, :]) * (2 * n_chunks * Q) + chunk * (2 * Q) + tl.arange(0, Q)[:, None]
+    tl.store(SUMS, rounded, mask=(h < H)[None, :])
+    tl.store(SUMS + Q, (sums - rounded.to(tl.float64)).to(tl.float32), mask=(h < H)[None, :])
 
 
 @triton.jit
@@ -302,9 +307,9 @@ def _decays(SUMS, IDS, q, left, Q: tl.constexpr):
 
     SUMS points at the chunk, IDS at the token before it; `left` tokens remain.
     """
-    s = tl.load(SUMS + q)
-    total = tl.load(SUMS + Q - 1)
-    enter, leave, whole = tl.exp2(s), tl.exp2(total - s), tl.exp2(total)
+    s, rest = tl.load(SUMS + q), tl.load(SUMS + Q + q)
+    total, rest_of_total = tl.load(SUMS + Q - 1), tl.load(SUMS + 2 * Q - 1)
+    enter, leave, whole = tl.exp2(s), tl.exp2((total - s) + (rest_of_total - rest)), tl.exp2(total)
     if IDS is not None:
         here = tl.load(IDS + 1 + q, mask=q < left, other=-1)
         entering, leaving = tl.load(IDS), tl.load(IDS + tl.minimum(left, Q))
@@ -315,15 +320,16 @@ def _decays(SUMS, IDS, q, left, Q: tl.constexpr):
 
 
 @triton.jit
-def _pair_decay(SUMS, IDS, q, left):
+def _pair_decay(SUMS, IDS, q, left, Q: tl.constexpr):
     """Decay from token j to token i of the same chunk, (Q, Q): zero above the diagonal and across starts."""
-    s = tl.load(SUMS + q)
+    s, rest = tl.load(SUMS + q), tl.load(SUMS + Q + q)
     related = q[:, None] >= q[None, :]
     if IDS is not None:
         here = tl.load(IDS + 1 + q, mask=q < left, other=-1)
         related = related & (here[:, None] == here[None, :])
     # masked before the exponential, which would overflow above the diagonal
-    return tl.exp2(tl.where(related, s[:, None] - s[None, :], -float("inf")))
+    between = (s[:, None] - s[None, :]) + (rest[:, None] - rest[None, :])
+    return tl.exp2(tl.where(related, between, -float("inf")))
 
 
 @triton.jit
@@ -346,7 +352,7 @@ def _forward_kernel(
     X += batch * stride_xb + begin * stride_xt + head * P
     B += batch * stride_bb + begin * stride_bt + group * N
     STEPS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q) + begin
-    SUMS += tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q) + begin
+    SUMS += 2 * (tl.program_id(0).to(tl.int64) * (tl.cdiv(L, Q) * Q) + begin)
     if Y is not None:
         Y += ((batch * L + begin) * H + head) * P
         C += batch * stride_cb + begin * stride_ct + group * N
@@ -373,7 +379,7 @@ def _forward_kernel(
         if Y is not None:
             c = tl.load(C + q[:, None] * stride_ct + n[None, :], mask=of_b, other=0.0)
             y = tl.dot(c, h.to(c.dtype), input_precision="ieee") * enter[:, None]
-            mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left) * dt[None, :]
+            mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left, Q) * dt[None, :]
             y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
             if D is not None:
                 y += tl.load(D + head).to(tl.float32) * x.to(tl.float32)
@@ -388,7 +394,7 @@ def _forward_kernel(
         X += Q * stride_xt
         B += Q * stride_bt
         STEPS += Q
-        SUMS += Q
+        SUMS += 2 * Q
         if IDS is not None:
             IDS += Q
         if KEPT is not None:
@@ -438,7 +444,7 @@ def _states_kernel(
     U += batch * stride_ub + head * P
     V += batch * stride_vb + group * N
     STEPS += tl.program_id(0).to(tl.int64) * (n_chunks * Q)
-    SUMS += tl.program_id(0).to(tl.int64) * (n_chunks * Q)
+    SUMS += tl.program_id(0).to(tl.int64) * (2 * n_chunks * Q)
     STATES += (batch * n_chunks * H + head) * (P * N) + n[:, None] * P + p[None, :]
     if Z is not None:
         Z += batch * stride_zb + head * P
@@ -452,7 +458,7 @@ def _states_kernel(
         U += last * Q * stride_ut
         V += last * Q * stride_vt
         STEPS += last * Q
-        SUMS += last * Q
+        SUMS += last * 2 * Q
         STATES += last * H * (P * N)
         if Z is not None:
             Z += last * Q * stride_zt
@@ -484,7 +490,7 @@ def _states_kernel(
         U += step * Q * stride_ut
         V += step * Q * stride_vt
         STEPS += step * Q
-        SUMS += step * Q
+        SUMS += step * 2 * Q
         STATES += step * H * (P * N)
         if IDS is not None:
             IDS += step * Q
@@ -514,7 +520,7 @@ def _heads_kernel(
     B += batch * stride_bb + chunk * Q * stride_bt + group * N
     C += batch * stride_cb + chunk * Q * stride_ct + group * N
     STEPS += ((batch * H + head) * n_chunks + chunk) * Q
-    SUMS += ((batch * H + head) * n_chunks + chunk) * Q
+    SUMS += ((batch * H + head) * n_chunks + chunk) * (2 * Q)
     if IDS is not None:
         IDS += batch * (L + 1) + chunk * Q
     token = batch * L + chunk * Q
@@ -526,7 +532,7 @@ def _heads_kernel(
     h = tl.load(STATES + state, mask=of_state, other=0.0)
     dt = tl.load(STEPS + q)
     enter, leave, whole = _decays(SUMS, IDS, q, left, Q)
-    mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left)
+    mixing = tl.dot(c, tl.trans(b), input_precision="ieee") * _pair_decay(SUMS, IDS, q, left, Q)
     entered = tl.dot(c, h, input_precision="ieee") * enter[:, None]
     skip = 0.0
     if D is not None:
@@ -541,15 +547,16 @@ def _heads_kernel(
         out = (token * H + head) * P + q[:, None] * (H * P) + p[None, :]
         tl.store(DZ + out, grad_z.to(DZ.dtype.element_ty), mask=of_x)
     # The log decay of token t is in every pair j < t <= i, in what enters for i >= t, in what leaves for j < t.
-    # Such sums, unlike differences of row and column sums, have nothing to cancel.
+    # All are sums, of which none is a difference of two: there is nothing to cancel.
     grad_log = tl.dot(dy, tl.trans(x), input_precision="ieee") * mixing * dt[None, :]
-    through = tl.cumsum(grad_log, 1) - grad_log + tl.sum(dy.to(tl.float32) * entered, 1)[:, None]
-    grad_step = tl.sum(tl.where(q[:, None] >= q[None, :], through, 0.0), 0)
     dh = tl.load(DSTATES + state, mask=of_state, other=0.0)
-    grad_step += whole * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
     grad_u = tl.dot(b, dh, input_precision="ieee") * leave[:, None]
-    out_of = tl.sum(x.to(tl.float32) * grad_u, 1) * dt
-    grad_step += tl.cumsum(out_of, 0) - out_of
+    # j <= t, pairs with i > t: of token t + 1
+    before = tl.sum(tl.where(q[:, None] > q[None, :], tl.cumsum(grad_log, 1), 0.0), 0)
+    before += tl.cumsum(tl.sum(x.to(tl.float32) * grad_u, 1) * dt, 0)
+    through = tl.where(q[:, None] >= q[None, :], tl.sum(dy.to(tl.float32) * entered, 1)[:, None], 0.0)
+    grad_step = tl.sum(through + tl.where(q[:, None] + 1 == q[None, :], before[:, None], 0.0), 0)
+    grad_step += whole * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1), 0)
     grad_u = tl.dot(tl.trans(mixing.to(x.dtype)), dy, grad_u, input_precision="ieee")
     grad_x = grad_u * dt[:, None] + skip * dy.to(tl.float32)
     tl.store(DX + (token * H + head) * P + q[:, None] * (H * P) + p[None, :], grad_x.to(DX.dtype.element_ty), mask=of_x)
@@ -591,7 +598,7 @@ def _groups_kernel(
     X += batch * stride_xb + chunk * Q * stride_xt + head * P
     DY += batch * stride_dyb + chunk * Q * stride_dyt + head * P
     STEPS += ((batch * H + head) * n_chunks + chunk) * Q
-    SUMS += ((batch * H + head) * n_chunks + chunk) * Q
+    SUMS += ((batch * H + head) * n_chunks + chunk) * (2 * Q)
     if IDS is not None:
         IDS += batch * (L + 1) + chunk * Q
     STATES += (tl.program_id(0).to(tl.int64) * H + head) * (P * N)
@@ -605,7 +612,7 @@ def _groups_kernel(
         dt = tl.load(STEPS + q)
         enter, leave, _ = _decays(SUMS, IDS, q, left, Q)
         grad_mixing = tl.dot(dy, tl.trans(x), input_precision="ieee")
-        grad_scores += grad_mixing * _pair_decay(SUMS, IDS, q, left) * dt[None, :]
+        grad_scores += grad_mixing * _pair_decay(SUMS, IDS, q, left, Q) * dt[None, :]
         h = tl.load(STATES + n[None, :] * P + p[:, None], mask=tl.trans(of_state), other=0.0)  # (P, N)
         reached = (dy.to(tl.float32) * enter[:, None]).to(x.dtype)
         grad_c = tl.dot(reached, h, grad_c, input_precision="ieee")
@@ -615,7 +622,7 @@ def _groups_kernel(
         X += P
         DY += P
         STEPS += n_chunks * Q
-        SUMS += n_chunks * Q
+        SUMS += 2 * n_chunks * Q
         STATES += P * N
         DSTATES += P * N
     b = tl.load(

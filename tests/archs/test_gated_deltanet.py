@@ -111,6 +111,7 @@ def test_the_operation_is_that_of_qwen3_next(form: str, backend: str) -> None:
     theirs: Callable[..., Any] = getattr(oracle(), f"torch_{form}_gated_delta_rule")
     tensors = cast(ops.gated_delta_rule.cases.example(L=131, E=7, N=9), torch.float32)
     del tensors["starts"]  # which theirs does not know
+    tensors["log_decay"].clamp_(min=-4)  # theirs, in chunks, loses digits to all decays before
 
     def as_ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, initial_state: Tensor) -> Any:
         inputs = (q * 9**0.5, k, v, log_decay, beta)  # theirs scales queries by itself
