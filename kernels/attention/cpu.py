@@ -42,7 +42,7 @@ def attention(
     masked = (window is not None and window < S) or any(t is not None for t in (starts, first_key, kv_len))
     if masked or not causal or L != S or L == 1 or H % H_kv or _is_short(q):
         return torch_impl.attention(q, k, v, causal, window, starts, first_key, kv_len, scale)
-    o, _ = _attention(q.float(), k.float(), v.float(), P**-0.5 if scale is None else scale)
+    o, *_ = _attention(q.float(), k.float(), v.float(), P**-0.5 if scale is None else scale)
     return o.to(q.dtype)
 
 
@@ -51,27 +51,27 @@ def _is_short(q: Tensor) -> bool:
     return is_small(q) or (q.shape[1] < SHORT and forced_backend() is None)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o, (B, L, H, P), and log2 of the sum of a query's exponentials, (B, H, L)."""
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """o, (B, L, H, P), and of each query, (B, H, L), its largest score and the sum of its weights relative to that."""
     from . import cpu_kernels
 
     B, L, H, _ = q.shape
-    o, lse = torch.empty(B, L, H, v.shape[3]), torch.empty(B, H, L)
-    run(cpu_kernels.forward, B * H, q, k, v, scale, o, lse)
-    return o, lse
+    o, maxima, sums = torch.empty(B, L, H, v.shape[3]), torch.empty(B, H, L), torch.empty(B, H, L)
+    run(cpu_kernels.forward, B * H, q, k, v, scale, o, maxima, sums)
+    return o, maxima, sums
 
 
 _attention = operator("attention_cpu", forward, device_types="cpu")
 
 
 def backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, o: Tensor, lse: Tensor
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, o: Tensor, maxima: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from . import cpu_kernels
 
     grads = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-    run(cpu_kernels.backward, k.shape[0] * k.shape[2], q, k, v, scale, o, lse, grad_o, *grads)
+    run(cpu_kernels.backward, k.shape[0] * k.shape[2], q, k, v, scale, o, maxima, sums, grad_o, *grads)
     return grads
 
 
@@ -83,9 +83,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _backward(ctx, grad_o: Tensor, _: Tensor):
-    q, k, v, o, lse = ctx.saved_tensors
-    return *_attention_backward(grad_o, q, k, v, ctx.scale, o, lse), None
+def _backward(ctx, grad_o: Tensor, *_: Tensor):
+    q, k, v, *saved = ctx.saved_tensors
+    return *_attention_backward(grad_o, q, k, v, ctx.scale, *saved), None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -18,7 +18,6 @@ from ..simd import (
     LANES,
     LOG2_E,
     PAIR,
-    STATES,
     TILE,
     Floats3,
     Floats4,
@@ -32,9 +31,9 @@ from ..simd import (
     load_first,
     load_pair,
     load_tile,
+    repeat,
     store,
     store_first,
-    total,
 )
 
 QUERIES = 64
@@ -185,15 +184,15 @@ def _add_to_pairs(rows, a, b, i, j, begin, end):
 
 
 @called
-def _scores(a, b, n_rows, depth, column, start, c):
-    """c = start + a^T b from a column on; every row starts as `start`, and `depth` rows of a and b are summed over."""
+def _scores(a, b, n_rows, depth, column, zeros, c):
+    """c = a^T b from a column on; `depth` rows of a and b are summed over, and `zeros` is a row of them."""
     whole = column + (QUERIES - column) // TILE * TILE
     for j in range(column, whole, TILE):
-        tile = load_tile(start, j)
+        tile = load_tile(zeros, j)
         for i in range(0, n_rows, 4):
             _store_tiles(c, i, j, _add_to_tiles((tile, tile, tile, tile), a, b, i, j, 0, depth))
     if whole < QUERIES:
-        x = load_pair(start, whole)
+        x = load_pair(zeros, whole)
         for i in range(0, n_rows, 8):
             _store_pairs(c, i, whole, _add_to_pairs((x, x, x, x, x, x, x, x), a, b, i, whole, 0, depth))
 
@@ -247,29 +246,41 @@ def _divide(os, sums, P):
 
 
 @called
-def _differentiate(weights, grad_scores, n_keys):
-    """Turns scores less their lse into weights w, and dw - sum(w dw) into the gradient of the scores."""
-    for k in range(n_keys):
-        for j in range(0, QUERIES, TILE):
-            weight = exp2(load_tile(weights, (k, j)))
+def _differentiate(weights, grad_scores, n_keys, maxima, shares, means):
+    """Turns scores into weights w, and dw into w (dw - mean), the gradient of the scores.
+
+    Scores are less their maximum before anything is added: what is added to large ones is lost.
+    """
+    for j in range(0, QUERIES, TILE):
+        m, share, mean = load_tile(maxima, j), load_tile(shares, j), load_tile(means, j)
+        for k in range(n_keys):
+            weight = exp2(load_tile(weights, (k, j)) - m) * share
             store(weights, (k, j), weight)
-            store(grad_scores, (k, j), weight * load_tile(grad_scores, (k, j)))
+            store(grad_scores, (k, j), weight * (load_tile(grad_scores, (k, j)) - mean))
 
 
 @called
-def _dot_rows(a, b, n_rows, products, result):
-    """result[i] = -sum(a[i] b[i]) for rows of scratch; `products` is scratch for four rows of one vector."""
-    for i in range(0, n_rows, STATES):
-        for r in range(STATES):
-            s = full(0.0)
-            for j in range(0, a.shape[1], LANES):
-                s = s - load(a, (i + r, j)) * load(b, (i + r, j))
-            store(products, r * LANES, s)
-        store(result, i, total(load_tile(products, 0)))
+def _dot_columns(a, b, n_rows, result):
+    """result[j] = sum over i of a[i, j] b[i, j], added up as `_scores` does: what is equal cancels to the last bit."""
+    for j in range(0, QUERIES, TILE):
+        s = repeat(full(0.0))
+        for i in range(n_rows):
+            s = s + load_tile(a, (i, j)) * load_tile(b, (i, j))
+        store(result, j, s)
 
 
 @kernel
-def forward(first: int, last: int, q: Floats4, k: Floats4, v: Floats4, scale: float, o: Floats4, lse: Floats3) -> None:
+def forward(
+    first: int,
+    last: int,
+    q: Floats4,
+    k: Floats4,
+    v: Floats4,
+    scale: float,
+    o: Floats4,
+    maxima: Floats3,
+    sums: Floats3,
+) -> None:
     """Does the tasks first .. last - 1 of the forward pass.
 
     Args:
@@ -280,13 +291,14 @@ def forward(first: int, last: int, q: Floats4, k: Floats4, v: Floats4, scale: fl
         v: (B, L, H_kv, V), where V need not be P.
         scale: factor on the scores.
         o: (B, L, H, V), written.
-        lse: log2 of the sum of a query's exponentials, (B, H, L), written.
+        maxima: largest score of each query, times log2(e), (B, H, L), written.
+        sums: sum of a query's exponentials, each relative to the largest, (B, H, L), written.
     """
     L, H, P = q.shape[1:]
     V, group = v.shape[3], H // k.shape[2]
     keys, values, tokens = _tokens(L, P), _tokens(L, V), _tokens(QUERIES, max(P, V))
     qs, os, scores = _scratch(_width(P), QUERIES), _scratch(_width(V), QUERIES), _scratch(KEYS, QUERIES)
-    maxima, sums, zeros = _row(), _row(), _row()
+    peaks, totals, zeros = _row(), _row(), _row()
     for task in range(first, last):
         b, h = task // H, task % H
         _read(k, b, 0, h // group, L, keys)
@@ -295,7 +307,7 @@ def forward(first: int, last: int, q: Floats4, k: Floats4, v: Floats4, scale: fl
             n_queries = min(QUERIES, L - i)
             _read(q, b, i, h, n_queries, tokens)
             _transpose(tokens, n_queries, P, scale * np.float32(LOG2_E), qs)
-            os[:], maxima[:], sums[:] = 0, LOWEST, 0
+            os[:], peaks[:], totals[:] = 0, LOWEST, 0
             j = 0
             while j < i + n_queries:
                 shift, n_keys = j - i, min(KEYS if j < i else KEYS // 2, L - j)
@@ -303,14 +315,14 @@ def forward(first: int, last: int, q: Floats4, k: Floats4, v: Floats4, scale: fl
                 _scores(keys[j : j + KEYS].T, qs, n_keys, P, column, zeros, scores)
                 if shift >= 0:
                     _hide_future(scores, shift, n_keys)
-                _soften(scores, n_keys, maxima, sums, os, V)
+                _soften(scores, n_keys, peaks, totals, os, V)
                 _add(values[j : j + KEYS], scores, V, column, 0, n_keys, os)
                 j += n_keys
-            _divide(os, sums, V)
+            _divide(os, totals, V)
             _transpose(os, V, n_queries, np.float32(1.0), tokens)
             _write(tokens, o, b, i, h, n_queries)
             for t in range(n_queries):
-                lse[b, h, i + t] = maxima[t] + np.log2(sums[t])
+                maxima[b, h, i + t], sums[b, h, i + t] = peaks[t], totals[t]
 
 
 @kernel
@@ -322,7 +334,8 @@ def backward(
     v: Floats4,
     scale: float,
     o: Floats4,
-    lse: Floats3,
+    maxima: Floats3,
+    sums: Floats3,
     grad_o: Floats4,
     grad_q: Floats4,
     grad_k: Floats4,
@@ -337,9 +350,10 @@ def backward(
     group, unscaled = H // H_kv, np.float32(1.0)
     keys, values, grad_keys, grad_values = _tokens(L, P), _tokens(L, V), _tokens(L, P), _tokens(L, V)
     queries, grads, outputs = _tokens(QUERIES, P), _tokens(QUERIES, V), _tokens(QUERIES, V)
-    qs, gs, grad_qs = _scratch(_width(P), QUERIES), _scratch(_width(V), QUERIES), _scratch(_width(P), QUERIES)
+    qs, grad_qs = _scratch(_width(P), QUERIES), _scratch(_width(P), QUERIES)
+    gs, os = _scratch(_width(V), QUERIES), _scratch(_width(V), QUERIES)
     weights, grad_scores = _scratch(KEYS, QUERIES), _scratch(KEYS, QUERIES)
-    minus_lse, minus_mean, products = _row(), _row(), np.zeros(TILE, np.float32)
+    peaks, shares, means, zeros = _row(), _row(), _row(), _row()
     for task in range(first, last):
         b, kv_head = task // H_kv, task % H_kv
         _read(k, b, 0, kv_head, L, keys)
@@ -353,20 +367,21 @@ def backward(
                 _read(o, b, i, h, n_queries, outputs)
                 _transpose(queries, n_queries, P, scale * np.float32(LOG2_E), qs)
                 _transpose(grads, n_queries, V, unscaled, gs)
-                _dot_rows(grads, outputs, n_queries, products, minus_mean)
+                _transpose(outputs, n_queries, V, unscaled, os)
+                _dot_columns(gs, os, V, means)
                 for t in range(n_queries):
-                    minus_lse[t] = -lse[b, h, i + t]
+                    peaks[t], shares[t] = maxima[b, h, i + t], 1 / sums[b, h, i + t]
                 grad_qs[:] = 0
                 j = 0
                 while j < i + n_queries:
                     shift, n_keys = j - i, min(KEYS if j < i else KEYS // 2, L - j)
                     column = max(shift, 0) // PAIR * PAIR
                     ks, vs = keys[j : j + KEYS], values[j : j + KEYS]
-                    _scores(ks.T, qs, n_keys, P, column, minus_lse, weights)
-                    _scores(vs.T, gs, n_keys, V, column, minus_mean, grad_scores)
+                    _scores(ks.T, qs, n_keys, P, column, zeros, weights)
+                    _scores(vs.T, gs, n_keys, V, column, zeros, grad_scores)
                     if shift >= 0:
                         _hide_future(weights, shift, n_keys)
-                    _differentiate(weights, grad_scores, n_keys)
+                    _differentiate(weights, grad_scores, n_keys, peaks, shares, means)
                     _add(weights.T, grads, n_keys, 0, column, n_queries, grad_values[j : j + KEYS])
                     _add(grad_scores.T, queries, n_keys, 0, column, n_queries, grad_keys[j : j + KEYS])
                     _add(ks, grad_scores, P, column, 0, n_keys, grad_qs)

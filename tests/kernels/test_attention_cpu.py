@@ -56,12 +56,15 @@ def test_values_and_gradients_match_the_definition(
     B: int, L: int, H_kv: int, group: int, P: int, V: int | None, scale: float | None, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    tensors = inputs(B, L, H_kv * group, H_kv, P, V)
-    expected = values_and_gradients(reference.attention, tensors, scale=scale)
-    actual, plain = (single(tensors, function, scale=scale) for function in (compiled, reference.attention))
+    check_against_the_definition(inputs(B, L, H_kv * group, H_kv, P, V), scale=scale)
+
+
+def check_against_the_definition(tensors: dict[str, Tensor], **options: Any) -> None:
+    expected = values_and_gradients(reference.attention, tensors, **options)
+    actual, plain = (single(tensors, function, **options) for function in (compiled, reference.attention))
     errors = {k: (relative_error(actual[k], e), relative_error(plain[k], e)) for k, e in expected.items()}
-    # 2e-6: the exponent of a weight is rounded as a power of two, in backward together with the lse
-    assert {k: e for k, e in errors.items() if not e[0] <= 2 * e[1] + 2e-6} == {}
+    # 2e-6: the exponent of a weight is rounded as a power of two
+    assert {k: e for k, e in errors.items() if not e[0] <= 5 * e[1] + 2e-6} == {}
 
 
 def test_a_long_sequence_stays_accurate() -> None:
@@ -113,21 +116,17 @@ def test_nothing_reads_what_comes_later(cut: int) -> None:
     assert torch.equal(o[:, :cut], other[:, :cut])
     assert (o[:, cut] != other[:, cut]).any()
     leaves = {k: t.requires_grad_() for k, t in tensors.items()}
-    for grad in torch.autograd.grad(compiled(**leaves)[:, :cut].sum(), list(leaves.values())):
+    grads = torch.autograd.grad(compiled(**leaves)[:, :cut].sum(), list(leaves.values()))
+    for name, grad in zip(leaves, grads, strict=True):
         assert not grad[:, cut:].any()
-        assert grad[:, :cut].any()
+        assert grad[:, :cut].any() == (name == "v" or cut > 1)  # of one key the weight is always one
 
 
-@pytest.mark.parametrize("size", [1e-30, 30.0, 1e4])
-def test_scores_of_any_size_neither_overflow_nor_vanish(size: float) -> None:
-    tensors = inputs(L=100)
+@pytest.mark.parametrize("size", [1e-30, 30.0, 1e4, 1e8])
+def test_scores_of_any_size_lose_no_more_than_in_the_definition(size: float) -> None:
+    tensors = inputs(L=150)
     tensors["q"] *= size
-    expected, actual = values_and_gradients(reference.attention, tensors), single(tensors)
-    scores = torch.einsum("blhp,bshp->bhls", tensors["q"], tensors["k"].repeat_interleave(2, 2)) * 21**-0.5
-    # scores and lse are rounded to 6e-8 of their size, and a weight changes by as much as its exponent
-    allowed = 2e-6 + 2e-7 * float(scores.abs().max())
-    for key, e in expected.items():
-        assert (actual[key].double() - e).norm() <= allowed * e.norm(), key
+    check_against_the_definition(tensors)
 
 
 def test_keys_beyond_every_score_get_no_weight() -> None:
@@ -174,7 +173,7 @@ def test_reads_and_writes_only_its_own_memory(guard_bands: Any) -> None:
     with guard_bands.watched() as allocated:
         actual = single(tensors, lambda **t: compiled(**{k: guard_bands.surrounded(v) for k, v in t.items()}))
     assert_equal_bits(actual, expected)
-    assert len(allocated) == 5
+    assert len(allocated) == 6
 
 
 def test_repeats_bit_for_bit_on_any_number_of_threads() -> None:
@@ -205,9 +204,9 @@ def test_custom_operators_are_registered_soundly() -> None:
     t = cast(inputs(L=20, V=9), torch.float32)
     torch.library.opcheck(cpu._attention, (*(x.requires_grad_() for x in t.values()), 0.3))
     with torch.no_grad():
-        o, lse = cpu._attention(*t.values(), 0.3)
+        o, *normalizers = cpu._attention(*t.values(), 0.3)
     plain = [x.detach() for x in t.values()]
-    torch.library.opcheck(cpu._attention_backward, (torch.ones_like(o), *plain, 0.3, o, lse))
+    torch.library.opcheck(cpu._attention_backward, (torch.ones_like(o), *plain, 0.3, o, *normalizers))
 
 
 def test_compiles_into_one_graph() -> None:
