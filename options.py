@@ -151,7 +151,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error message: the most similar known word, or all of them."""
     known = sorted(known)
     match = difflib.get_close_matches(str(word)[:80], known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
+    if match:
+        return f"; did you mean {match[0]!r}?"
+    more = f" and {len(known) - 40} more" if len(known) > 40 else ""
+    return f"; known are {', '.join(known[:40])}{more}"
 
 
 def shown(value: Any, *, quote: bool = True) -> str:

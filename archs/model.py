@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar, overload
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
@@ -20,8 +20,7 @@ from .inputs import check_count, check_features, check_targets, check_tokens, ke
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 from .state import States
-
-M = TypeVar("M", bound=nn.Module)
+from .weights import built_with
 
 
 class Block(nn.Module):
@@ -422,7 +421,7 @@ class LanguageModel(nn.Module):
         config = read_config(folder)
         if config.kind == "seq2seq":
             raise ValueError(f"{folder} holds an encoder-decoder where a model of one sequence is needed")
-        return read_weights(cls(config), folder).to(device)
+        return built_with(lambda: cls(config), Path(folder) / "model.safetensors").to(device)
 
 
 def write_pretrained(model: Any, folder: str | Path) -> None:
@@ -440,29 +439,6 @@ def read_config(folder: str | Path) -> ModelConfig:
         ValueError: if a later version wrote it, in a format that is not known here, or it is not valid.
     """
     return ModelConfig.from_dict(read_json(Path(folder) / "config.json"))
-
-
-def read_weights(model: M, folder: str | Path) -> M:
-    """Gives a model the parameters of model.safetensors, in the precision of the file, and returns it.
-
-    Raises:
-        ValueError: if tensors are missing, unexpected or of another shape: one message names them all.
-    """
-    path = Path(folder) / "model.safetensors"
-    tensors = load_file(path)
-    problems: list[str] = []
-    for name, parameter in model.named_parameters():
-        value = tensors.pop(name, None)
-        if value is None:
-            problems.append(f"{name} is missing")
-        elif value.shape != parameter.shape:
-            problems.append(f"{name} is {tuple(value.shape)} and should be {tuple(parameter.shape)}")
-        else:  # copied: tensors of the file are not aligned, and matrix products round by alignment
-            parameter.data = value.clone()
-    problems += [f"{name} is not expected" for name in tensors]
-    if problems:
-        raise ValueError(f"{path}: the tensors do not fit config.json: {'; '.join(problems)}")
-    return model
 
 
 def _either(starts: Tensor | None, more: Tensor) -> Tensor:

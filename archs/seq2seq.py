@@ -28,8 +28,9 @@ from . import generation
 from .config import ModelConfig, Seq2SeqConfig
 from .inputs import check_count, check_lengths, check_tokens
 from .mixers.cross_attention import Reader
-from .model import Backbone, LanguageModel, LMLoss, LMOutput, read_config, read_weights, write_pretrained
+from .model import Backbone, LanguageModel, LMLoss, LMOutput, read_config, write_pretrained
 from .state import States
+from .weights import built_with
 
 __all__ = ["Seq2Seq", "Seq2SeqConfig", "model_of", "open_pretrained"]
 
@@ -206,7 +207,7 @@ class Seq2Seq(nn.Module):
         config = read_config(folder)
         if not isinstance(config, Seq2SeqConfig):
             raise ValueError(f"{folder} holds a model of one sequence where an encoder-decoder is needed")
-        return read_weights(cls(config), folder).to(device)
+        return built_with(lambda: cls(config), Path(folder) / "model.safetensors").to(device)
 
     def _readers(self) -> Iterator[Reader]:
         return (block.mixer for block in self.decoder.backbone.blocks if isinstance(block.mixer, Reader))
@@ -242,7 +243,8 @@ def model_of(config: ModelConfig) -> LanguageModel | Seq2Seq:
 
 def open_pretrained(folder: str | Path, *, device: torch.device | str | None = None) -> LanguageModel | Seq2Seq:
     """Reads what `save_pretrained` of either class wrote: the config tells which."""
-    return read_weights(model_of(read_config(folder)), folder).to(device)
+    config = read_config(folder)
+    return built_with(lambda: model_of(config), Path(folder) / "model.safetensors").to(device)
 
 
 def _lengths(rows: Sequence[Tensor]) -> Tensor | None:

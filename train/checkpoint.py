@@ -24,10 +24,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..archs.weights import read_tensors, weights_for
 from ..files import FormatError, read_json, sync, write_json
 
 __all__ = ["CheckpointError", "newest", "prune", "read_state", "restore", "save", "verify"]
 
+_FILES = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -154,6 +156,8 @@ def verify(path: Path) -> None:
     try:
         manifest = read_json(manifest_path)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if missing := sorted(_FILES - files.keys()):
+            raise ValueError(f"it lists no {missing[0]}")
     except OSError as error:
         raise CheckpointError(f"{manifest_path} cannot be read ({error.strerror})") from None
     except FormatError:  # it is whole, and not ours to judge
@@ -188,20 +192,24 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_model(model: nn.Module, path: Path) -> None:
-    file = path / "model.safetensors"
     try:
-        safetensors.torch.load_model(model, file)
-    except RuntimeError as error:
-        first_difference = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{file} is of another model ({first_difference})") from None
+        tensors = weights_for(model, path / "model.safetensors")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    tensors = safetensors.torch.load_file(path / "optimizer.safetensors")
+    try:
+        tensors = read_tensors(path / "optimizer.safetensors")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        states.setdefault(name, {})[field] = tensor.clone()  # aligned, and no hold on the file
+        states.setdefault(name, {})[field] = tensor
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     if states and set(states) != set(names):
         first = sorted(set(states).symmetric_difference(names))[0]

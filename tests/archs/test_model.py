@@ -137,7 +137,7 @@ def test_all_weights_that_do_not_fit_are_named_at_once(tmp_path: Path) -> None:
         stored | {"head.weight": torch.zeros(11, 32), "embedding.weight": torch.zeros(11, 32)},
         tmp_path / "model.safetensors",
     )
-    with pytest.raises(ValueError, match=r"model\.safetensors: the tensors do not fit") as error:
+    with pytest.raises(ValueError, match=r"model\.safetensors: the tensors are not those of the model") as error:
         LanguageModel.from_pretrained(tmp_path)
     for problem in (
         "backbone.norm.weight is missing",
@@ -379,7 +379,7 @@ def test_an_mlp_without_a_gate_has_two_projections_four_times_as_wide() -> None:
 
 
 def test_an_unknown_activation_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="activation='gleu' is unknown: it is one of swiglu, gelu, gelu_tanh"):
+    with pytest.raises(ValueError, match="activation='gleu' must be one of 'swiglu', 'gelu', 'gelu_tanh'"):
         build("transformer", activation="gleu")
 
 

@@ -1,15 +1,26 @@
-"""The cache folder: derived files under content digests, published by rename so that processes can share it."""
+"""The cache folder: derived files under content digests, published by rename so that processes can share it.
 
+Each entry is a folder with the SHA-256 of its files, which are checked whenever it is opened: what is damaged is made
+again. The entries are small beside the texts that they are made of, which are read and hashed in any case.
+"""
+
+import hashlib
+import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...files import sync
+from filelock import FileLock, Timeout
 
-__all__ = ["DataError", "cache_folder", "publish"]
+from ...files import read_json, sync
+
+__all__ = ["DataError", "cache_folder", "expanded", "is_whole", "locked", "publish"]
+
+_DIGESTS = "digests.json"
 
 
 class DataError(ValueError):
@@ -20,24 +31,70 @@ def cache_folder(configured: Path | None) -> Path:
     """Returns the cache folder, created: `configured`, else $CROSSOVER_CACHE, else ~/.cache/crossover.
 
     Raises:
-        DataError: if it cannot be created, read or written.
+        DataError: if it cannot be created or read. One that cannot be written serves what it holds.
     """
-    folder = (configured or Path(os.environ.get("CROSSOVER_CACHE") or "~/.cache/crossover")).expanduser()
+    folder = expanded(configured or Path(os.environ.get("CROSSOVER_CACHE") or "~/.cache/crossover"))
+    if str(folder).startswith("~"):
+        raise _unusable(folder, "there is no home folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unusable(folder, error.strerror) from error
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+    if not os.access(folder, os.R_OK | os.X_OK):
         raise _unusable(folder, "Permission denied")
     return folder
+
+
+def expanded(path: Path) -> Path:
+    """A path with ~ as the home folder; as it is where there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+@contextmanager
+def locked(target: Path, kind: str) -> Iterator[None]:
+    """Holds the lock of a cache entry while it is made, and removes what killed processes left of it.
+
+    `kind` is what messages call it. Who has to wait is told so.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    path = target.parent.parent / f"{kind}-{target.name}.lock"
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that makes the same {kind} (it holds {path})", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise _unusable(path.parent, error.strerror) from error
+    try:
+        for leftover in target.parent.glob(f".{target.name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def is_whole(target: Path) -> bool:
+    """Whether a cache entry is there with every file as it was published."""
+    try:
+        digests = read_json(target / _DIGESTS)
+        return bool(digests) and all(_sha256(target / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
     """Yields an empty folder beside `target` and renames it to `target` when the block succeeds.
 
-    A reader sees all of `target` or nothing. Of several processes the first to finish wins and the others drop their
-    copy, which is equal because `target` is named by a digest of its content.
+    A reader sees all of `target` or nothing; a damaged one is replaced. Of several processes the first to finish wins
+    and the others drop their copy, which is equal because `target` is named by a digest of its content.
 
     Raises:
         DataError: if the folder cannot be written (read-only, disk full).
@@ -46,8 +103,12 @@ def publish(target: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
+        digests = {path.name: _sha256(path) for path in draft.iterdir()}
+        (draft / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for path in (*draft.iterdir(), draft):
             sync(path)
+        if target.exists() and not is_whole(target):
+            shutil.rmtree(target)
         try:
             draft.rename(target)
         except OSError:
@@ -57,6 +118,11 @@ def publish(target: Path) -> Iterator[Path]:
         raise _unusable(target.parent, error.strerror) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unusable(folder: Path, reason: str | None) -> DataError:

@@ -9,9 +9,7 @@ resuming needs no sampler state, and the processes of one run share one global b
 """
 
 import hashlib
-import json
 import lzma
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
+from ...files import read_json, write_json
 from ..config import DataConfig
-from .cache import DataError, cache_folder, publish
+from .cache import DataError, cache_folder, is_whole, locked, publish
 from .documents import read_documents, split_documents
 from .tokenizer import Tokenizer, open_tokenizer
 
@@ -136,13 +134,10 @@ def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
     documents_digest = digest_of(train, val)
     digest = hashlib.sha256(f"{FORMAT} {documents_digest} {tokenizer.digest}".encode()).hexdigest()
     folder = cache / "corpora" / digest[:32]
-    with FileLock(cache / f"corpus-{digest[:32]}.lock"):
-        stored = _open(folder)
-        if stored is None:
-            shutil.rmtree(folder, ignore_errors=True)  # cut short by a power failure, if it is there at all
-            _write(folder, train, val, tokenizer)
-            stored = _open(folder)
-            assert stored is not None, folder
+    if not is_whole(folder):
+        with locked(folder, "corpus"):
+            if not is_whole(folder):
+                _write(folder, train, val, tokenizer)
     return Corpus(
         name=documents.name,
         digest=digest,
@@ -151,7 +146,8 @@ def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
         n_val_documents=len(val),
         skipped=dict(documents.skipped),
         tokenizer=tokenizer,
-        **stored,
+        **read_json(folder / "corpus.json"),
+        **{split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val")},
     )
 
 
@@ -254,7 +250,7 @@ def _write(folder: Path, train: Sequence[str], val: Sequence[str], tokenizer: To
     with publish(folder) as draft:
         np.save(draft / "train.npy", encode(train, tokenizer))
         np.save(draft / "val.npy", encode(val, tokenizer))
-        (draft / "corpus.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(draft / "corpus.json", record)
 
 
 def encode(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -270,12 +266,3 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
             )
         parts += [ids.astype(dtype), separator]
     return np.concatenate(parts[:-1])
-
-
-def _open(folder: Path) -> dict[str, Any] | None:
-    """Returns what `_write` published, arrays memory-mapped; None if it is missing or an array is cut short."""
-    try:
-        record = json.loads((folder / "corpus.json").read_text())
-        return record | {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "val")}
-    except (FileNotFoundError, ValueError, EOFError):
-        return None

@@ -6,9 +6,9 @@ Three sources, chosen by `--data`:
   packages: about 10 MB of real text on every machine, read in a fraction of a second. It differs between Python
   versions, therefore results carry the digest of the documents.
 * PATH: one file or a folder, searched recursively. Files of rows (records.py says which) hold one document per row, in
-  `--data.column`. A text file is one document, taken byte for byte. In a folder a text file is what TEXT_SUFFIXES
-  lists; any other file is left out and counted, and whatever a leading dot hides is not looked at. All may be
-  compressed.
+  `--data.column`. A text file is one document, taken byte for byte but for a byte order mark. In a folder a text file
+  is what TEXT_SUFFIXES lists; any other file is left out and counted, and whatever a leading dot hides is not looked
+  at. All may be compressed.
 * `hf:NAME[:CONFIG]`: the `train` split of a data set of the Hugging Face hub, read by `datasets`.
 
 The same rules hold for every source:
@@ -21,7 +21,7 @@ The same rules hold for every source:
   content of a row, so that adding documents moves none of the others. If no hash falls below, the lowest is held out;
   one document always stays for training.
 * A source of one document is cut at blank lines into blocks of at most 64 Ki characters (a sixteenth of it where that
-  is less), which count as documents; the index of a block is its key.
+  is less), which count as documents, repeated ones too; the index of a block is its key.
 * Documents are ordered by that same hash, not by path: any stretch of the stream is a fair sample of the corpus, and
   long windows win nothing by reading the neighbouring file of the same package.
 
@@ -37,8 +37,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cache import DataError
-from .records import ROW_SUFFIXES, kind_of, read_bytes, read_hub, read_rows
+from .cache import DataError, expanded
+from .records import ROW_SUFFIXES, kind_of, read_bytes, read_hub, read_rows, read_text
 
 __all__ = ["Documents", "read_documents", "split_documents"]
 
@@ -102,13 +102,13 @@ def read_documents(source: str, *, column: str, cache: Path, progress: bool = Fa
     elif source.startswith("hf:"):
         documents = _from_hub(source, column, cache, progress)
     else:
-        documents = _from_path(Path(source).expanduser(), column)
+        documents = _from_path(expanded(Path(source)), column)
     if not documents.texts:
         left_out = ", ".join(f"{count} {reason}" for reason, count in documents.skipped.items()) or "nothing was found"
         raise DataError(f"{source} has no documents to train on ({left_out}): give other text with --data")
     if len(documents.texts) == 1:
         (text,) = documents.texts.values()
-        documents.texts = {str(i): block for i, block in enumerate(dict.fromkeys(cut_into_blocks(text)))}
+        documents.texts = {str(i): block for i, block in enumerate(cut_into_blocks(text))}
     return documents
 
 
@@ -216,13 +216,7 @@ def _read_text(path: Path) -> str:
         raise DataError(
             f"{path} looks binary ({share}): give UTF-8 text with --data, or take the file out of the folder"
         )
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}): "
-            f"convert it, for example with iconv -t utf-8, before giving it to --data"
-        ) from error
+    text = read_text(raw, path)
     if "\0" in text:
         raise DataError(f"{path} contains NUL, which separates documents: remove it before giving the file to --data")
     return text

@@ -2,31 +2,33 @@
 
 Only the columns asked for are read, and each as the string that it is: nothing is guessed from what others hold, so
 "2020-01-01" stays as it was written. A file ends in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, and then perhaps in
-.gz, .zst or .xz.
+.gz, .zst, .xz or .bz2.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, cast
 
+from ...files import decode, parse_json
+from ...options import nearest
 from .cache import DataError
 
-__all__ = ["COMPRESSED", "ROW_SUFFIXES", "kind_of", "open_binary", "read_bytes", "read_hub", "read_rows"]
+__all__ = ["COMPRESSED", "ROW_SUFFIXES", "kind_of", "open_binary", "read_bytes", "read_hub", "read_rows", "read_text"]
 
 ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 """Files that hold rows wherever they are found; .json does where it is the one file given."""
 
-COMPRESSED = frozenset({".gz", ".zst", ".xz"})
+COMPRESSED = frozenset({".gz", ".zst", ".xz", ".bz2"})
 
 Row = tuple[str, ...]
 
@@ -46,6 +48,8 @@ def open_binary(path: Path) -> IO[bytes]:
             return cast("IO[bytes]", gzip.open(path))
         case ".xz":
             return lzma.open(path)
+        case ".bz2":
+            return cast("IO[bytes]", bz2.open(path))
         case ".zst":
             import pyarrow  # which brings Zstandard along; Python has it from 3.14 on
 
@@ -68,6 +72,18 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"cannot read {path} ({reason}): give a readable file or folder with --data") from error
 
 
+def read_text(raw: bytes, path: Path) -> str:
+    """The text of a file without its byte order mark.
+
+    Raises:
+        DataError: if it is not UTF-8.
+    """
+    try:
+        return decode(raw, path)
+    except ValueError as error:
+        raise DataError(f"{error}: convert it, for example with iconv -t utf-8, before giving it to --data") from None
+
+
 def read_rows(path: Path, columns: Sequence[str], *, option: str) -> list[Row]:
     """The wanted columns of a file, row by row.
 
@@ -85,13 +101,7 @@ def read_rows(path: Path, columns: Sequence[str], *, option: str) -> list[Row]:
     raw = read_bytes(path)
     if not raw.strip():
         raise DataError(f"{path} is empty: give a file with rows to --data")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}): "
-            f"convert it, for example with iconv -t utf-8, before giving it to --data"
-        ) from error
+    text = read_text(raw, path)
     if kind in (".csv", ".tsv"):
         rows = _delimited(path, text, "," if kind == ".csv" else "\t")
     elif text.lstrip().startswith("["):
@@ -163,34 +173,29 @@ def _first_line(error: BaseException) -> str:
 def _check_columns(known: Sequence[str], columns: Sequence[str], source: str, option: str) -> None:
     for column in columns:
         if column not in known:
-            raise DataError(f"{source} has no column '{column}': choose one of {', '.join(known)} with {option}")
+            raise DataError(f"{source} has no column {column!r} ({option}){nearest(column, known)}")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut inside strings, at U+2028 and others
         if line.strip():
-            yield _object(lambda line=line: json.loads(line), f"line {number} of {path}")
+            yield _object(_json(line, f"line {number} of {path}"), f"line {number} of {path}")
 
 
 def _json_array(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = getattr(error, "msg", None) or _first_line(error)
-        raise DataError(
-            f"cannot read {path} as a JSON array ({reason}{where}): give another file with --data"
-        ) from error
-    for number, value in enumerate(values, 1):
-        yield _object(lambda value=value: value, f"row {number} of {path}")
+    for number, value in enumerate(_json(text, path), 1):
+        yield _object(value, f"row {number} of {path}")
 
 
-def _object(read: Callable[[], Any], where: str) -> dict[str, Any]:
+def _json(text: str, where: Path | str) -> Any:
+    """A JSON value of which text alone is wanted: what numbers stand beside it does not matter."""
     try:
-        value = read()
-    except (ValueError, RecursionError) as error:  # a number may have too many digits
-        reason = getattr(error, "msg", None) or _first_line(error)
-        raise DataError(f"{where} is not JSON ({reason}): give another file with --data") from error
+        return parse_json(text, where, exact=False)
+    except ValueError as error:
+        raise DataError(f"{error}: give another file with --data") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f'{where} is not an object with named columns: write {{"COLUMN": "..."}} in each row')
     return value
@@ -226,7 +231,9 @@ def _parquet(path: Path, columns: Sequence[str], option: str) -> list[dict[str, 
             table = pyarrow.parquet.ParquetFile(stream)
             _check_columns(table.schema_arrow.names, columns, str(path), option)
             return table.read(columns=list(columns)).to_pylist()
-    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, lzma.LZMAError, pyarrow.ArrowException) as error:  # also text not in UTF-8
         raise DataError(f"cannot read {path} as Parquet ({reason_of(error)}): give another file with --data") from error
 
 

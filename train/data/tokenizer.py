@@ -6,6 +6,7 @@ of tokens turn into exact bits per byte and vocabularies cannot change a ranking
 text: a document that quotes "<|endoftext|>" stays one document.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from .cache import DataError, publish
+from ...files import read_json, write_json
+from .cache import DataError, expanded, is_whole, locked, publish
 
 if TYPE_CHECKING:
     import tokenizers
@@ -88,7 +90,7 @@ class BytesTokenizer(Tokenizer):
 
     def save(self, path: Path) -> None:
         """Writes a note that there is nothing to know."""
-        path.write_text(json.dumps({"type": "bytes"}) + "\n")
+        write_json(path, {"type": "bytes"})
 
 
 class BpeTokenizer(Tokenizer):
@@ -166,16 +168,18 @@ def open_tokenizer(spec: str, texts: Sequence[str], *, cache: Path, progress: bo
         return BytesTokenizer()
     kind, _, size = spec.partition(":")
     if kind != "bpe":
-        return load_tokenizer(Path(spec).expanduser())
+        return load_tokenizer(expanded(Path(spec)))
     if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
         raise DataError(f"--tokenizer {spec} needs a vocabulary size from 257 to 1000000, for example bpe:4096")
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache / "tokenizers" / f"bpe-{size}-{digest.hexdigest()[:32]}"
-    if not folder.is_dir():
-        with publish(folder) as draft:
-            _train_bpe(texts, int(size), progress).save(str(draft / "tokenizer.json"))
+    if not is_whole(folder):
+        with locked(folder, "tokenizer"):
+            if not is_whole(folder):
+                with publish(folder) as draft:
+                    _train_bpe(texts, int(size), progress).save(str(draft / "tokenizer.json"))
     return load_tokenizer(folder / "tokenizer.json", name=spec)
 
 
@@ -187,20 +191,47 @@ def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        description: Any = json.loads(file.read_bytes())
+        description = read_json(file)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path} ({error.strerror}): {REMEDY}") from error
     except ValueError as error:
-        raise DataError(f"{path} is not a tokenizer.json ({error}): {REMEDY}") from error
+        raise DataError(f"{error}: {REMEDY}") from error
     if description == {"type": "bytes"}:
         return BytesTokenizer()
-    # `tokenizers` raises a bare Exception on a file that it cannot read, so the common mistakes are found first.
-    model = description.get("model") if isinstance(description, dict) else None
+    model = description.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise DataError(f"{path} is not a tokenizer.json (it has no model with a vocabulary): {REMEDY}")
+    _check_ids(description, file)
     import tokenizers
 
-    return BpeTokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), name or file.name)
+    with _refusing(file):
+        return BpeTokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), name or file.name)
+
+
+def _check_ids(description: dict[str, Any], file: Path) -> None:
+    """Refuses ids far beyond the number of tokens: the library makes a table up to the largest, of any size."""
+    vocabulary, added = description["model"]["vocab"], description.get("added_tokens") or []
+    entries = added if isinstance(added, list) else []
+    ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else []), *(_id_of(entry) for entry in entries)]
+    numbers = [i for i in ids if type(i) is int]  # the library refuses others
+    if numbers and max(numbers) > 4 * len(vocabulary) + 1024:
+        raise DataError(f"{file} has {len(vocabulary):,} tokens with ids up to {max(numbers):,}: {REMEDY}")
+
+
+def _id_of(entry: Any) -> Any:
+    return entry.get("id") if isinstance(entry, dict) else None
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Turns what `tokenizers` raises on a file that it cannot use into a DataError: Exception itself, or a panic."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{file} is a tokenizer.json that cannot be used ({reason}): {REMEDY}") from error
 
 
 def _train_bpe(texts: Iterable[str], size: int, progress: bool) -> "tokenizers.Tokenizer":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import DataConfig, RunConfig, TrainConfig
 from ..data import Data, DataError, cache_folder
+from ..data.cache import expanded
 from ..data.corpus import byte_counts, digest_of, draw_indices, encode
 from ..data.documents import Documents, split_documents
 from ..data.records import read_hub, read_rows
@@ -232,7 +233,7 @@ def load_pairs(
     elif config.source == "stdlib":
         raise DataError("the standard library holds no pairs: give rows with a source and a target with --data")
     else:
-        path = Path(config.source).expanduser()
+        path = expanded(Path(config.source))
         rows, pairs = read_rows(path, columns, option=option), Documents(name=path.name)
     for source, target in rows:
         if "\0" in source + target:

@@ -1,9 +1,13 @@
+import errno
 import hashlib
 import json
 import lzma
 import multiprocessing
 import os
+import shutil
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +24,7 @@ from crossover.train.data import (
     train_batch,
     val_windows,
 )
-from crossover.train.data.cache import cache_folder, publish
+from crossover.train.data.cache import cache_folder, locked, publish
 from crossover.train.data.tokenizer import BytesTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,15 +166,69 @@ def test_digests_depend_on_documents_split_and_tokenizer_and_not_on_the_place(fo
     assert load(folder.rename(tmp_path / "moved"), cache=tmp_path / "other").digest == digest
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "missing"])
-def test_a_corpus_cut_short_on_disk_is_made_again(damage: str, folder: Path, cache: Path) -> None:
-    first = np.array(load(folder).train)
-    (path,) = (cache / "corpora").glob("*/train.npy")
+@pytest.mark.parametrize("name", ["train.npy", "val.npy", "corpus.json", "digests.json"])
+@pytest.mark.parametrize("damage", ["short", "empty", "missing", "a bit", "{}"])
+def test_a_corpus_damaged_on_disk_is_made_again(damage: str, name: str, folder: Path, cache: Path) -> None:
+    first = load(folder)
+    train, summary = np.array(first.train), first.summary()
+    (path,) = (cache / "corpora").glob(f"*/{name}")
+    raw, before = path.read_bytes(), path.stat()
     if damage == "missing":
         path.unlink()
     else:
-        os.truncate(path, path.stat().st_size // 2 if damage == "short" else 0)
-    np.testing.assert_array_equal(load(folder).train, first)
+        flipped = raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:]
+        path.write_bytes({"short": raw[: len(raw) // 2], "empty": b"", "a bit": flipped, "{}": b"{}"}[damage])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # no clock tells
+    again = load(folder)
+    np.testing.assert_array_equal(again.train, train)
+    assert again.summary() == summary
+
+
+def test_a_prepared_corpus_is_read_from_a_cache_that_cannot_be_written(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(folder, tokenizer="bpe:300").digest
+    for path in cache.glob("*.lock"):
+        path.unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    monkeypatch.setattr("os.open", _read_only(os.open))
+    assert load(folder, tokenizer="bpe:300").digest == first
+    with pytest.raises(DataError, match=r"cannot use the cache folder .*Read-only file system.*--data\.cache"):
+        load(folder, tokenizer="bpe:299")
+
+
+def _read_only(function: Callable[..., int]) -> Callable[..., int]:
+    def call(path: str, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return function(path, flags, *args, **options)
+
+    return call
+
+
+def test_who_waits_for_another_process_says_so_and_finds_its_work(
+    folder: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = load(folder).digest
+    target = cache / "corpora" / digest[:32]
+    shutil.rmtree(target)
+    leftover = target.with_name(f".{target.name}.1-00000000")
+    leftover.mkdir()
+    with locked(target, "corpus"):
+        thread = threading.Thread(target=load, args=(folder,))
+        thread.start()
+        while "waiting for another process that makes the same corpus" not in capsys.readouterr().err:
+            assert thread.is_alive()
+    thread.join()
+    assert list((cache / "corpora").iterdir()) == [target]
+
+
+def test_without_a_home_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CROSSOVER_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
+    with pytest.raises(DataError, match=r"cannot use the cache folder ~/\.cache/crossover \(there is no home folder\)"):
+        cache_folder(None)
 
 
 def _digest(config: DataConfig) -> str:

@@ -214,6 +214,14 @@ def test_a_changed_file_of_rows_is_never_served_stale(tmp_path: Path, cache: Pat
         assert list(read(path, cache).texts.values()) == [text, "same"]
 
 
+def test_one_repeated_line_is_as_much_text_as_any_other(tmp_path: Path, cache: Path) -> None:
+    text = "the same line again and again\n" * 15_000
+    (tmp_path / "a.txt").write_text(text)
+    documents = read(tmp_path / "a.txt", cache)
+    assert "".join(documents.texts.values()) == text
+    assert all(split_documents(documents.texts, 0.05))
+
+
 # what is refused
 
 CASES: dict[str, tuple[str, str | bytes, str]] = {
@@ -231,7 +239,7 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
     "other column": (
         "a.jsonl",
         rows({"title": "t", "body": "b"}),
-        r"a\.jsonl has no column 'text': choose one of title, body with --data\.column",
+        r"a\.jsonl has no column 'text' \(--data\.column\); known are body, title",
     ),
     "rows without text": (
         "a.jsonl",

@@ -1,5 +1,7 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,9 +150,41 @@ def refused(path: Path, message: str) -> None:
 def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere.json", r"cannot read the tokenizer .*nowhere\.json \(No such file")
     path = tmp_path / "t.json"
-    for content in (b"not json", b"\xff\xfe", b"[1]", b"{}", b'{"model": {"type": "BPE"}}'):
+    for content in (b"not json", b"\xff\xfe", b"[1]", b"{}", b'{"model": {"type": "BPE"}}', b'{"format": 2}'):
         path.write_bytes(content)
-        refused(path, r"t\.json is not a tokenizer\.json")
+        refused(path, r"t\.json (is not a tokenizer\.json|is not JSON|is not UTF-8|holds a list|has format 2)")
+
+
+def _with(change: Callable[[dict[str, Any]], object]) -> str:
+    values = json.loads(byte_level().to_str())
+    change(values)
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _with(lambda values: values["model"]["merges"].append(["nothing", "known"])),
+        _with(lambda values: values["model"].update(vocab={"a": -1})),
+        _with(lambda values: values["model"].update(type="Unknown")),
+        _with(lambda values: values["model"]["vocab"].update(far=2**31)),
+        _with(lambda values: values.update(decoder={"type": "Sequence", "decoders": 3})),
+        _with(lambda values: values.update(added_tokens=[{"id": 1}])),
+    ],
+)
+def test_a_tokenizer_that_the_library_cannot_use_is_refused_like_any_other(content: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(content)
+    refused(tmp_path / "t.json", r"t\.json ")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"half"])
+def test_a_damaged_tokenizer_in_the_cache_is_made_again(damage: bytes, tmp_path: Path) -> None:
+    digest = open_tokenizer("bpe:280", TEXTS, cache=tmp_path).digest
+    (path,) = tmp_path.glob("tokenizers/*/tokenizer.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == b"half" else damage)
+    assert open_tokenizer("bpe:280", TEXTS, cache=tmp_path).digest == digest
+    assert path.read_bytes() == whole
 
 
 def test_a_file_without_a_separator_is_refused(tmp_path: Path) -> None:
