@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.archs import LanguageModel, build
-from crossover.archs.hf import from_hf, register, to_hf
+from crossover.archs.hf import from_hf, to_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -323,34 +323,3 @@ def test_what_hugging_face_lacks_is_refused_by_name(
     with pytest.raises(ValueError, match=message):
         to_hf(lm, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("arch", "tied"), [("s4d", True), ("h3", False), ("samba", True)])
-def test_registered_models_load_and_generate_in_transformers(arch: str, tied: bool, tmp_path: Path) -> None:
-    lm = build(arch, d_model=24, n_layers=2, vocab_size=V, tie_embeddings=tied).eval()
-    register().of(lm).save_pretrained(tmp_path)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values()), report
-    assert_equal(model.lm.state_dict(), lm.state_dict())
-    assert (model.lm.output_weight is model.lm.embedding.weight) == tied
-    tokens = torch.randint(V, (2, 9))
-    expected = lm.generate(tokens, max_new_tokens=5, temperature=0)
-    assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False), expected)
-    left = torch.cat([torch.zeros(2, 3, dtype=torch.int64), tokens], dim=1)
-    padded = model.generate(
-        left, attention_mask=torch.arange(12).ge(3).expand(2, -1), max_new_tokens=5, do_sample=False
-    )
-    assert torch.equal(padded[:, 3:], expected)
-    with pytest.raises(ValueError, match="generate with use_cache=False"):
-        model.generate(tokens, max_new_tokens=5, use_cache=True)
-
-
-def test_registered_models_train_on_the_next_token(tmp_path: Path) -> None:
-    lm = build("jamba", d_model=24, n_layers=2, vocab_size=V)
-    tokens = torch.randint(V, (2, 9))
-    loss, _ = lm.loss(tokens[:, :-1], tokens[:, 1:])
-    result = register().of(lm)(tokens, labels=tokens)
-    # the auxiliary loss also sees the last token
-    torch.testing.assert_close(result.loss - lm(tokens).aux_loss, loss)
-    result.loss.backward()
-    assert all(p.grad is not None for p in lm.parameters())
