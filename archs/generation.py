@@ -12,12 +12,13 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Positive, Range, check
 from .inputs import check_count
 from .registry import nearest
 from .state import State, States
@@ -48,6 +49,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 PREFILL_CHUNK = 2048
 """Tokens of each prompt read at once unless told otherwise: enough to keep a device busy, at bounded memory."""
 
+_Count = Annotated[int, Range(1)]
+
 NO_TOKEN = -1
 """The token that stands for none, in rows that have ended."""
 
@@ -65,13 +68,15 @@ Until: TypeAlias = Callable[[int, Tensor], bool]
 class Sampling:
     """The options of every `generate`: how a continuation is drawn and where it ends.
 
-    What is set of repetition_penalty, temperature, top_k and top_p applies in this order.
+    What is set of vocab_size, repetition_penalty, temperature, top_k and top_p applies in this order.
 
     Args:
         temperature: divides the logits; 0 always takes the most likely token.
         top_k: draws among this many most likely tokens; None means all.
         top_p: draws among the fewest tokens that hold this much probability (arXiv:1904.09751); None means all.
         generator: source of randomness, unused at temperature 0; None means PyTorch's global one.
+        vocab_size: draws among the first this many tokens, those of the tokenizer where the model has more for the sake
+            of round numbers; None means all.
         repetition_penalty: divides positive logits of tokens that the row already holds, prompt included, and
             multiplies negative ones (CTRL, arXiv:1909.05858, section 4.1, which leaves the sign out); 1 does nothing.
         stop_tokens: tokens that end the row in which they are drawn.
@@ -82,30 +87,23 @@ class Sampling:
             that had ended before.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ValueError: if a value is of another type or out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Annotated[float, Range(0)] = 1.0
+    top_k: _Count | None = None
+    top_p: Annotated[float, Range(above=0, at_most=1)] | None = None
     generator: torch.Generator | None = None
     _: KW_ONLY
-    repetition_penalty: float = 1.0
-    stop_tokens: Sequence[int] = ()
+    vocab_size: _Count | None = None
+    repetition_penalty: Positive = 1.0
+    stop_tokens: tuple[int, ...] = ()
     until: Until | None = None
-    prefill_chunk: int | None = None
+    prefill_chunk: _Count | None = None
     on_token: OnToken | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature} must be 0, which takes the most likely token, or more")
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1, which means all tokens")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 does nothing")
+        check(self)
 
     def draw(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Draws one token for each row, (B,) int64. Nothing is read back from the device.
@@ -115,14 +113,16 @@ class Sampling:
             seen: (B, V) bool, True for the tokens that are penalized.
         """
         if self.temperature == 0:
-            return self._penalized(logits, seen).argmax(-1)
+            return self._allowed(logits, seen).argmax(-1)
         probs = self.probabilities(logits, seen)
         # the draw of torch.multinomial, which would first check its input on the host
         return (probs / torch.empty_like(probs).exponential_(generator=self.generator)).argmax(-1)
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The probabilities that `draw` follows at a temperature above 0, (B, V)."""
-        logits = self._penalized(logits, seen) / self.temperature
+        logits = self._allowed(logits, seen)
+        # the most likely token is at zero, which no temperature moves; the inverse of a smaller one would be infinite
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(logits.dtype).tiny)
         if self.top_k is not None:
             kept, index = logits.topk(min(self.top_k, logits.shape[-1]))
             logits = torch.full_like(logits, -math.inf).scatter(-1, index, kept)
@@ -134,13 +134,15 @@ class Sampling:
         inside = torch.zeros_like(probs).scatter(-1, order, ranked.where(likelier < self.top_p, 0.0))
         return inside / inside.sum(-1, keepdim=True)
 
-    def _penalized(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Logits in float32 or wider, those of seen tokens made less likely."""
+    def _allowed(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Logits in float32 or wider: those of seen tokens made less likely, those beyond vocab_size impossible."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if seen is None or self.repetition_penalty == 1:
-            return logits
-        penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-        return torch.where(seen, penalized, logits)
+        if seen is not None and self.repetition_penalty != 1:
+            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalized, logits)
+        if self.vocab_size is not None and self.vocab_size < logits.shape[-1]:
+            logits = F.pad(logits[:, : self.vocab_size], (0, logits.shape[-1] - self.vocab_size), value=-math.inf)
+        return logits
 
 
 def takes_sampling(function: Function) -> Function:
@@ -203,7 +205,16 @@ def extend(
 
     Returns:
         The tokens drawn, (B, n) int64, NO_TOKEN in rows that had ended before.
+
+    Raises:
+        ValueError: if the model has fewer tokens than sampling.vocab_size.
+        FloatingPointError: if logits are not finite: at once on the CPU, elsewhere at the end.
     """
+    if sampling.vocab_size is not None and sampling.vocab_size > lm.config.vocab_size:
+        raise ValueError(
+            f"vocab_size={sampling.vocab_size} is more than the {lm.config.vocab_size} tokens of the model: use its own"
+            " tokenizer"
+        )
     seen = None
     if sampling.repetition_penalty != 1:
         seen = unread.new_zeros(len(unread), lm.config.vocab_size, dtype=torch.bool)
@@ -212,8 +223,12 @@ def extend(
     stops = unread.new_tensor(sampling.stop_tokens)
     rows = torch.arange(len(unread), device=unread.device)  # numbers of the rows in the batch
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
+    are_numbers = torch.ones((), dtype=torch.bool, device=unread.device)
     for n in range(max_new_tokens):
         logits, state = read(lm, unread, state, starts=starts, chunk=sampling.prefill_chunk)
+        are_numbers = are_numbers & logits.amax(-1).isfinite().all()  # tokens may be impossible, but not all
+        if logits.device.type == "cpu":  # where the host need not wait
+            _require_numbers(are_numbers)
         step, starts = sampling.draw(logits, seen), None
         new[rows, n] = step
         if sampling.on_token is not None:
@@ -224,11 +239,20 @@ def extend(
         if goes_on is not None and not goes_on.all():
             left = goes_on.nonzero().flatten()
             if not len(left):
-                return new[:, : n + 1]
+                new = new[:, : n + 1]
+                break
             rows, step, seen = rows[left], step[left], None if seen is None else seen[left]
             state = state.select(left)
         unread = step[:, None]
+    _require_numbers(are_numbers)
     return new
+
+
+def _require_numbers(are_numbers: Tensor) -> None:
+    if not are_numbers:
+        raise FloatingPointError(
+            "the model's logits are not finite: its weights, or what it makes of this prompt, are beyond float range"
+        )
 
 
 def _goes_on(rows: Tensor, new: Tensor, stops: Tensor, until: Until | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The `crossover` command. Importing it, and `--help`, load nothing heavier than the parser."""
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class _Train:
 
 
 @dataclass(frozen=True)
+class _LmEval:
+    """Score one of our models with the Language Model Evaluation Harness, whose options it takes; needs [eval]."""
+
+
+@dataclass(frozen=True)
 class _Bench:
     """Measure one thing: speed and memory against context length, learning rates, or operations against their peers."""
 
@@ -47,6 +53,7 @@ _Command = (
     | Annotated[ReportConfig, subcommand("report")]
     | Annotated[GenerateConfig, subcommand("generate")]
     | Annotated[ConvertConfig, subcommand("convert")]
+    | Annotated[_LmEval, subcommand("lm_eval")]
     | Annotated[DoctorConfig, subcommand("doctor")]
 )
 
@@ -63,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ..train.__main__ import main as train
 
             return train(words[1:], prog="crossover train")
+        if words[:1] == ["lm_eval"]:
+            return _lm_eval(words)
         parsed = understand(_Command, words, prog="crossover", description=_DESCRIPTION)
         return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *typed])
     except ValueError as error:
@@ -74,6 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncrossover: stopped", file=sys.stderr)
         return 130
+
+
+def _lm_eval(words: list[str]) -> int:
+    """Runs the command of the harness, which reads the command line itself and then knows our models."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval is the Language Model Evaluation Harness: pip install lm-eval")
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
+
+    sys.argv = words
+    cli_evaluate()
+    return 0
 
 
 def _run(command: object, words: Sequence[str]) -> int:

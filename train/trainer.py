@@ -277,7 +277,7 @@ class Trainer:
         display.validated(record)
         self._state = replace(self._state, validation={"step": step, **found})
         if settings.sample_tokens:
-            with evaluating(learner, self.precision):
+            with self._naming_the_step(), evaluating(learner, self.precision):
                 sample = objective.sample(learner.model)
             if sample is not None:
                 self._state = replace(self._state, sample=sample)
@@ -288,7 +288,7 @@ class Trainer:
     def _naming_the_step(self) -> Iterator[None]:
         try:
             yield
-        except NonFiniteError as error:
+        except ArithmeticError as error:  # NonFiniteError, or that of generation
             raise NonFiniteError(f"step {self._state.step}: after this update {error}: {_REMEDY}") from None
 
     def _say_what_changed(self) -> None:

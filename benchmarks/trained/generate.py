@@ -28,7 +28,7 @@ __all__ = ["Printer", "generate", "homes_of", "opening", "tokenizer_of", "weight
 
 
 def generate(config: GenerateConfig) -> int:
-    """Prints each prompt and its continuation, or the target of each source; returns 0.
+    """Prints each prompt and its continuation, or the target of each source; returns 0, or 1 if logits are not finite.
 
     Raises:
         ValueError: if the folder holds no model, or no tokenizer for it; if a prompt is no text, or there is none for a
@@ -55,7 +55,11 @@ def generate(config: GenerateConfig) -> int:
             stop_tokens=[*stops, tokenizer.separator] if config.stop_at_end else stops,
             on_token=printer,
             generator=torch.Generator(device=device).manual_seed(config.seed),
+            vocab_size=tokenizer.vocab_size,
         )
+    except FloatingPointError as error:
+        print(f"crossover: {config.folder}: {error}", file=sys.stderr)
+        return 1
     finally:  # Ctrl-C too keeps what there is
         printer.finish()
     return 0
@@ -185,10 +189,20 @@ def _learned(folder: Path, weights: Path) -> str | None:
 
 
 def tokenizer_of(folder: Path, weights: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer saved beside the model, in its run folder, or bytes where the vocabulary is theirs."""
+    """The tokenizer saved beside the model, in its run folder, or bytes where the vocabulary is theirs.
+
+    Raises:
+        ValueError: if there is none, or the model has fewer tokens than it. More are common, and never drawn.
+    """
     for home in homes_of(folder, weights):
         if (home / "tokenizer.json").exists():
-            return load_tokenizer(home)
+            tokenizer = load_tokenizer(home)
+            if tokenizer.vocab_size > vocab_size:
+                raise ValueError(
+                    f"{home / 'tokenizer.json'} has {tokenizer.vocab_size} tokens and the model {vocab_size}: it is not"
+                    " the model's"
+                )
+            return tokenizer
     if vocab_size == BytesTokenizer().vocab_size:
         return BytesTokenizer()
     raise ValueError(f"{folder} has no tokenizer.json, and {vocab_size} tokens are not plain bytes")

@@ -9,7 +9,6 @@ is `lm_eval.simple_evaluate(model=CrossoverLM(folder), ...)`.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from ...archs import LanguageModel
-from ...train.plugins import take
 from ...train.runtime import choose_device
 from .generate import opening, tokenizer_of, weights_of
 from .scoring import complete, encode_pair, loglikelihoods, windows
@@ -42,14 +40,14 @@ class CrossoverLM(LM):
 
         Args:
             folder: as in `crossover generate`.
-            batch_size: sequences scored at once.
+            batch_size: sequences scored at once, or "auto", which makes it as many as have some thousand tokens.
             max_batch_size: given by the harness and not used.
             device: "auto", "cpu" or "cuda".
             max_len: most tokens shown at once, such as the length of training for a model that does not extrapolate;
                 None means all, or the most that learned positions allow.
 
         Raises:
-            ValueError: if the folder holds no model, no tokenizer for it, or an encoder.
+            ValueError: if the folder holds no model, no tokenizer for it, or an encoder, or a size is none.
         """
         super().__init__()
         folder = Path(folder)
@@ -60,7 +58,7 @@ class CrossoverLM(LM):
         self.lm.init_state(1, 1, device="meta")  # an encoder refuses
         self.tokenizer = tokenizer_of(folder, weights, self.lm.config.vocab_size)
         self.max_len = max_len or self.lm.config.max_positions
-        self.batch_size = int(batch_size)
+        self.batch_size = _batch_size(batch_size)
 
     def loglikelihood(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
         """Scores (context, continuation) of each request: nats, and whether the continuation is the greedy one."""
@@ -100,14 +98,16 @@ class CrossoverLM(LM):
         return texts
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        return loglikelihoods(self.lm, pairs, max_len=self.max_len, batch_size=self.batch_size)
+        return loglikelihoods(
+            self.lm, pairs, max_len=self.max_len, batch_size=self.batch_size, vocab_size=self.tokenizer.vocab_size
+        )
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
-
-    try:
-        sys.argv[1:] = take(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"lm_eval: {error}")
-    cli_evaluate()
+def _batch_size(given: int | str) -> int | None:
+    """What `--batch_size` gives: a number, or None for "auto" and "auto:N"."""
+    text = str(given)
+    if text.partition(":")[0] == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"batch_size={given} must be a whole number of at least 1, or auto")
+    return int(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,22 +16,24 @@ __all__ = ["complete", "encode_pair", "loglikelihoods", "windows"]
 Pair = tuple[list[int], list[int]]
 """Ids of a context, at least one, and of its continuation."""
 
+_TOKENS_AT_ONCE = 1 << 14
+
 _HEAD_TOKENS = 4096
 """Tokens whose logits are in memory at once."""
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
-    """The ids of both texts, split where the tokens of `context` end in those of the two together.
+    """The tokens of both texts together, split before the first that holds a byte of the continuation.
 
-    Spaces at the end of the context go to the continuation, as tokens have their space before the word. An empty
-    context is the separator of documents.
+    Spaces at the end of the context go to the continuation, as tokens have their space before the word. Where nothing
+    is left before the split, the context is the separator of documents.
     """
     stripped = context.rstrip(" ")
     continuation = context[len(stripped) :] + continuation
-    if not stripped:
-        return [tokenizer.separator], tokenizer.encode(continuation).tolist()
-    head = tokenizer.encode(stripped).tolist()
-    return head, tokenizer.encode(stripped + continuation).tolist()[len(head) :]
+    ids = tokenizer.encode(stripped + continuation)
+    ends = tokenizer.bytes_per_token[ids].cumsum()
+    split = int((ends <= len(stripped.encode())).sum()) if continuation else len(ids)
+    return ids[:split].tolist() or [tokenizer.separator], ids[split:].tolist()
 
 
 def windows(ids: list[int], prefix: int, max_len: int | None) -> Iterator[Pair]:
@@ -48,25 +51,35 @@ def windows(ids: list[int], prefix: int, max_len: int | None) -> Iterator[Pair]:
 
 @torch.inference_mode()
 def loglikelihoods(
-    lm: LanguageModel, pairs: Sequence[Pair], *, max_len: int | None = None, batch_size: int = 8
+    lm: LanguageModel,
+    pairs: Sequence[Pair],
+    *,
+    max_len: int | None = None,
+    batch_size: int | None = 8,
+    vocab_size: int | None = None,
 ) -> list[tuple[float, bool]]:
     """The log-probability in nats of each continuation, and whether greedy decoding gives just that.
+
+    A continuation without tokens is no answer: it has no probability and is not greedy.
 
     Args:
         lm: a decoder, in evaluation mode.
         pairs: contexts and continuations; contexts lose their beginning where both are longer than max_len.
         max_len: most tokens that the model reads at once; None means all.
         batch_size: sequences of one forward pass. Shorter ones are padded on the right, which no causal model sees.
+            None takes as many as make about 16,384 tokens.
+        vocab_size: tokens of the tokenizer, beyond which greedy decoding takes none; None means all of the model.
 
     Raises:
         ValueError: if a continuation alone is longer than max_len.
     """
     device = lm.embedding.weight.device
-    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    results: list[tuple[float, bool]] = [(-math.inf, False)] * len(pairs)
     ids = [context + continuation for context, continuation in pairs]
     order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -len(ids[i]))
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+    while order:
+        n_rows = max(1, _TOKENS_AT_ONCE // len(ids[order[0]])) if batch_size is None else batch_size
+        rows, order = order[:n_rows], order[n_rows:]
         inputs = [torch.tensor(ids[i][:-1] if max_len is None else ids[i][:-1][-max_len:]) for i in rows]
         targets = [torch.tensor(pairs[i][1], device=device) for i in rows]
         sizes = [len(predicted) for predicted in targets]
@@ -75,19 +88,19 @@ def loglikelihoods(
         tokens = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         x, _, _ = lm.hidden(tokens)
         outputs = [row[len(seen) - size : len(seen)] for row, seen, size in zip(x, inputs, sizes, strict=True)]
-        scores, greedy = _score(lm, torch.cat(outputs), torch.cat(targets))
+        scores, greedy = _score(lm, torch.cat(outputs), torch.cat(targets), vocab_size)
         for i, score, best in zip(rows, scores.split(sizes), greedy.split(sizes), strict=True):
             results[i] = (score.sum(dtype=torch.float64).item(), bool(best.all()))
     return results
 
 
-def _score(lm: LanguageModel, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _score(lm: LanguageModel, x: Tensor, targets: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, (T,), and whether it is the most likely token, from outputs (T, D)."""
     scores, greedy = [], []
     for part, wanted in zip(x.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
         logits = lm.logits(part).float()
         scores.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-        greedy.append(logits.argmax(-1) == wanted)
+        greedy.append(logits[:, :vocab_size].argmax(-1) == wanted)
     return torch.cat(scores), torch.cat(greedy)
 
 
@@ -117,7 +130,12 @@ def complete(
         return any(stop in text for stop in stops)
 
     (tokens,) = lm.generate(
-        [ids], max_new_tokens, temperature=0, stop_tokens=[tokenizer.separator], until=holds_stop if stops else None
+        [ids],
+        max_new_tokens,
+        temperature=0,
+        vocab_size=tokenizer.vocab_size,
+        stop_tokens=[tokenizer.separator],
+        until=holds_stop if stops else None,
     )
     new = tokens[len(ids) :].tolist()
     text = tokenizer.decode(new[:-1] if new[-1:] == [tokenizer.separator] else new)

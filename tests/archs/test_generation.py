@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -261,17 +262,70 @@ def test_the_seed_decides_and_temperature_zero_leaves_the_generator_alone() -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"temperature": math.nan}, "temperature=nan must be a finite number"),
+        ({"temperature": math.inf}, "temperature=inf must be a finite number"),
+        ({"temperature": "0.5"}, "temperature='0.5' must be a number"),
+        ({"temperature": True}, "temperature=True must be a number"),
+        ({"temperature": None}, "temperature=None must be a number"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
-        ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
-        ({"prefill_chunk": 0}, "chunks of 0 tokens"),
+        ({"top_k": 2.0}, "top_k=2.0 must be a whole number"),
+        ({"top_k": True}, "top_k=True must be a whole number"),
+        ({"top_p": 0.0}, "top_p=0.0 must be more than 0"),
+        ({"top_p": 1.5}, "top_p=1.5 must be at most 1"),
+        ({"top_p": math.nan}, "top_p=nan must be a finite number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be more than 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be a finite number"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0 must be at least 1"),
+        ({"stop_tokens": ["x"]}, r"stop_tokens\[0\]='x' must be a whole number"),
+        ({"generator": 3}, "generator=3 must be of type Generator"),
+        ({"until": 3}, "until=3 must be of type Callable"),
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        ({"vocab_size": V + 1}, f"vocab_size={V + 1} is more than the {V} tokens of the model"),
     ],
 )
-def test_values_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_values_of_another_type_or_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
         tiny("lstm").generate(torch.zeros(1, 2, dtype=torch.int64), 1, **options)
+
+
+@drawn
+@given(temperature=st.sampled_from([1e-39, 5e-324, 1e-30, 1e-8]), scale=st.sampled_from([1e-3, 1.0, 1e4, 1e38]))
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature: float, scale: float) -> None:
+    logits = scale * (torch.stack([torch.randperm(V) for _ in range(4)]) / V)
+    for rules in (Sampling(temperature), Sampling(temperature, top_k=3), Sampling(temperature, top_p=0.5)):
+        assert torch.equal(rules.draw(logits), logits.argmax(-1))
+        assert torch.equal(rules.draw(-logits), logits.argmin(-1))
+
+
+@drawn
+@given(
+    seed=st.integers(0, 2**16),
+    vocab_size=st.integers(1, V),
+    temperature=st.sampled_from([0, 1e-39, 1.0, 1e30]),
+    top_k=st.none() | st.integers(1, V + 3),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    penalty=st.sampled_from([1.0, 0.01, 100.0]),
+)
+def test_tokens_beyond_the_tokenizer_are_never_drawn(
+    seed: int, vocab_size: int, temperature: float, top_k: int | None, top_p: float | None, penalty: float
+) -> None:
+    torch.manual_seed(seed)
+    rules = Sampling(temperature, top_k, top_p, vocab_size=vocab_size, repetition_penalty=penalty)
+    logits = torch.randn(64, V) + 9 * (torch.arange(V) >= vocab_size)  # the likeliest, were they not beyond it
+    assert (rules.draw(logits, torch.rand(64, V) < 0.5) < vocab_size).all()
+
+
+@pytest.mark.parametrize("name", ["mamba", "transformer"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_end_generation_and_what_was_drawn_before_was_given(name: str, bad: float) -> None:
+    lm, prompt, drawn_tokens = tiny(name), torch.randint(V, (2, 4)), []
+    lm.generate(prompt, 3, on_token=lambda n, _: drawn_tokens.append(n))
+    with torch.no_grad():
+        lm.output_weight[2 if math.isnan(bad) else slice(None)] = bad
+    with pytest.raises(FloatingPointError, match=r"^the model's logits are not finite: [^\n]*$"):
+        lm.generate(prompt, 3, on_token=lambda n, _: drawn_tokens.append(n))
+    assert drawn_tokens == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

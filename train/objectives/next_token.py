@@ -116,8 +116,10 @@ class NextToken(Objective[np.ndarray, Tokens]):
         generator = torch.Generator(device).manual_seed(0)  # its own, so that sampling leaves training alone
         prompt = torch.tensor([[self.corpus.separator]], device=device)
         n_tokens = self.sample_len(model, 1)
-        tokens = model.generate(prompt, max_new_tokens=n_tokens, temperature=0.8, top_p=0.95, generator=generator)
-        return self.corpus.tokenizer.decode(tokens[0, 1:].cpu().numpy())
+        tokenizer = self.corpus.tokenizer
+        options = {"temperature": 0.8, "top_p": 0.95, "vocab_size": tokenizer.vocab_size, "generator": generator}
+        tokens = model.generate(prompt, max_new_tokens=n_tokens, **options)
+        return tokenizer.decode(tokens[0, 1:].cpu().numpy())
 
     def examine(self, model: Any, *, poll: Callable[[], None]) -> dict[str, Any]:
         """Bits per byte by position, beyond the trained length too, as far as the model's positions go."""

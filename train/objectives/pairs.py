@@ -201,7 +201,8 @@ class Pairs(Objective[Pair, PairTokens | Tokens]):
         """A held-out source and the most likely target, token by token; nothing is drawn."""
         stop, (source, _) = self.pairs.separator, self.pairs.val[0]
         read = torch.from_numpy(source.astype(np.int64))[None].to(next(model.parameters()).device)
-        options: dict[str, Any] = {"temperature": 0, "stop_tokens": [stop]}
+        vocab_size = self.pairs.tokenizer.vocab_size
+        options: dict[str, Any] = {"temperature": 0, "stop_tokens": [stop], "vocab_size": vocab_size}
         if self._joined:
             written = model.generate(read, self.sample_len(model, len(source)), **options)[0, len(source) :]
         else:

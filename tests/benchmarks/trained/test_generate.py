@@ -238,10 +238,7 @@ def test_what_cannot_be_done_is_one_line(
     ],
 )
 def test_values_out_of_range_are_refused(words: list[str], message: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", "folder", "x", *words])
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert refused(capsys, "folder", "x", *words) == f"crossover: {message}\n"
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, capsys: Capture) -> None:
@@ -265,3 +262,25 @@ def test_help_says_what_every_option_means(capsys: Capture) -> None:
     assert [option for option in options.split() if option not in text] == []
     assert "- reads one from standard input" in text
     assert "each prompt is a source, and the targets alone are printed" in text
+
+
+def test_a_model_with_more_tokens_than_its_tokenizer_writes_only_what_that_has(tmp_path: Path, capsys: Capture) -> None:
+    save(tmp_path, vocab_size=303)
+    BytesTokenizer().save(tmp_path / "tokenizer.json")
+    for temperature in ("0", "100"):
+        words = ["x", "--max-new-tokens", "64", "--temperature", temperature, "--top-p", "1", "--no-stop-at-end"]
+        assert printed(capsys, str(tmp_path), *words).startswith("x")
+    save(tmp_path, vocab_size=200)
+    error = refused(capsys, str(tmp_path), "x")
+    assert "tokenizer.json has 256 tokens and the model 200: it is not the model's" in error
+
+
+def test_a_model_of_weights_that_are_no_numbers_fails_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    lm = build("mamba", d_model=16, n_layers=1)
+    torch.nn.init.constant_(lm.embedding.weight, float("nan"))
+    lm.save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "x"]) == 1
+    assert capsys.readouterr().err == (
+        f"crossover: {tmp_path}: the model's logits are not finite: its weights, or what it makes of this prompt, are"
+        " beyond float range\n"
+    )

@@ -1,7 +1,9 @@
 """Scores and continuations without the harness, then the harness itself on a task of our own, where it is installed."""
 
 import importlib
+import importlib.util
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.archs import LanguageModel, build
+from crossover.benchmarks.cli import main
 from crossover.benchmarks.trained.scoring import complete, encode_pair, loglikelihoods, windows
 from crossover.train.data.tokenizer import BytesTokenizer, Tokenizer, open_tokenizer
 
@@ -50,8 +53,19 @@ def test_only_the_most_likely_continuation_is_greedy(lm: LanguageModel) -> None:
     assert flags == [True, False, False, False, False]
 
 
-def test_no_continuation_is_certain(lm: LanguageModel) -> None:
-    assert loglikelihoods(lm, [(ids(3), []), (ids(2), ids(2))])[0] == (0.0, True)
+def test_an_empty_continuation_is_no_answer(lm: LanguageModel) -> None:
+    (empty, greedy), (other, _) = loglikelihoods(lm, [(ids(3), []), (ids(2), ids(2))])
+    assert empty == -math.inf < other
+    assert not greedy
+
+
+def test_as_many_rows_as_have_some_thousand_tokens_score_the_same(lm: LanguageModel) -> None:
+    pairs = [(ids(n), ids(m)) for n, m in [(1, 1), (7, 3), (2, 11)]]
+    for (nats, greedy), (same, also) in zip(
+        loglikelihoods(lm, pairs, batch_size=None), loglikelihoods(lm, pairs, batch_size=1), strict=True
+    ):
+        assert nats == pytest.approx(same, rel=1e-5)
+        assert greedy == also
 
 
 def test_contexts_lose_their_beginning(lm: LanguageModel) -> None:
@@ -81,14 +95,29 @@ def test_windows_predict_every_token_once_from_the_tokens_before(n: int, max_len
 
 @pytest.mark.parametrize(
     ("context", "continuation"),
-    [("the cat", " sat on"), ("the cat ", "sat on"), ("", "the"), ("  ", "the"), ("é", "é")],
-)
+    [
+        ("the cat", " sat on"), ("the cat ", "sat on"), ("", "the"), ("  ", "the"), ("é", "é"),
+        ("th", "e"), ("the ca", "t sat on"), ("t", "he cat"), ("the cat s", "at"), ("the cat", ""), ("", ""),
+    ],
+)  # fmt: skip
 def test_pairs_are_the_tokens_of_the_whole_text(context: str, continuation: str, tmp_path: Path) -> None:
     for tokenizer in (BYTES, bpe(tmp_path)):
         first, second = encode_pair(tokenizer, context, continuation)
-        whole = [tokenizer.separator] * (not context.strip()) + tokenizer.encode(context + continuation).tolist()
-        assert first + second == whole
+        whole = tokenizer.encode(context + continuation).tolist()
+        assert first + second in (whole, [tokenizer.separator, *whole])
         assert first
+        assert bool(second) == bool(continuation)
+        # what is scored holds all of the continuation, and no token of the context alone but its spaces
+        n_context = len(context.rstrip(" ").encode()) if continuation else len(context.encode())
+        assert tokenizer.n_bytes(whole) - tokenizer.n_bytes(second) <= n_context
+        assert not second or tokenizer.n_bytes(whole) - tokenizer.n_bytes(second[1:]) > n_context
+
+
+def test_greedy_decoding_takes_no_token_that_the_tokenizer_lacks(lm: LanguageModel) -> None:
+    context = ids(6)
+    best = lm.generate(torch.tensor([context]), 3, temperature=0, vocab_size=200)[0, 6:].tolist()
+    assert loglikelihoods(lm, [(context, best)], vocab_size=200)[0][1]
+    assert max(best) < 200
 
 
 def test_spaces_go_to_the_continuation() -> None:
@@ -116,6 +145,17 @@ def test_completions_end_with_the_document() -> None:
     assert complete(lm, BYTES, "x") == ""
 
 
+def test_without_the_harness_its_command_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for words in (["lm_eval", "--help"], ["lm_eval", "--batch_size", "auto"]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("crossover: lm_eval is the Language Model Evaluation Harness: pip install lm-eval")
+        assert error.count("\n") == 1
+
+
 @pytest.fixture
 def harness(tmp_path: Path) -> Any:
     pytest.importorskip("lm_eval", reason="needs the extra [eval]")
@@ -124,7 +164,7 @@ def harness(tmp_path: Path) -> Any:
     return adapter.CrossoverLM(tmp_path / "model", device="cpu", batch_size="3")
 
 
-def test_the_harness_gets_scores_of_texts(harness: Any) -> None:
+def test_the_harness_gets_scores_of_texts(harness: Any, tmp_path: Path) -> None:
     requests = [SimpleNamespace(args=args) for args in [("the cat", " sat"), ("", "x"), ("a " * 30, "b")]]
     scores = harness.loglikelihood(requests)
     assert [flag for _, flag in scores] == [False] * 3
@@ -135,6 +175,11 @@ def test_the_harness_gets_scores_of_texts(harness: Any) -> None:
     assert whole < first < 0
     (answer,) = harness.generate_until([SimpleNamespace(args=("q", {"until": "\n", "max_gen_toks": 5}))])
     assert len(answer) <= 5
+    for words in ("auto", "auto:4", 3):
+        again = type(harness)(tmp_path / "model", device="cpu", batch_size=words)
+        assert [nats for nats, _ in again.loglikelihood(requests)] == pytest.approx([nats for nats, _ in scores])
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1, or auto"):
+        type(harness)(tmp_path / "model", device="cpu", batch_size=0)
     with pytest.raises(ValueError, match="decodes greedily"):
         harness.generate_until([SimpleNamespace(args=("q", {"do_sample": True}))])
 
