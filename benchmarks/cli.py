@@ -10,6 +10,7 @@ from tyro.conf import arg, subcommand
 
 from ..train.command_line import understand
 from ..train.plugins import take
+from ..train.streams import lasting_streams
 from .comparison.options import CompareConfig, LearningRateConfig
 from .context.options import ContextConfig
 from .operations.options import DoctorConfig, KernelsConfig
@@ -61,8 +62,9 @@ _Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0 done, 1 something failed, 2 a request that cannot be met (one line on stderr), 130 or 143 stopped.
+    0 done, 1 something failed, 2 a request that cannot be met (one line on stderr), 129, 130 or 143 stopped.
     """
+    lasting_streams()
     typed = list(sys.argv[1:] if argv is None else argv)
     try:
         words = take(typed)

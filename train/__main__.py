@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from .command_line import parse
 from .config import RunConfig
 from .plugins import explaining, take, words
+from .streams import lasting_streams
 
 __all__ = ["main"]
 
@@ -17,8 +18,9 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.train") -> int:
     """Trains one model as the command line says and returns the exit code.
 
-    0 done, 1 failed, 2 a request that cannot be met (one line on stderr), 3 out of memory, 130 or 143 interrupted.
+    0 done, 1 failed, 2 a request that cannot be met (one line on stderr), 3 out of memory, 129, 130 or 143 stopped.
     """
+    lasting_streams()
     try:
         argv = take(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
@@ -41,15 +43,15 @@ def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
         with explaining(run.directory):
             objective = open_objective(run, progress=sys.stderr.isatty())
             trainer = Trainer(run, objective, command=[*prog.split(), *words(), *argv])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _refuse(prog, error)
     try:
         return trainer.fit().exit_code
-    except (ResumeError, CheckpointError) as error:  # any other ValueError from here on is a mistake of ours
+    except (ResumeError, CheckpointError, OSError) as error:  # any other ValueError from here on is a mistake of ours
         return _refuse(prog, error)
 
 
-def _refuse(prog: str, error: ValueError) -> int:
+def _refuse(prog: str, error: ValueError | OSError) -> int:
     print(f"{prog}: error: {error}", file=sys.stderr)
     return 2
 

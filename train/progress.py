@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows a run of `steps` steps on standard output. A reader that goes away (`| head`) does not end the run."""
+    """Shows a run of `steps` steps on standard output."""
 
     def __init__(self, steps: int, score: Score = BITS_PER_BYTE, *, done: int = 0) -> None:
         self._steps, self._score = steps, score
@@ -62,11 +60,7 @@ class Display:
         if self._bar is not None:
             self._bar.console.print(escape(text), soft_wrap=True)
             return
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            # From here on to nowhere; otherwise Python complains again when it flushes standard output at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
 
     def doing(self, what: str) -> None:
         """Names the present work at the bar."""

@@ -20,6 +20,7 @@ import torch
 
 __all__ = [
     "Interrupted",
+    "MemoryKills",
     "PeakMemory",
     "Precision",
     "Stopwatch",
@@ -28,6 +29,7 @@ __all__ = [
     "is_out_of_memory",
     "keep_freed_memory",
     "says_out_of_memory",
+    "signals_held",
     "stop_signals",
 ]
 
@@ -113,6 +115,49 @@ def says_out_of_memory(text: str) -> bool:
         "MemoryError",
     )
     return any(sign in text for sign in signs)
+
+
+class MemoryKills:
+    """Tells children that the system has killed for want of memory from those that something else has."""
+
+    def __init__(self) -> None:
+        """Knows of those before."""
+        self._known = _memory_kills()
+
+    def explain_one(self) -> bool:
+        """Whether the system has killed one more than was asked about."""
+        found = _memory_kills() > self._known
+        self._known += found
+        return found
+
+
+def _memory_kills() -> int:
+    """Processes killed for want of memory in the control group of this one (cgroups(7)), or else in the system.
+
+    0 where nothing counts them, as outside Linux.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            group = group.lstrip("/")
+            if not controllers:
+                path = Path("/sys/fs/cgroup", group, "memory.events")
+            elif "memory" in controllers.split(","):
+                path = Path("/sys/fs/cgroup/memory", group, "memory.oom_control")
+            else:
+                continue
+            if path.exists() and (count := _counter(path, "oom_kill")) is not None:
+                return count
+        return _counter(Path("/proc/vmstat"), "oom_kill") or 0
+    return 0
+
+
+def _counter(path: Path, name: str) -> int | None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return None
 
 
 class PeakMemory:
@@ -218,7 +263,7 @@ class Stopwatch:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the scheduler asked this process to stop (SIGINT or SIGTERM)."""
+    """The user or the scheduler asked this process to stop (SIGINT, SIGTERM, or SIGHUP of a closed terminal)."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -226,23 +271,44 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """The exit code by which a shell says that a signal ended a process: 130 or 143."""
+        """The exit code by which a shell says that a signal ended a process: 129, 130 or 143."""
         return 128 + self.signum
+
+
+_held: list[list[int]] = []
+"""Signals that wait for the end of a block of `signals_held`; of blocks in each other the outermost is the first."""
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Lets the signals of `stop_signals(at_once=True)` wait for the end of the block: what it starts is noted too."""
+    _held.append([])
+    try:
+        yield
+    finally:
+        waiting = _held.pop()
+        if waiting and _held:
+            _held[-1] += waiting
+        elif waiting:
+            raise Interrupted(waiting[0])
 
 
 @contextlib.contextmanager
 def stop_signals(*, at_once: bool = False) -> Iterator[Callable[[], None]]:
-    """Turns SIGINT and SIGTERM inside the block into `Interrupted`.
+    """Turns SIGHUP, SIGINT and SIGTERM inside the block into `Interrupted`.
 
     The first signal waits until the caller calls the yielded function, which raises it where stopping is safe; a second
     signal acts as it would outside the block. With `at_once` every signal raises where it arrives.
 
-    A signal that was ignored before stays so: a shell starts `command &` of a script with SIGINT ignored. Outside the
-    main thread, where Python allows no handlers, nothing is raised.
+    A signal that was ignored before stays so: `nohup` ignores SIGHUP, and a shell starts `command &` of a script with
+    SIGINT ignored. Outside the main thread, where Python allows no handlers, nothing is raised.
     """
     received: list[int] = []
 
     def handler(signum: int, frame: FrameType | None) -> None:
+        if at_once and _held:
+            _held[-1].append(signum)
+            return
         if at_once:
             raise Interrupted(signum)
         if received:
@@ -257,7 +323,7 @@ def stop_signals(*, at_once: bool = False) -> Iterator[Callable[[], None]]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     signals = [
         signum
-        for signum in (signal.SIGINT, signal.SIGTERM)
+        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
         if in_main_thread and signal.getsignal(signum) is not signal.SIG_IGN
     ]
     previous: dict[int, Any] = {signum: signal.signal(signum, handler) for signum in signals}

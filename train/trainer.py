@@ -57,7 +57,7 @@ class Outcome:
     result: dict[str, Any]
     """Content of result.json."""
     exit_code: int
-    """0 done, 1 failed, 3 out of memory, 130 or 143 stopped by SIGINT or SIGTERM."""
+    """0 done, 1 failed, 3 out of memory, 128 + N stopped by signal N: SIGHUP (1), SIGINT (2) or SIGTERM (15)."""
 
 
 class Trainer:

@@ -13,6 +13,7 @@ from ...train.config import ModelSpec, RunConfig, TrainConfig, plain
 from ...train.plugins import explaining, words
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
+from ..context.cell import read_cells
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
 from ..context.jobs import ContextJob, context_jobs
 from ..context.options import ContextConfig
@@ -210,6 +211,7 @@ def _context_jobs(
         device=config.device,
         threads=config.threads,
         provenance=provenance,
+        before=read_cells(config.out / "context.jsonl"),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...files import read_json, read_record
 from ...train.config import RunConfig, flatten
 from ...train.plugins import words
-from ...train.runtime import Interrupted
+from ...train.runtime import Interrupted, MemoryKills, signals_held
 from ...train.score import Score
 from ..harness.processes import last_line, start, stop
 from ..harness.progress import Progress, Task
@@ -127,6 +127,7 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
     failures: dict[str, str] = {}
     running: list[TrainingProcess] = []
     waiting = list(runs)
+    kills = MemoryKills()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -135,7 +136,8 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
                     progress.skip(run.name, "trained before")
                 else:
                     progress.begin(run.name)
-                    running.append(TrainingProcess(run, logs / f"{run.name}.log"))
+                    with signals_held():
+                        running.append(TrainingProcess(run, logs / f"{run.name}.log", kills))
             for training in list(running):
                 name = training.run.name
                 if training.child.poll() is None:
@@ -160,10 +162,10 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
 class TrainingProcess:
     """A run in a process of its own."""
 
-    def __init__(self, run: RunConfig, log: Path) -> None:
+    def __init__(self, run: RunConfig, log: Path, kills: MemoryKills) -> None:
         (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
         log.unlink(missing_ok=True)
-        self.run, self._log = run, log
+        self.run, self._log, self._kills = run, log, kills
         self.child = start("crossover.train", *words(), *arguments(run), threads=run.train.threads, log=log)
         self._metrics = MetricsTail(run.directory / "metrics.jsonl")
 
@@ -185,7 +187,8 @@ class TrainingProcess:
         result = self.run.directory / "result.json"
         recorded = read_json(result) if result.exists() else {}
         if self.child.returncode == -signal.SIGKILL:
-            return "out of memory (killed by the system)"
+            killed = "out of memory (killed by the system)"
+            return killed if self._kills.explain_one() else "killed from outside (SIGKILL); the same command goes on"
         reason = str(recorded.get("status", "failed")).replace("_", " ")
         ended = f"ended with code {self.child.returncode}"
         return f"{reason}: {recorded.get('error') or last_line(self._log) or ended}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...train import plugins
-from ...train.runtime import says_out_of_memory
+from ...train.runtime import MemoryKills, says_out_of_memory, signals_held
 from ..harness.folder import append_jsonl
 from ..harness.processes import Child, last_line
 from ..harness.progress import Progress, Task
@@ -138,7 +139,11 @@ def _run_worker(
 
     log_bytes = log.stat().st_size if log.exists() else 0
     preload = _PRELOAD if job.device == "cpu" else None
-    with Child(_work, (job, phases, plugins.imported()), log=log, preload=preload) as child:
+    kills = MemoryKills()
+    with contextlib.ExitStack() as ends:
+        with signals_held():
+            order = (job, phases, plugins.imported())
+            child = ends.enter_context(Child(_work, order, log=log, preload=preload))
         while left:
             show()
             try:
@@ -147,7 +152,9 @@ def _run_worker(
                 keep(job.cell(left[0], status="timeout", error=f"stopped after {job.measure.timeout:g} s"))
                 return
             except EOFError:
-                keep(job.cell(left[0], **cause_of_death(child.join(), last_line(log, after=log_bytes))))
+                code = child.join()
+                ran_out = code == -signal.SIGKILL and kills.explain_one()
+                keep(job.cell(left[0], **cause_of_death(code, last_line(log, after=log_bytes), ran_out=ran_out)))
                 return
             keep(cell)
             left.pop(0)
@@ -162,10 +169,15 @@ def _work(order: tuple[ContextJob, Sequence[str], Sequence[str]], parent: Connec
     measure_phases(job, phases, parent)
 
 
-def cause_of_death(returncode: int, last_words: str) -> dict[str, Any]:
-    """Says what ended a worker in the middle of a phase. Killed from outside (SIGKILL) means that memory ran out."""
+def cause_of_death(returncode: int, last_words: str, *, ran_out: bool = False) -> dict[str, Any]:
+    """Says what ended a worker in the middle of a phase.
+
+    A kill is a result only if memory `ran_out`, as the system says: what else kills a process measures nothing.
+    """
+    if ran_out:
+        return {"status": "out_of_memory", "error": "killed by the system for want of memory"}
     if returncode == -signal.SIGKILL:
-        return {"status": "out_of_memory", "error": "killed by the system (SIGKILL)"}
+        return {"status": "failed", "error": "killed from outside (SIGKILL)"}
     if says_out_of_memory(last_words):
         return {"status": "out_of_memory", "error": last_words}
     ended = f"ended by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with code {returncode}"

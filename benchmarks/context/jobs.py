@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..harness.sizes import SizedArch
 from .cell import Cell
 from .options import MeasureConfig
 
-__all__ = ["PHASES", "ContextJob", "context_jobs"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PHASES", "ContextJob", "context_jobs", "default_memory_limit"]
 
 PHASES = ("decode", "prefill", "train")
 """Phases from the lightest to the heaviest."""
@@ -97,17 +100,20 @@ def context_jobs(
     device: str,
     threads: int | None,
     provenance: Mapping[str, Any],
+    before: Sequence[Cell] = (),
 ) -> list[ContextJob]:
     """Every architecture at every length, short lengths first, so that an unfinished comparison can be compared.
 
     Args:
         sizes: the architectures.
         lengths: context lengths in tokens.
-        measure: settings; a training step has as many tokens as the longest length where it does not say.
+        measure: settings. What they leave open is as in the cells `before`; of a new comparison, a training step has
+            as many tokens as the longest length, and memory is limited to what `default_memory_limit` says.
         precision: arithmetic; 'auto' is resolved on this machine.
         device: where models run; 'auto' is resolved likewise.
         threads: CPU threads; all cores where None.
         provenance: machine and versions, of which cells keep cpu, device, torch and git_commit.
+        before: cells of the comparison that these jobs extend.
 
     Raises:
         ValueError: if the device cannot be used, or a model reads a source and writes a target.
@@ -117,6 +123,12 @@ def context_jobs(
     from ...train.runtime import choose_device, choose_precision
 
     chosen = choose_device(device)
+    pinned = before[0].settings if before else {}
+    measure = dataclasses.replace(
+        measure,
+        tokens_per_batch=measure.tokens_per_batch or pinned.get("tokens_per_batch") or max(lengths),
+        memory_limit=measure.memory_limit or pinned.get("memory_limit") or default_memory_limit(chosen),
+    )
     return [
         ContextJob(
             arch=sized.arch,
@@ -125,7 +137,7 @@ def context_jobs(
             model=sized.config.to_dict(),
             n_params=sized.n_params,
             n_active_params=sized.n_active_params,
-            measure=dataclasses.replace(measure, tokens_per_batch=measure.tokens_per_batch or max(lengths)),
+            measure=measure,
             precision=choose_precision(precision, chosen).name,
             device=str(chosen),
             threads=threads if threads is not None else torch.get_num_threads(),
@@ -134,3 +146,10 @@ def context_jobs(
         for context_len in lengths
         for sized in sizes
     ]
+
+
+def default_memory_limit(device: torch.device) -> int:
+    """Bytes that a measurement may allocate where no limit is given: 3 GiB on the CPU, on CUDA what is free now."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3 * 2**30

@@ -18,8 +18,8 @@ class MeasureConfig:
     """How a cell (one architecture at one context length) is measured; part of the identity of a result."""
 
     tokens_per_batch: Length | None = None
-    """Tokens in one training step at every length, as a batch of tokens // length sequences; the longest --context when
-    not given."""
+    """Tokens in one training step at every length, as a batch of tokens // length sequences, or one that is longer.
+    When not given, the longest --context, or what measurements in --out were made with."""
 
     prompts: Size = 1
     """Sequences read at once in prefill and continued at once in decode."""
@@ -37,13 +37,14 @@ class MeasureConfig:
     timeout: Positive = 300.0
     """Seconds after which a phase is stopped and recorded as a timeout."""
 
-    memory_limit: ByteSize = 3 * 2**30
+    memory_limit: ByteSize | None = None
     """Most memory a measurement may allocate (RLIMIT_DATA on the CPU, allocator limit on CUDA); more is recorded as
-    out of memory. The Python process itself takes about 0.3 GiB of it."""
+    out of memory. When not given, 3 GiB on the CPU, of which the Python process itself takes about 0.3 GiB, and on CUDA
+    what is free on the card."""
 
     def __post_init__(self) -> None:
         check(self, "--")
-        if self.memory_limit < 2**29:
+        if self.memory_limit is not None and self.memory_limit < 2**29:
             raise ValueError(
                 f"--memory-limit {format_bytes(self.memory_limit)} is too little for Python and torch: give 512MiB"
             )

@@ -81,7 +81,7 @@ class Bench:
         self.lm = LanguageModel(config).to(device)
         self.vocab_size = config.vocab_size
         assert settings.tokens_per_batch is not None
-        batch_size = settings.tokens_per_batch // context_len
+        batch_size = max(1, settings.tokens_per_batch // context_len)
         self.batch_size = {"train": batch_size, "prefill": settings.prompts, "decode": settings.prompts}
         # Under autocast the activations that a state keeps are bf16; recurrent states stay in float32.
         self.state_dtype = torch.bfloat16 if precision.name == "bf16" else None
@@ -244,6 +244,7 @@ def measure_phases(job: ContextJob, phases: Sequence[str], parent: Connection) -
     device = choose_device(job.device)
     torch.set_num_threads(job.threads)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # starts the thread pool, whose stacks are not the model's
+    assert job.measure.memory_limit is not None
     limit_memory(job.measure.memory_limit, device)
     precision = choose_precision(job.precision, device)
     config = ModelConfig.from_dict(job.model)

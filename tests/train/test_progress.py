@@ -55,16 +55,6 @@ def test_on_a_terminal_there_is_a_bar(no_color: bool, monkeypatch: pytest.Monkey
     assert ("\x1b[38;" in shown or "\x1b[32m" in shown or "\x1b[35m" in shown) is not no_color
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        with Display(10) as display:
-            for _ in range(3):
-                display.trained(TRAINED, seconds_left=1)
-
-
 def test_the_end_of_a_run_that_did_not_finish_says_why() -> None:
     result = {"status": "out_of_memory", "steps": 3, "error": "can't allocate memory"}
     assert farewell(result, {}, Path("runs/x")) == "out of memory at step 3: can't allocate memory"

@@ -3,12 +3,15 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crossover.train import runtime
 from crossover.train.runtime import (
     Interrupted,
+    MemoryKills,
     PeakMemory,
     Stopwatch,
     choose_device,
@@ -16,6 +19,7 @@ from crossover.train.runtime import (
     is_out_of_memory,
     keep_freed_memory,
     says_out_of_memory,
+    signals_held,
     stop_signals,
 )
 
@@ -190,7 +194,7 @@ def _in_a_new_process(function: Callable[[], Any]) -> Any:
 
 @pytest.mark.quick
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_where_it_is_safe(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     with stop_signals() as poll:
@@ -210,7 +214,7 @@ def test_a_second_signal_stops_at_once() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_where_stopping_is_always_safe_every_signal_raises_at_once(signum: signal.Signals, code: int) -> None:
     before = signal.getsignal(signum)
     with stop_signals(at_once=True):
@@ -219,6 +223,59 @@ def test_where_stopping_is_always_safe_every_signal_raises_at_once(signum: signa
                 signal.raise_signal(signum)
             assert stop.value.exit_code == code
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.quick
+def test_a_signal_waits_until_what_is_started_is_noted() -> None:
+    noted = []
+
+    def start() -> None:
+        with signals_held():
+            with signals_held():
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+                noted.append("inner")
+            noted.append("outer")
+
+    with stop_signals(at_once=True):
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            start()
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    assert noted == ["inner", "outer"]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("group", "file", "text"),
+    [
+        ("0::/jobs/one", "sys/fs/cgroup/jobs/one/memory.events", "max 3\noom 9\noom_kill {}\noom_group_kill 0\n"),
+        ("7:cpu:/\n6:memory:/jobs", "sys/fs/cgroup/memory/jobs/memory.oom_control", "under_oom 0\noom_kill {}\n"),
+        ("0::/../elsewhere", "proc/vmstat", "pgfault 12\noom_kill {}\n"),
+    ],
+)
+def test_of_several_killed_processes_as_many_ran_out_of_memory_as_the_system_says(
+    group: str, file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "Path", lambda first, *rest: tmp_path / "/".join((first, *rest)).lstrip("/"))
+    for name, content in (("proc/self/cgroup", group), (file, text.format(2))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    kills = MemoryKills()
+    assert not kills.explain_one()
+    (tmp_path / file).write_text(text.format(4))
+    assert [kills.explain_one() for _ in range(3)] == [True, True, False]
+
+
+def test_memory_on_a_gpu_is_counted_from_what_stood_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {"now": 100, "most": 900}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: used["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: used.update(most=used["now"]))
+    memory = PeakMemory(torch.device("cuda"))
+    assert memory.peak_bytes() == 0
+    used["most"] = 350
+    assert memory.peak_bytes() == 250
 
 
 @pytest.mark.parametrize("at_once", [False, True])

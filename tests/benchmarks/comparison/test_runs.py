@@ -121,7 +121,7 @@ def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch
     started: list[str] = []
 
     class Training:
-        def __init__(self, run: RunConfig, log: Path) -> None:
+        def __init__(self, run: RunConfig, log: Path, kills: object) -> None:
             started.append(run.name)
             self.run, self.child, self.left = run, self, 2
             assert len(started) - len(ended) <= 2

@@ -6,26 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crossover.archs import ModelConfig, available, build, configure
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison.compare import bench_context
 from crossover.benchmarks.context import cells as context
 from crossover.benchmarks.context.cell import Cell, read_cells
 from crossover.benchmarks.context.cells import cause_of_death, cell_tasks, measure_cells, reusable_cells
-from crossover.benchmarks.context.jobs import PHASES, ContextJob, context_jobs
+from crossover.benchmarks.context.jobs import PHASES, ContextJob, context_jobs, default_memory_limit
 from crossover.benchmarks.context.options import ContextConfig, MeasureConfig
+from crossover.benchmarks.context.worker import Bench
 from crossover.benchmarks.harness.folder import append_jsonl
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.harness.progress import Progress, Schedule
 from crossover.benchmarks.harness.sizes import size_arch
+from crossover.train.runtime import Precision
 
 from ..scripts import Script
+
+FP32 = Precision("fp32", "for the test")
 
 
 def job(
     arch: str = "transformer", context_len: int = 32, model: dict[str, Any] | None = None, **measure: Any
 ) -> ContextJob:
-    options = {"time_box": 0.02, "min_repeats": 2, "decode_tokens": 2, "tokens_per_batch": 64, **measure}
+    options = {
+        "time_box": 0.02,
+        "min_repeats": 2,
+        "decode_tokens": 2,
+        "tokens_per_batch": 64,
+        "memory_limit": 3 * 2**30,
+    }
+    options |= measure
     model = configure(arch, d_model=32, n_layers=8 if arch == "jamba" else 1, **model or {}).to_dict()
     return ContextJob(
         arch=arch,
@@ -151,17 +163,6 @@ def test_failed_cells_are_measured_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert measure([job()], tmp_path)[-1].tokens_per_second == 5.0
 
 
-def test_a_worker_killed_by_the_system_ran_out_of_memory_and_a_new_one_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed = worker("decode", end="os.kill(os.getpid(), signal.SIGKILL)")
-    play(monkeypatch, killed, worker("train"))
-    cells = measure([job()], tmp_path)
-    assert [(cell.phase, cell.status) for cell in cells] == [
-        ("decode", "done"), ("prefill", "out_of_memory"), ("train", "done"),
-    ]  # fmt: skip
-
-
 def test_a_phase_that_takes_too_long_is_a_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, worker(end="time.sleep(60)"), worker(*PHASES[1:]))
     cells = measure([job(timeout=0.8)], tmp_path)
@@ -259,7 +260,7 @@ def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("returncode", "last_words", "status"),
     [
-        (-signal.SIGKILL, "", "out_of_memory"),
+        (-signal.SIGKILL, "", "failed"),
         (-signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'", "out_of_memory"),
         (1, "RuntimeError: DefaultCPUAllocator: can't allocate memory", "out_of_memory"),
         (-signal.SIGSEGV, "", "failed"),
@@ -268,6 +269,46 @@ def test_ctrl_c_keeps_the_phases_that_have_ended(tmp_path: Path, monkeypatch: py
 )
 def test_causes_of_death_are_told_apart(returncode: int, last_words: str, status: str) -> None:
     assert cause_of_death(returncode, last_words)["status"] == status
+    assert cause_of_death(returncode, last_words, ran_out=True)["status"] == "out_of_memory"
+
+
+@pytest.mark.parametrize(("ran_out", "status"), [(True, "out_of_memory"), (False, "failed")])
+def test_a_killed_worker_measured_nothing_unless_the_system_lacked_memory(
+    ran_out: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context.MemoryKills, "explain_one", lambda self: ran_out)
+    play(monkeypatch, worker("decode", end="os.kill(os.getpid(), signal.SIGKILL)"), worker("train"))
+    cells = measure([job()], tmp_path)
+    assert [(cell.phase, cell.status) for cell in cells] == [("decode", "done"), ("prefill", status), ("train", "done")]
+
+
+@pytest.mark.quick
+def test_a_comparison_is_extended_by_a_longer_context_with_the_settings_it_has(tmp_path: Path) -> None:
+    sizes = [size_arch("lstm", n_params=60_000, vocab_size=64, seq_len=16)]
+    provenance = {"cpu": "c", "device": "cpu", "torch": "t", "git_commit": None}
+
+    def jobs(*lengths: int, measure: MeasureConfig = MeasureConfig()) -> list[ContextJob]:  # noqa: B008
+        path = tmp_path / "context.jsonl"
+        options = {"precision": "fp32", "device": "cpu", "threads": 1, "provenance": provenance}
+        made = context_jobs(sizes, lengths, measure=measure, before=read_cells(path), **options)
+        reusable_cells(path, made)
+        return made
+
+    write(tmp_path, jobs(16, 40, measure=MeasureConfig(memory_limit=2**30))[0].cell("train", status="done"))
+    (_, _, longer) = jobs(16, 40, 90)
+    assert (longer.measure.tokens_per_batch, longer.measure.memory_limit) == (40, 2**30)
+    bench = Bench(ModelConfig.from_dict(longer.model), 90, longer.measure, device=torch.device("cpu"), precision=FP32)
+    assert bench.train().batch_size == 1
+    with pytest.raises(ValueError, match="another tokens_per_batch; give the same options"):
+        jobs(16, 90, measure=MeasureConfig(tokens_per_batch=90))
+
+
+def test_memory_is_limited_to_three_gib_on_the_cpu_and_to_what_is_free_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
+    assert default_memory_limit(torch.device("cpu")) == 3 * 2**30
+    assert default_memory_limit(torch.device("cuda")) == 70 * 2**30
 
 
 def test_jobs_are_made_from_sizes_lengths_and_settings() -> None:
@@ -282,7 +323,7 @@ def test_jobs_are_made_from_sizes_lengths_and_settings() -> None:
     ]  # fmt: skip
     for found in jobs:
         assert ModelConfig.from_dict(found.model) in [size.config for size in sizes]
-        assert found.measure == dataclasses.replace(measure, tokens_per_batch=64)
+        assert found.measure == dataclasses.replace(measure, tokens_per_batch=64, memory_limit=3 * 2**30)
         assert found.precision in ("fp32", "bf16")
         assert (found.threads, found.device != "auto", "command" in found.provenance) == (3, True, False)
         assert json.loads(json.dumps(found.settings)) == found.settings
