@@ -30,14 +30,8 @@ FP32 = Precision("fp32", "for the test")
 def job(
     arch: str = "transformer", context_len: int = 32, model: dict[str, Any] | None = None, **measure: Any
 ) -> ContextJob:
-    options = {
-        "time_box": 0.02,
-        "min_repeats": 2,
-        "decode_tokens": 2,
-        "tokens_per_batch": 64,
-        "memory_limit": 3 * 2**30,
-    }
-    options |= measure
+    measure = {"tokens_per_batch": 64, "memory_limit": 3 * 2**30, **measure}
+    options = {"time_box": 0.02, "min_repeats": 2, "decode_tokens": 2, **measure}
     model = configure(arch, d_model=32, n_layers=8 if arch == "jamba" else 1, **model or {}).to_dict()
     return ContextJob(
         arch=arch,
@@ -73,7 +67,7 @@ def play(monkeypatch: pytest.MonkeyPatch, *scripts: Script) -> None:
 def worker(*phases: str, end: str = "", **found: Any) -> Script:
     """A worker that says of these phases what was found, by default that they are done, and then ends like this."""
     found = found or {"status": "done", "tokens_per_second": 1.0}
-    return Script("job, _ = order", *(f"parent.send(job.cell({phase!r}, **{found}))" for phase in phases), end)
+    return Script("job, *_ = order", *(f"parent.send(job.cell({phase!r}, **{found}))" for phase in phases), end)
 
 
 @pytest.mark.slow
