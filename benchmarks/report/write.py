@@ -8,34 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json, write_text
-from ..context.cell import Cell
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, to_html, to_markdown
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
+from .rows import CONTEXT_COLUMNS, context_rows
 from .sections import sections
 from .words import headline, title
 
 __all__ = ["write_report"]
-
-_CELL_COLUMNS = (
-    "arch",
-    "phase",
-    "context_len",
-    "batch_size",
-    "n_params",
-    "n_active_params",
-    "tokens_per_second",
-    "spread_low",
-    "spread_high",
-    "repeats",
-    "peak_bytes",
-    "state_bytes",
-    "status",
-    "error",
-    "backend",
-    "dtype",
-    "peak_method",
-)
 
 
 def write_report(folder: Path) -> Path:
@@ -53,7 +33,7 @@ def write_report(folder: Path) -> Path:
     heading, subtitle = title(comparison, checks)
     columns = [key for key in rows[0] if key != "score"] if rows else ["arch"]
     _write_csv(folder / "quality.csv", columns, rows)
-    _write_csv(folder / "context.csv", _CELL_COLUMNS, map(_flat_cell, comparison.ordered_cells))
+    _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
     write_json(folder / "summary.json", _summary(comparison, rows, crossings, checks, lead))
     (folder / "figures").mkdir(exist_ok=True)
     for figure in _figures_in(blocks):
@@ -95,9 +75,3 @@ def _summary(
         "corpus_digest": corpus["digest"] if corpus else None,
         "equal_budget": [dataclasses.asdict(check) for check in checks],
     }
-
-
-def _flat_cell(cell: Cell) -> dict[str, Any]:
-    low, high = cell.spread or (None, None)
-    backend = "; ".join(f"{op}={'+'.join(names)}" for op, names in sorted(cell.backend.items()))
-    return {**cell.to_dict(), "spread_low": low, "spread_high": high, "backend": backend}

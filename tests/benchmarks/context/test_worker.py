@@ -5,19 +5,21 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from crossover.archs import State, configure
-from crossover.benchmarks.context import worker
+from crossover.archs import State, build
+from crossover.benchmarks.context import measure
+from crossover.benchmarks.context.measure import Bench
 from crossover.benchmarks.context.options import MeasureConfig
-from crossover.benchmarks.context.worker import Bench, limit_memory, measure
-from crossover.train.runtime import choose_precision
+from crossover.benchmarks.context.worker import attempt, limit_memory
+from crossover.train.runtime import PeakMemory, choose_precision
 
 CPU = torch.device("cpu")
 
 
 def make_bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp32") -> Bench:
     settings = MeasureConfig(tokens_per_batch=32, decode_tokens=2, time_box=0.01, min_repeats=3)
-    config = configure(arch, d_model=32, n_layers=1)
-    return Bench(config, context_len, settings, device=CPU, precision=choose_precision(precision, CPU))
+    memory, lm = PeakMemory(CPU), build(arch, d_model=32, n_layers=1)
+    options = {"device": CPU, "precision": choose_precision(precision, CPU), "memory": memory}
+    return Bench.of(lm, context_len, settings, **options)
 
 
 @pytest.mark.quick
@@ -25,7 +27,7 @@ def make_bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp3
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> None:
     bench = make_bench("transformer", precision=precision)
-    found = measure(bench, phase)
+    found = attempt(bench, phase)
     assert found["status"] == "done", found
     with torch.no_grad():
         state = bench._prefilled(bench._tokens(1, 16), 16)
@@ -48,16 +50,16 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
         time.sleep(0.01)
         return next(seconds)
 
-    monkeypatch.setattr(worker, "timed", fill_the_box)
-    found = measure(make_bench(), "train")
+    monkeypatch.setattr(measure, "timed", fill_the_box)
+    found = attempt(make_bench(), "train")
     assert (found["status"], found["repeats"]) == ("done", repeats)
     if repeats == 2:
         assert found["spread"] == (32 / 0.5, 32 / 0.25)
 
 
 def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "timed", lambda device, work: 100.0)
-    assert measure(make_bench(), "decode")["repeats"] >= 3
+    monkeypatch.setattr(measure, "timed", lambda device, work: 100.0)
+    assert attempt(make_bench(), "decode")["repeats"] >= 3
 
 
 def test_an_unexpected_error_leaves_its_traceback(
@@ -65,28 +67,28 @@ def test_an_unexpected_error_leaves_its_traceback(
 ) -> None:
     bench = make_bench()
     monkeypatch.setattr(bench, "_declared_bytes", lambda batch_size: 1)
-    assert measure(bench, "prefill")["status"] == "failed"
+    assert attempt(bench, "prefill")["status"] == "failed"
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_state_that_is_not_what_init_state_says_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench()
     monkeypatch.setattr(bench, "_declared_bytes", lambda batch_size: 1)
-    found = measure(bench, "prefill")
+    found = attempt(bench, "prefill")
     assert found["status"] == "failed"
     assert "init_state says 1" in found["error"]
 
 
 def test_decoding_starts_every_repeat_from_the_same_context() -> None:
     bench, lengths = make_bench("transformer"), []
-    forward = bench.lm.forward
+    forward = bench.driver.model.forward
 
     def spy(tokens: torch.Tensor, state: list) -> object:
         lengths.append(state[0].length)
         return forward(tokens, state)
 
-    bench.lm.forward = spy  # pyright: ignore[reportAttributeAccessIssue]
-    assert measure(bench, "decode")["status"] == "done"
+    bench.driver.model.forward = spy  # pyright: ignore[reportAttributeAccessIssue]
+    assert attempt(bench, "decode")["status"] == "done"
     assert set(lengths) == {16, 17}
 
 
@@ -108,7 +110,7 @@ def test_errors_are_told_apart(error: Exception, status: str, monkeypatch: pytes
         raise error
 
     monkeypatch.setattr(bench, "train", fail)
-    found = measure(bench, "train")
+    found = attempt(bench, "train")
     assert found["status"] == status
     assert found["error"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from crossover.benchmarks import load_results
 from crossover.benchmarks.report.write import write_report
 from crossover.train.score import BITS_PER_BYTE
 
@@ -39,6 +40,17 @@ class _Elements(HTMLParser):
 def words(page: str) -> str:
     """The text of a page without its markup."""
     return re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
+
+
+@pytest.mark.quick
+def test_results_for_scripts_are_the_rows_of_the_tables(folder: Path) -> None:
+    results = load_results(str(folder))
+    for name, rows in (("quality", results.quality), ("context", results.context)):
+        with (folder / f"{name}.csv").open(encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+        assert [{key: "" if row[key] is None else str(row[key]) for key in table[0]} for row in rows] == table
+    assert len(results) == len(results.quality) + len(results.context)
+    assert all(isinstance(value, str | int | float | None) for row in results for value in row.values())
 
 
 @pytest.mark.quick

@@ -1,0 +1,473 @@
+"""Speed and memory of one model at one context length, in this process: ours, one of transformers', or any module.
+
+Commands measure each cell in a process of its own (`worker.py`); `measure` does it here, for scripts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...archs import LanguageModel, LMLoss, Seq2Seq
+from ...archs.mixer import State
+from ...kernels.dispatch import record_backends
+from ...train.config import OptimConfig
+from ...train.learner import Learner, Update
+from ...train.objectives.next_token import RandomTokens
+from ...train.optim import adamw
+from ...train.runtime import PeakMemory, Precision, choose_precision, keep_freed_memory
+from ...train.verdict import apply_verdict
+from ..harness.timing import quantiles, rounds, timed
+from .options import MeasureConfig
+
+__all__ = ["Bench", "Measurement", "measure"]
+
+_MIN_REPEATS_OF_SLOW_TRAINING = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Speed and memory of one phase."""
+
+    batch_size: int
+    tokens_per_second: float
+    """Median over the repeats."""
+    spread: tuple[float, float]
+    """Tenth and ninetieth percentile over the repeats, in tokens per second; lowest and highest of two."""
+    repeats: int
+    peak_bytes: int
+    """Most memory above what the process used before the model was built."""
+    peak_method: str
+    state_bytes: int | None
+    """State of one sequence after the context; None where the model keeps none."""
+    backend: dict[str, list[str]]
+    """Backends that ran, by operation of ours."""
+
+
+def measure(
+    model: nn.Module,
+    phase: Literal["train", "prefill", "decode"],
+    context_len: int,
+    *,
+    batch_size: int = 1,
+    vocab_size: int | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    decode_tokens: int = 32,
+    time_box: float = 0.5,
+    min_repeats: int = 3,
+) -> Measurement:
+    """Measures a model as `crossover bench context` does, but in this process and where the model is.
+
+        from crossover import build
+        from crossover.benchmarks import measure
+
+        print(measure(build("mamba", d_model=64, n_layers=2), "decode", 512).tokens_per_second)
+
+    Args:
+        model: any module from tokens (B, L) to logits (B, L, V), or to an output with `.logits`: a language model of
+            ours, one of transformers', or your own. It is left as it was; its training step has a learning rate of 0.
+        phase: "train", forward, backward and optimizer step; "prefill", reading prompts, of which the last position's
+            logits are needed; "decode", one token at a time after a prompt, which needs a model of ours or of
+            transformers', for the state that it carries on.
+        context_len: length of the sequences or of the prompt, in tokens.
+        batch_size: sequences at once.
+        vocab_size: tokens are drawn from as many; that of the model when None.
+        precision: arithmetic, as in `crossover train`.
+        decode_tokens: tokens of each repeat of "decode".
+        time_box: seconds of the repeats, longer where min_repeats take longer.
+        min_repeats: fewest repeats after the warm-up.
+
+    Raises:
+        ValueError: if the model cannot do the phase, or reads fewer tokens.
+    """
+    known = ("train", "prefill", "decode")
+    if phase not in known:
+        raise ValueError(f"phase={phase!r} is none of {', '.join(known)}")
+    for name, value in (("context_len", context_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    driver = _driver(model, phase)
+    held = list({id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    device = held[0].device if held else torch.device("cpu")
+
+    def bench(length: int, box: float, least: int) -> Measurement:
+        settings = MeasureConfig(
+            tokens_per_batch=batch_size * length,
+            prompts=batch_size,
+            decode_tokens=decode_tokens,
+            time_box=box,
+            min_repeats=least,
+        )
+        found = Bench(
+            driver,
+            length,
+            settings,
+            vocab_size=_vocab_size(model) if vocab_size is None else vocab_size,
+            device=device,
+            precision=choose_precision(precision, device),
+            memory=PeakMemory(device),
+            held_bytes=sum(tensor.nbytes for tensor in held),
+        )
+        return getattr(found, phase)()
+
+    keep_freed_memory()
+    apply_verdict()
+    with _left_as_it_was(model, device):
+        try:
+            bench(min(context_len, 32), 1e-9, 1)  # libraries and compiled kernels are no memory of the model's
+            return bench(context_len, time_box, min_repeats)
+        except IndexError as error:
+            raise ValueError(f"{type(model).__name__} cannot read {context_len} tokens ({error})") from error
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in grads:
+            parameter.grad = None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+
+
+def _vocab_size(model: nn.Module) -> int:
+    found = getattr(getattr(model, "config", None), "vocab_size", None)
+    if found is None:
+        found = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} does not say how many tokens there are: give vocab_size")
+    return int(found)
+
+
+class _Driver:
+    """How a model of any kind is trained and reads; what it carries on after a prompt is its state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def learns(self) -> nn.Module:
+        """The model as objectives call it: with targets, for a loss."""
+        return _WithLoss(self.model)
+
+    def read(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> Any:
+        """Reads prompts (B, L), up to the logits of the last position; returns the state, if any."""
+        _logits(self.model(tokens))
+
+    def step(self, tokens: Tensor, state: Any) -> Any:
+        """Reads one more token of each, (B, 1); returns the next state."""
+        raise AssertionError("refused by _driver")
+
+    def copied(self, state: Any) -> Any:
+        """A state that shares no memory with the given one."""
+        return copy.deepcopy(state)
+
+    def n_bytes(self, state: Any) -> int | None:
+        """Bytes of a state."""
+        return None if state is None else sum(tensor.nbytes for tensor in _tensors(state))
+
+    def declared_bytes(self, batch_size: int, context_len: int, dtype: torch.dtype | None) -> int | None:
+        """What the state should hold after a context, where the model says so."""
+        return None
+
+
+class _Ours(_Driver):
+    model: LanguageModel
+
+    @property
+    def learns(self) -> nn.Module:
+        return self.model
+
+    def read(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> list[State]:
+        state = self.model.init_state(tokens.shape[0], max_len, device=tokens.device, dtype=dtype)
+        x, after, _ = self.model.hidden(tokens, state)
+        self.model.logits(x[:, -1:])
+        assert after is not None
+        return after
+
+    def step(self, tokens: Tensor, state: list[State]) -> Any:
+        return self.model(tokens, state).state
+
+    def copied(self, state: Sequence[State]) -> list[State]:
+        return [layer.clone() for layer in state]
+
+    def n_bytes(self, state: Sequence[State]) -> int:
+        return sum(layer.nbytes for layer in state)
+
+    def declared_bytes(self, batch_size: int, context_len: int, dtype: torch.dtype | None) -> int:
+        return self.n_bytes(self.model.init_state(batch_size, context_len, device="meta", dtype=dtype))
+
+
+class _Transformers(_Driver):
+    """One of transformers', whose state is a cache that it makes itself; models differ in what they call it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        options = inspect.signature(model.forward).parameters
+        self._cache = next((name for name in ("past_key_values", "cache_params") if name in options), None)
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in options else {}
+
+    @property
+    def has_cache(self) -> bool:
+        return self._cache is not None
+
+    def read(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> Any:
+        return self._call(tokens)
+
+    def step(self, tokens: Tensor, state: Any) -> Any:
+        assert self._cache is not None
+        after = self._call(tokens, **{self._cache: state})
+        if after is None:
+            raise ValueError(f"{type(self.model).__name__} gives no cache back, without which it cannot decode")
+        return after
+
+    def _call(self, tokens: Tensor, **options: Any) -> Any:
+        if self._cache is None:
+            _logits(self.model(tokens, **self._last))
+            return None
+        out = self.model(tokens, use_cache=True, **self._last, **options)
+        _logits(out)
+        return getattr(out, self._cache, None)
+
+
+class _WithLoss(nn.Module):
+    """Gives any model a loss, as ours have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, *, targets: Tensor, starts: None = None) -> LMLoss:
+        logits = _logits(self.model(tokens))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return LMLoss(loss, torch.zeros((), device=loss.device))
+
+
+def _driver(model: nn.Module, phase: str) -> _Driver:
+    """What knows how to drive a model.
+
+    Raises:
+        ValueError: if it cannot do the phase.
+    """
+    name = type(model).__name__
+    transformers = sys.modules.get("transformers")  # a model of theirs has imported it
+    if isinstance(model, Seq2Seq) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{name} has two lengths, of a source and of a target, where one context is measured")
+    if isinstance(model, LanguageModel) and model.config.kind == "decoder":
+        return _Ours(model)
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        driver = _Transformers(model)
+        if phase == "decode" and not driver.has_cache:
+            raise ValueError(f"{name} takes no cache, without which it cannot decode: measure train or prefill")
+        return driver
+    if phase == "decode":
+        raise ValueError(
+            f"decode needs the state that a model carries on, and how {name} does that is not known: "
+            "measure train or prefill, or a causal language model of crossover or of transformers"
+        )
+    if phase == "train" and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{name} has no parameters to train")
+    return _Driver(model)
+
+
+def _logits(out: Any) -> Tensor:
+    """The logits of whatever a model returns."""
+    logits = getattr(out, "logits", out[0] if isinstance(out, tuple) and out else out)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise ValueError(f"the model returns {type(logits).__name__}{shape} where logits (B, L, V) are needed")
+    return logits
+
+
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors inside a cache, each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for part in (*inner, *getattr(value, "__dict__", {}).values()):
+        yield from _tensors(part, seen)
+
+
+def _with_state(found: Measurement, n_bytes: int | None) -> Measurement:
+    """Adds the state's bytes, of all sequences, where the model could not say before."""
+    known = found.state_bytes is not None or n_bytes is None
+    return found if known else dataclasses.replace(found, state_bytes=n_bytes // found.batch_size)
+
+
+class Bench:
+    """One model at one context length; each phase is a method that returns its Measurement."""
+
+    def __init__(
+        self,
+        driver: _Driver,
+        context_len: int,
+        settings: MeasureConfig,
+        *,
+        vocab_size: int,
+        device: torch.device,
+        precision: Precision,
+        memory: PeakMemory,
+        held_bytes: int = 0,
+    ) -> None:
+        """Takes a model on its device.
+
+        Args:
+            driver: of the model.
+            context_len: length of sequences and prompts.
+            settings: how to measure; `tokens_per_batch` is given.
+            vocab_size: tokens are drawn from as many.
+            device: where the model is.
+            precision: arithmetic.
+            memory: counts from before the model was built, or from where it had been built.
+            held_bytes: what the model holds of its own, where `memory` does not count it.
+        """
+        self.driver, self.context_len, self.settings = driver, context_len, settings
+        self.device, self.precision, self.vocab_size = device, precision, vocab_size
+        self.memory, self.held_bytes = memory, held_bytes
+        assert settings.tokens_per_batch is not None
+        batch_size = max(1, settings.tokens_per_batch // context_len)
+        self.batch_size = {"train": batch_size, "prefill": settings.prompts, "decode": settings.prompts}
+        # Under autocast the activations that a state keeps are bf16; recurrent states stay in float32.
+        self.state_dtype = torch.bfloat16 if precision.name == "bf16" else None
+        self.state_bytes = self._declared_bytes(1)
+
+    @classmethod
+    def of(cls, lm: LanguageModel, context_len: int, settings: MeasureConfig, **options: Any) -> Bench:
+        """The bench of a language model of ours; options as above."""
+        return cls(_Ours(lm), context_len, settings, vocab_size=lm.config.vocab_size, **options)
+
+    def train(self) -> Measurement:
+        """Forward, backward and optimizer step."""
+        batch_size, config, model = self.batch_size["train"], OptimConfig(), self.driver.learns
+        objective = RandomTokens(vocab_size=self.vocab_size, batch_size=batch_size, seq_len=self.context_len)
+        batch = objective.collate(objective.rows(0)).to(self.device)
+        update = Update(
+            Learner(model, objective),
+            objective,
+            adamw(model, config),
+            precision=self.precision,
+            clip=config.clip,
+        )
+        model.train()
+        return self._measure(
+            lambda: timed(self.device, lambda: update([batch], 0.0)),
+            batch_size,
+            batch_size * self.context_len,
+            min_repeats_if_slow=_MIN_REPEATS_OF_SLOW_TRAINING,
+        )
+
+    @torch.no_grad()
+    def prefill(self) -> Measurement:
+        """Reads prompts into an empty state; of the logits only the last position's are needed."""
+        batch_size = self.batch_size["prefill"]
+        tokens = self._tokens(batch_size, self.context_len)
+        self.driver.model.eval()
+        held: int | None = 0
+
+        def read() -> None:
+            nonlocal held
+            held = self.driver.n_bytes(self._prefilled(tokens, self.context_len))
+
+        found = self._measure(lambda: timed(self.device, read), batch_size, batch_size * self.context_len)
+        declared = self._declared_bytes(batch_size)
+        if declared is not None and held != declared:
+            raise ValueError(
+                f"the state holds {held} bytes after {self.context_len} tokens where init_state says {declared}"
+            )
+        return _with_state(found, held)
+
+    @torch.no_grad()
+    def decode(self) -> Measurement:
+        """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt."""
+        batch_size, n_tokens = self.batch_size["decode"], self.settings.decode_tokens
+        tokens = self._tokens(batch_size, n_tokens)
+        self.driver.model.eval()
+        snapshot = self._prefilled(self._tokens(batch_size, self.context_len), self.context_len + n_tokens)
+        n_bytes = self.driver.n_bytes(snapshot)
+        if n_bytes is None:
+            raise ValueError(f"{type(self.driver.model).__name__} gives no cache back, without which it cannot decode")
+
+        def generate() -> float:
+            state = self.driver.copied(snapshot)
+
+            def go() -> None:
+                nonlocal state
+                with self.precision.autocast(self.device):
+                    for i in range(n_tokens):
+                        state = self.driver.step(tokens[:, i : i + 1], state)
+
+            return timed(self.device, go)
+
+        found = self._measure(generate, batch_size, batch_size * n_tokens, spare_bytes=n_bytes)
+        return _with_state(found, n_bytes)
+
+    def _prefilled(self, tokens: Tensor, max_len: int) -> Any:
+        with self.precision.autocast(self.device):
+            return self.driver.read(tokens, max_len, self.state_dtype)
+
+    def _declared_bytes(self, batch_size: int) -> int | None:
+        return self.driver.declared_bytes(batch_size, self.context_len, self.state_dtype)
+
+    def _tokens(self, batch_size: int, n_tokens: int) -> Tensor:
+        drawn = np.random.default_rng(n_tokens).integers(0, self.vocab_size, (batch_size, n_tokens))
+        return torch.from_numpy(drawn).to(self.device)
+
+    def _measure(
+        self,
+        run: Callable[[], float],
+        batch_size: int,
+        n_tokens: int,
+        *,
+        spare_bytes: int = 0,
+        min_repeats_if_slow: int | None = None,
+    ) -> Measurement:
+        """Warms up and repeats.
+
+        Args:
+            run: does the work once and returns the seconds that count.
+            batch_size: sequences that `run` works on.
+            n_tokens: tokens that `run` works on.
+            spare_bytes: held only for the sake of measuring; they do not count as peak.
+            min_repeats_if_slow: the fewest repeats where the warm-up alone takes longer than the time box.
+        """
+        gc.collect()
+        PeakMemory(self.device)  # gives back what earlier phases freed, and forgets their peak
+        with record_backends() as used:
+            warm_up_seconds = run()
+        box, least = self.settings.time_box, self.settings.min_repeats
+        if min_repeats_if_slow is not None and warm_up_seconds > box:
+            least = min(least, min_repeats_if_slow)
+        rates = [n_tokens / run() for _ in rounds(box, least=least)]
+        low, median, high = quantiles(rates, (0.1, 0.5, 0.9) if len(rates) > 2 else (0, 0.5, 1))
+        return Measurement(
+            batch_size=batch_size,
+            tokens_per_second=median,
+            spread=(low, high),
+            repeats=len(rates),
+            peak_bytes=max(0, self.memory.peak_bytes() - spare_bytes) + self.held_bytes,
+            peak_method=self.memory.method,
+            state_bytes=self.state_bytes,
+            backend={op: list(names) for op, names in sorted(used.items())},
+        )
