@@ -8,11 +8,12 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .arguments import arguments_of
 from .cases import Cases
 
 P = ParamSpec("P")
@@ -20,6 +21,9 @@ R = TypeVar("R")
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 """Every backend an operation may have, the judge first."""
+
+KERNELS = ("cpu", "triton")
+"""Those that compute in float32."""
 
 # Plain globals: torch.compile guards on them, but cannot trace a ContextVar.
 _forced: str | None = None
@@ -100,11 +104,12 @@ def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
 class Op(Generic[P, R]):
     """One operation and its interchangeable implementations, called like the reference.
 
-    Every implementation has the reference's signature, agrees with it to the tolerance its test states, and raises
+    Arguments are checked here, before any implementation runs: see arguments.py for what is a ValueError. Every
+    implementation has the reference's signature, agrees with it to the tolerance its test states, and raises
     `Unsupported` for arguments it cannot take. The device of the first argument decides which are tried, fastest
     first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`. What is
     switched off is not tried.
-    Float64, which is for checking and not for speed, always runs plain PyTorch.
+    Float64, which is for checking and not for speed, always runs plain PyTorch. Without rows or tokens nothing runs.
     """
 
     def __init__(
@@ -123,7 +128,7 @@ class Op(Generic[P, R]):
             device: tuple(name for name in names if name in self._implementations)
             for device, names in {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}.items()
         }
-        self._cases = cases
+        self._cases, self._arguments = cases, arguments_of(reference)
 
     @property
     def cases(self) -> Cases:
@@ -138,26 +143,36 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the reference's signature, on the implementation that the device and `use_backend` pick."""
+        arguments: tuple[Any, ...] = args
+        x = next(iter((*args, *kwargs.values())))
+        if self._arguments is not None:
+            arguments, sizes, x = self._arguments.check(args, kwargs)
+            if self._arguments.is_empty(sizes):
+                return self._arguments.nothing(arguments, kwargs, sizes)
+        assert isinstance(x, Tensor)
+        is_double = x.dtype in (torch.float64, torch.complex128)
         if _forced is not None:
             if _forced not in self._implementations:
                 raise Unsupported(f"{self.__name__} has no {_forced} implementation here, only {self.backends}")
-            return self._run(_forced, *args, **kwargs)
-        x = next(iter((*args, *kwargs.values())))
-        assert isinstance(x, Tensor)
-        names = ("torch",) if x.dtype == torch.float64 else self._by_device.get(x.device.type, ("torch",))
+            if is_double and _forced in KERNELS:
+                raise Unsupported(f"{self.__name__}: {_forced} computes in float32, not {x.dtype}")
+            if _forced == "cpu" and x.device.type != "cpu":
+                raise Unsupported(f"{self.__name__}: the inputs are on {x.device}, not on the CPU")
+            return self._run(_forced, *arguments, **kwargs)
+        names = ("torch",) if is_double else self._by_device.get(x.device.type, ("torch",))
         if _switched_off:
             left = tuple(name for name in names if (self.__name__, name) not in _switched_off)
             names = left if "torch" in left else (*left, "reference")
         *fast, last = names
         for name in fast:
             try:
-                return self._run(name, *args, **kwargs)
+                return self._run(name, *arguments, **kwargs)
             except Unsupported as error:
                 message = f"{self.__name__}: {name} is passed over: {error}"
                 warnings.warn(message, KernelFallbackWarning, stacklevel=2)
-        return self._run(last, *args, **kwargs)
+        return self._run(last, *arguments, **kwargs)
 
-    def _run(self, name: str, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _run(self, name: str, *args: Any, **kwargs: Any) -> R:
         result = self._implementations[name](*args, **kwargs)
         if _record is not None and name not in (seen := _record.get(self.__name__, ())):
             _record[self.__name__] = tuple(sorted((*seen, name)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Unsupported, forced_backend
+from ..dispatch import forced_backend
 from ..operators import operator
 from ..parallel import is_small, run
 from . import torch_impl
@@ -29,18 +29,10 @@ def attention(
     kv_len: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Same contract as reference.attention, in float32. Differentiable once.
-
-    Raises:
-        Unsupported: if an input is not on the CPU, or one of q, k and v is float64.
-    """
-    if any(t is not None and t.device.type != "cpu" for t in (q, k, v, starts, first_key, kv_len)):
-        raise Unsupported("an input is not on the CPU")
-    if any(t.dtype == torch.float64 for t in (q, k, v)):
-        raise Unsupported("an input is float64, and the kernels compute in float32")
-    (L, H, P), (S, H_kv) = q.shape[1:], k.shape[1:3]
+    """Same contract as reference.attention, in float32. Differentiable once."""
+    (L, P), S = q.shape[1::2], k.shape[1]
     masked = (window is not None and window < S) or any(t is not None for t in (starts, first_key, kv_len))
-    if masked or not causal or L != S or L == 1 or H % H_kv or _is_short(q):
+    if masked or not causal or L != S or L == 1 or _is_short(q):
         return torch_impl.attention(q, k, v, causal, window, starts, first_key, kv_len, scale)
     o, *_ = _attention(q.float(), k.float(), v.float(), P**-0.5 if scale is None else scale)
     return o.to(q.dtype)

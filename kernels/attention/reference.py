@@ -5,9 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 from .visible import visible_keys
 
 
+@takes(
+    q="B L H P",
+    k="B S H_kv P",
+    v="B S H_kv V",
+    window="W",
+    starts="B L bool",
+    first_key="B int",
+    kv_len="int",
+    gives=("B L H V",),
+    where={
+        "H a multiple of H_kv": lambda size: size["H"] % size["H_kv"] == 0,
+        "S at least L": lambda size: size["S"] >= size["L"],
+    },
+)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -36,15 +51,8 @@ def attention(
 
     Returns:
         o, (B, L, H, P), in q's dtype.
-
-    Raises:
-        ValueError: if H is not a multiple of H_kv, or if there are fewer keys than queries.
     """
     L, H, P = q.shape[1:]
-    if H % k.shape[2]:
-        raise ValueError(f"{H} query heads cannot share {k.shape[2]} key heads evenly")
-    if k.shape[1] < L:
-        raise ValueError(f"{k.shape[1]} keys for {L} queries: the queries must be the last of the keys")
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(dtype).repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("blhp,bshp->bhls", q.to(dtype), k) * (P**-0.5 if scale is None else scale)

@@ -56,15 +56,10 @@ def attention(
     """Same contract as reference.attention, but a query that sees no key gives zeros. Differentiable once.
 
     Raises:
-        ValueError: if H is not a multiple of H_kv, or if there are fewer keys than queries.
         Unsupported: if a head is wider than MAX_WIDTH, the dtypes differ or are not floats of 16 or 32 bits, or scale
             is negative.
     """
     L, S, P = q.shape[1], k.shape[1], q.shape[3]
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
-    if S < L:
-        raise ValueError(f"{S} keys for {L} queries: the queries must be the last of the keys")
     if max(P, v.shape[3]) > MAX_WIDTH:
         raise Unsupported(f"a head of {max(P, v.shape[3])} channels is wider than {MAX_WIDTH}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:

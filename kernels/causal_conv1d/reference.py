@@ -6,9 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = (None, "silu")
+from ..arguments import takes
 
 
+@takes(
+    x="B L E",
+    weight="E K",
+    bias="E",
+    activation=(None, "silu"),
+    initial_state="B K-1 E",
+    starts="B L bool",
+    gives=("B L E", "B K-1 E"),
+)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -30,12 +39,7 @@ def causal_conv1d(
     Returns:
         y, (B, L, E), and the window that continues it, (B, K-1, E): the last K - 1 inputs, zero before the last start,
         in storage of their own, so that a state with it does not keep the whole input alive.
-
-    Raises:
-        ValueError: if the activation is not one of ACTIVATIONS.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}, expected one of {ACTIVATIONS}")
     dtype = torch.promote_types(x.dtype, torch.float32)
     K = weight.shape[1]
     window = x.new_zeros(x.shape[0], K - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)

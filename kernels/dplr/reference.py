@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(A="E N complex", P="E N complex", B="E N complex", C="E N complex", length="L", gives=("E L",))
 def dplr_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """Computes K[t] = C Ab^t Bb, the impulse response of dplr_scan, exactly for any length.
 
@@ -24,6 +27,17 @@ def dplr_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tens
     return dplr_scan(u, A, P, B, C)[0][0].mT
 
 
+@takes(
+    u="B L E",
+    A="E N complex",
+    P="E N complex",
+    B="E N complex",
+    C="E N complex",
+    D="E",
+    initial_state="B E N complex",
+    starts="B L bool",
+    gives=("B L E", "B E N complex"),
+)
 def dplr_scan(
     u: Tensor,
     A: Tensor,

@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(
+    q="B L H N",
+    k="B L H N",
+    v="B L H P",
+    log_decay="B L H",
+    beta="B L H",
+    initial_state="B H P N",
+    starts="B L bool",
+    gives=("B L H P", "B H P N wide"),
+)
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

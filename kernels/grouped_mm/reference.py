@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(x="T D", weight="G F D", counts="G int64")
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Computes y[t] = weight[g(t)] x[t], where the first counts[0] rows belong to group 0, the next to group 1, ...
 

@@ -29,12 +29,10 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Same contract as reference.grouped_mm. Differentiable once.
 
     Raises:
-        Unsupported: if there are more than MAX_GROUPS groups, and for float64.
+        Unsupported: if there are more than MAX_GROUPS groups.
     """
     if weight.shape[0] > MAX_GROUPS:
         raise Unsupported(f"{weight.shape[0]} groups are more than {MAX_GROUPS}")
-    if x.dtype == torch.float64:
-        raise Unsupported("the kernels compute in float32, not float64")
     dtype = product_dtype(x)
     return _grouped_mm(x.to(dtype), weight.to(dtype), counts)
 

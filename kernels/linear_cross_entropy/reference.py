@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(x="T D", weight="V D", targets="T int64")
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(A="E N complex", C="E N complex", length="L", gives=("E L",))
 def ssm_kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
     """Computes K[t] = 2 Re sum_n C[n] exp(A[n] t), a diagonal SSM's impulse response (S4D, arXiv:2206.11893, eq. 3).
 
@@ -21,6 +24,7 @@ def ssm_kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
     return 2 * (C[..., None] * torch.exp(A[..., None] * t)).sum(1).real
 
 
+@takes(u="B L E", kernel="E L", D="E", gives=("B L E",))
 def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     """Computes y[t] = sum_s kernel[s] u[t - s] + D u[t], each channel with its own kernel as long as the sequence.
 
@@ -39,6 +43,15 @@ def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     return (y if D is None else y + D.to(dtype) * x).to(u.dtype)
 
 
+@takes(
+    u="B L E",
+    A="E N complex",
+    C="E N complex",
+    D="E",
+    initial_state="B E N complex",
+    starts="B L bool",
+    gives=("B L E", "B E N complex"),
+)
 def ssm_scan(
     u: Tensor,
     A: Tensor,

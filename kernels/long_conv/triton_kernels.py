@@ -199,12 +199,7 @@ def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
 
     A channel's tokens are neighbours inside, which makes columns of a matrix of them, so u and y are transposed here,
     as for the FFT: one more read and write of each, which torch.compile can do together with what is around.
-
-    Raises:
-        Unsupported: if u is float64.
     """
-    if u.dtype == torch.float64:
-        raise Unsupported("u is float64, and the kernels compute in float32")
     if not products_win(u.shape[0], u.shape[1], u.dtype):
         return torch_impl.long_conv(u, kernel, D)
     return _conv(u.mT.contiguous(), kernel.float(), None if D is None else D.float()).mT.contiguous()
@@ -397,10 +392,8 @@ def ssm_scan(
     """Same contract as reference.ssm_scan. Differentiable once.
 
     Raises:
-        Unsupported: if u is float64, A is complex128, or has more than MAX_STATES poles a channel.
+        Unsupported: if A is complex128, or has more than MAX_STATES poles a channel.
     """
-    if u.dtype == torch.float64:
-        raise Unsupported("u is float64, and the kernels compute in float32")
     _check(A)
     if u.shape[1] == 1:  # a decode step has nothing to scan
         return torch_impl.ssm_scan(u, A, C, D, initial_state, starts)

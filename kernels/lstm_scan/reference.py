@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(
+    gates="B L 4E",
+    weight="4E E",
+    initial_state="B 2 E",
+    starts="B L bool",
+    gives=("B L E", "B 2 E wide"),
+)
 def lstm_scan(
     gates: Tensor, weight: Tensor, initial_state: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import Unsupported
 from ..operators import operator
 from ..triton_kernels import exp, launch, sigmoid
 from . import torch_impl
@@ -32,13 +31,7 @@ ROWS = 16
 def lstm_scan(
     gates: Tensor, weight: Tensor, initial_state: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as reference.lstm_scan. Differentiable once.
-
-    Raises:
-        Unsupported: if gates are float64.
-    """
-    if gates.dtype == torch.float64:
-        raise Unsupported("gates are float64, and the kernels compute in float32")
+    """Same contract as reference.lstm_scan. Differentiable once."""
     if gates.shape[1] == 1:  # a decode step has nothing to scan
         return torch_impl.lstm_scan(gates, weight, initial_state, starts)
     inputs = (gates, weight, initial_state)

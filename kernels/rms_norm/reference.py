@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(x="... D", weight="D")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Computes weight x / sqrt(mean(x^2) + eps) over the last axis.
 
@@ -24,6 +27,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * _inverse_rms(wide, eps) * weight.to(dtype)).to(x.dtype)
 
 
+@takes(
+    x="... D",
+    z="... D",
+    weight="D",
+    n_groups="G",
+    where={"D a multiple of G": lambda size: size["D"] % size["G"] == 0},
+)
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
     """Computes rms_norm(x silu(z)), in each of `n_groups` groups of channels apart (Mamba-2, arXiv:2405.21060, 7.3).
 
@@ -36,12 +46,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
 
     Returns:
         (..., D), in x's dtype.
-
-    Raises:
-        ValueError: if D is not a multiple of n_groups.
     """
-    if weight.shape[0] % n_groups:
-        raise ValueError(f"{weight.shape[0]} channels do not make {n_groups} equal groups")
     dtype = torch.promote_types(x.dtype, torch.float32)
     gated = (x.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (n_groups, -1))
     normed = gated * _inverse_rms(gated, eps)

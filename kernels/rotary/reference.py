@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(q="B L H 2P", k="B L H_kv 2P", positions="L int")
 def rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Rotates the pairs (x[i], x[i + P/2]) of each head by position * theta^(-2 i / P) (arXiv:2104.09864, eq. 34).
 

@@ -6,7 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(
+    u="B L E",
+    delta="B L E",
+    A="E N",
+    B="B L N",
+    C="B L N",
+    D="E",
+    z="B L E",
+    delta_bias="E",
+    initial_state="B E N",
+    starts="B L bool",
+    gives=("B L E", "B E N wide"),
+)
 def selective_scan(
     u: Tensor,
     delta: Tensor,

@@ -55,10 +55,8 @@ def selective_scan(
     """Same contract as reference.selective_scan. Differentiable once.
 
     Raises:
-        Unsupported: if u is float64, or there are more than MAX_STATES states.
+        Unsupported: if there are more than MAX_STATES states.
     """
-    if u.dtype == torch.float64:
-        raise Unsupported("u is float64, and the kernels compute in float32")
     if A.shape[1] > MAX_STATES:
         raise Unsupported(f"d_state={A.shape[1]} is more than {MAX_STATES}")
     if u.shape[1] == 1:  # a decode step has nothing to scan

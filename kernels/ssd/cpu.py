@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import Unsupported
 from ..operators import operator
 from ..parallel import run
 from . import torch_impl
@@ -32,17 +31,7 @@ def ssd(
     starts: Tensor | None = None,
     chunk_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as reference.ssd, in float32. Differentiable once. `chunk_len` changes nothing here.
-
-    Raises:
-        ValueError: if the heads do not make equal groups, or a chunk would have no token.
-        Unsupported: if an input is not on the CPU, or x is float64.
-    """
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state, starts)
-    if any(t is not None and t.device.type != "cpu" for t in tensors):
-        raise Unsupported("an input is not on the CPU")
-    if x.dtype == torch.float64:
-        raise Unsupported("x is float64, and the kernels compute in float32")
+    """Same contract as reference.ssd, in float32. Differentiable once. `chunk_len` changes nothing here."""
     return torch_impl.around(_recurrence, x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, starts, chunk_len)
 
 

@@ -6,7 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(
+    x="B L H P",
+    dt="B L H",
+    A="H",
+    B="B L G N",
+    C="B L G N",
+    D="H",
+    z="B L H P",
+    dt_bias="H",
+    initial_state="B H P N",
+    starts="B L bool",
+    chunk_len="Q",
+    gives=("B L H P", "B H P N wide"),
+    where={"H a multiple of G": lambda size: size["H"] % size["G"] == 0},
+)
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -42,13 +59,8 @@ def ssd(
     Returns:
         y, (B, L, H, P), in x's dtype, and the state after x[:, L-1], (B, H, P, N), in float32 (float64 for float64
         inputs).
-
-    Raises:
-        ValueError: if the heads do not make equal groups.
     """
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
-    if H % G:
-        raise ValueError(f"{H} heads do not make {G} equal groups")
     dtype = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     dt = F.softplus(dt) if dt_softplus else dt

@@ -66,11 +66,7 @@ def around(
     chunk_len: int | None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` by a scan of more than one token, with all that is elementwise around it."""
-    (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
-    if H % G:
-        raise ValueError(f"{H} heads do not make {G} equal groups")
-    if chunk_len is not None and chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len} leaves no token in a chunk")
+    (batch, L, H, P), N = x.shape, B.shape[3]
     dtype = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     dt = F.softplus(dt) if dt_softplus else dt

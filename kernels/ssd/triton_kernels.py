@@ -63,18 +63,11 @@ def ssd(
         chunk_len: as there; rounded down to a power of two, from 16 to 64: more does not fit the registers.
 
     Raises:
-        Unsupported: if a head is wider than MAX_HEAD_DIM or has more than MAX_STATES states, and for float64.
-        ValueError: if the heads do not make equal groups, or a chunk would have no token.
+        Unsupported: if a head is wider than MAX_HEAD_DIM or has more than MAX_STATES states.
     """
-    (H, P), (G, N) = x.shape[2:], B.shape[2:]
-    if H % G:
-        raise ValueError(f"{H} heads do not make {G} equal groups")
-    if chunk_len is not None and chunk_len < 1:
-        raise ValueError(f"chunk_len={chunk_len} leaves no token in a chunk")
+    P, N = x.shape[3], B.shape[3]
     if P > MAX_HEAD_DIM or N > MAX_STATES:
         raise Unsupported(f"heads of {P} x {N} are more than {MAX_HEAD_DIM} x {MAX_STATES}")
-    if x.dtype == torch.float64:
-        raise Unsupported("the kernels compute in float32, not float64")
     ids = None if starts is None else F.pad(document_ids(starts).int(), (1, 0))
     x, B, C = _tokens(x), _tokens(B.to(x.dtype)), _tokens(C.to(x.dtype))
     z = None if z is None else _tokens(z)

@@ -6,7 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import takes
 
+
+def _has_groups(size: dict[str, int]) -> bool:
+    G, rest = divmod(size["C"] - size["H"] * size["P"], 2 * size["N"])
+    return rest == 0 and G > 0 and size["H"] % G == 0
+
+
+@takes(
+    x="B C",
+    dt="B H",
+    window="B K-1 C",
+    state="B H P N",
+    weight="C K",
+    bias="C",
+    A="H",
+    D="H",
+    dt_bias="H",
+    gives=("B H P", "B K-1 C", "B H P N wide"),
+    where={"C = H P + 2 G N for G groups of heads": _has_groups},
+)
 def state_update(
     x: Tensor,
     dt: Tensor,
@@ -38,9 +58,6 @@ def state_update(
     Returns:
         y, (B, H, P), in x's dtype; the window that continues it, shaped like `window`, in x's dtype and storage of its
         own; h after x, (B, H, P, N), in float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: if the channels of x do not leave equal groups of heads.
     """
     (batch, H, P, N), G = state.shape, n_groups(x, state)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -57,7 +74,4 @@ def state_update(
 def n_groups(x: Tensor, state: Tensor) -> int:
     """G, the number of groups of heads that share B and C, by the shapes of `state_update`'s x and state."""
     _, H, P, N = state.shape
-    G, rest = divmod(x.shape[1] - H * P, 2 * N)
-    if rest or G < 1 or H % G:
-        raise ValueError(f"{x.shape[1]} channels are not {H} heads of {P} and B and C, of {N}, for groups of them")
-    return G
+    return (x.shape[1] - H * P) // (2 * N)

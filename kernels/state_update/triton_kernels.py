@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import Unsupported
 from ..operators import operator
 from ..triton_kernels import exp, launch, silu, softplus
 from . import torch_impl
@@ -34,18 +33,10 @@ def state_update(
     dt_bias: Tensor,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as reference.state_update. Differentiable, by plain PyTorch.
-
-    Raises:
-        Unsupported: if x is float64.
-        ValueError: if the channels of x do not leave equal groups of heads.
-    """
-    n_groups(x, state)  # refuses what does not fit
-    if x.dtype == torch.float64:
-        raise Unsupported("x is float64, and the kernel computes in float32")
+    """Same contract as reference.state_update. Differentiable, by plain PyTorch."""
     x, dt = (t if t.stride(1) == 1 else t.contiguous() for t in (x, dt))
     window, weight, h = window.contiguous(), weight.contiguous(), state.float().contiguous()
-    inputs = (x, dt, window, h, weight, bias, A, D, dt_bias)
+    inputs = (x, dt, window, h, weight, *(t.contiguous() for t in (bias, A, D, dt_bias)))
     if not in_place:
         return _update(*inputs)
     y, window = _update_in_place(*inputs)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import takes
 
+
+@takes(gate="... F", up="... F")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Computes gate / (1 + e^-gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 5, without its projections).
 

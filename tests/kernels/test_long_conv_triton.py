@@ -221,8 +221,6 @@ def test_what_it_cannot_take_is_said() -> None:
         ("complex128", lambda: triton_kernels.ssm_kernel(t["A"].to(torch.complex128), t["C"], 4)),
         ("300 poles", lambda: triton_kernels.ssm_scan(t["u"], many, many)),
         ("300 poles", lambda: triton_kernels.ssm_kernel(many, many, 4)),
-        ("float64", lambda: triton_kernels.ssm_scan(t["u"].double(), t["A"], t["C"])),
-        ("float64", lambda: triton_kernels.long_conv(t["u"].double(), t["u"][0].mT.double())),
     ]
     for reason, call in calls:
         with pytest.raises(Unsupported, match=reason):

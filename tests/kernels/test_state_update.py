@@ -156,5 +156,7 @@ def test_the_kernel_compiles_whole_with_and_without_reusing_the_state() -> None:
 def test_channels_that_fit_no_heads_are_refused(backend: str) -> None:
     tensors = cast(inputs(1, 1, 3, 4, 5, K=4), torch.float32)
     for x in (tensors["x"][:, :-1], tensors["x"][:, :12], torch.randn(1, 12 + 2 * 2 * 5)):  # two groups of three heads
-        with use_backend(backend), pytest.raises(ValueError, match=f"{x.shape[1]} channels are not 3 heads of 4"):
-            UPDATE(**tensors | {"x": x})
+        C = x.shape[1]
+        fitting = {"window": torch.randn(1, 3, C), "weight": torch.randn(C, 4), "bias": torch.randn(C)}
+        with use_backend(backend), pytest.raises(ValueError, match=f"C={C}.*H=3, P=4"):
+            UPDATE(**tensors | fitting | {"x": x})
