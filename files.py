@@ -23,6 +23,7 @@ __all__ = [
     "JsonLines",
     "check_format",
     "decode",
+    "give_usual_mode",
     "parse_json",
     "parse_toml",
     "read_json",
@@ -79,6 +80,14 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Gives a file the mode of any new one, by the umask: some libraries write files that only their owner reads."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.touch()
+    path.chmod(draft.stat().st_mode)
+    draft.unlink()
 
 
 def remove_drafts(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from ..files import read_json, write_json
+from ..files import give_usual_mode, read_json, write_json
 from ..kernels import ops
 from . import generation
 from .config import ModelConfig
@@ -429,6 +429,7 @@ def write_pretrained(model: Any, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))
+    give_usual_mode(folder / "model.safetensors")
     write_json(folder / "config.json", model.config.to_dict())
 
 

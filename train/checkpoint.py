@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..archs.weights import read_tensors, weights_for
-from ..files import FormatError, read_json, sync, write_json
+from ..files import FormatError, give_usual_mode, read_json, sync, write_json
 
 __all__ = ["CheckpointError", "newest", "prune", "read_state", "restore", "save", "verify"]
 
@@ -67,6 +67,7 @@ def save(
     try:
         model.save_pretrained(temporary)
         safetensors.torch.save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        give_usual_mode(temporary / "optimizer.safetensors")
         write_json(temporary / "trainer.json", {"step": step, **state, "rng": _rng()})
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         for path in files:

@@ -6,11 +6,14 @@ TensorBoard repeats it; where TensorBoard fails (a full disk, say), one warning 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import shlex
 import subprocess
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -88,17 +91,24 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 class _TensorBoard:
-    """TensorBoard events, as long as they can be written."""
+    """TensorBoard events, as long as they can be written: here and now, as in a thread nobody could catch an error."""
 
     def __init__(self, directory: Path, score: Score, *, purge_step: int) -> None:
         # Imported here: it takes a second, and the configuration and the tests of other modules do not need it.
-        from torch.utils.tensorboard.writer import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
 
-        self._directory = directory
+        self._directory, self._summary, self._event = directory, summary, Event
         self._writer = None
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
-            self._writer.add_custom_scalars(layout(score))
+            directory.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}"
+            self._writer = RecordWriter((directory / name).open("wb"))
+            self._add(file_version="brain.Event:2")
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+            self._add(summary=summary.custom_scalars(layout(score)))
+            self._writer.flush()
         except OSError as error:
             self._give_up(error)
 
@@ -109,10 +119,12 @@ class _TensorBoard:
         try:
             for tag, value in record.items():
                 if "/" in tag and value is not None:
-                    self._writer.add_scalar(tag, value, step)
+                    self._add(step=step, summary=self._summary.scalar(tag, value))
             if "sample" in record:
                 # Indented, Markdown shows it as it is.
-                self._writer.add_text("sample", "    " + record["sample"].replace("\n", "\n    "), step)
+                text = "    " + record["sample"].replace("\n", "\n    ")
+                self._add(step=step, summary=self._summary.text("sample", text))
+            self._writer.flush()
         except OSError as error:
             self._give_up(error)
 
@@ -124,7 +136,14 @@ class _TensorBoard:
         except OSError as error:
             self._give_up(error)
 
+    def _add(self, **entries: Any) -> None:
+        assert self._writer is not None
+        self._writer.write(self._event(wall_time=time.time(), **entries).SerializeToString())
+
     def _give_up(self, error: OSError) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # it holds what could not be written
+                self._writer.close()
         self._writer = None
         warnings.warn(
             f"no more TensorBoard events in {self._directory} ({error.strerror or error}); metrics.jsonl has them all",

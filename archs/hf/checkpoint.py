@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...files import give_usual_mode
 from ..config import ModelConfig
 from ..layers import RMSNorm
 from ..model import LanguageModel
@@ -77,6 +78,7 @@ def to_hf(lm: LanguageModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in _stored(family, lm).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    give_usual_mode(folder / "model.safetensors")
     config = {"architectures": [family.architecture], "model_type": family.model_type, **_nested(values)}
     config["dtype"] = str(lm.embedding.weight.dtype).removeprefix("torch.")
     # the defaults would stop generation at tokens that mean something else here

@@ -1,10 +1,13 @@
 """The folder that a command writes to: one command at a time, logs of its children, lines that survive a crash."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ...files import remove_drafts
 
 __all__ = ["append_jsonl", "folder_for"]
 
@@ -18,33 +21,44 @@ def folder_for(out: Path, *, fresh: bool) -> Iterator[Path]:
     """
     from filelock import FileLock, Timeout
 
+    lock = FileLock(out / ".lock", timeout=0)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another command is working in {out}; wait for it or give another --out") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error.strerror}); give another --out") from error
-    try:
-        if fresh:
-            _move_aside(out)
-        logs = out / "logs"
-        logs.mkdir(exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            remove_drafts(out)
+            if fresh:
+                _move_aside(out)
+            logs = out / "logs"
+            logs.mkdir(exist_ok=True)
+        except Timeout:
+            raise ValueError(f"another command is working in {out}; wait for it or give another --out") from None
+        except OSError as error:
+            path = error.filename2 or error.filename or out
+            raise ValueError(f"cannot write to {path} ({error.strerror}); give another --out") from None
         yield logs
     finally:
         lock.release()
 
 
 def _move_aside(out: Path) -> None:
-    content = [path for path in out.iterdir() if path.name != ".lock"]
+    """Moves the content to OUT.1, OUT.2, ..., or into the folder itself where nothing leaves it: at a mount point."""
+    content = [path for path in out.iterdir() if path.name != ".lock" and not path.name.startswith("before.")]
     if not content:
         return
-    number = next(n for n in range(1, 10_000) if not out.with_name(f"{out.name}.{n}").exists())
-    aside = out.with_name(f"{out.name}.{number}")
-    aside.mkdir()
-    for path in content:
-        path.rename(aside / path.name)
+    out = out.resolve()
+    for folder, stem in ((out.parent, out.name), (out, "before")):
+        aside = next(path for n in itertools.count(1) if not (path := folder / f"{stem}.{n}").exists())
+        try:
+            aside.mkdir()
+            for path in content:
+                path.rename(aside / path.name)
+            break
+        except OSError:
+            if folder == out:
+                raise
+            with contextlib.suppress(OSError):
+                aside.rmdir()
     print(f"Moved what was in {out} to {aside}.")
 
 

@@ -202,6 +202,16 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         restore(path, model=other, optimizer=adamw(other, OptimConfig()))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_has_the_mode_of_any_new_one(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = saved(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {oct(0o666 & ~umask)}
+
+
 def test_damaged_checkpoints_of_one_step_are_all_kept_aside(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     for _ in range(3):

@@ -1,12 +1,15 @@
 import json
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from crossover.files import read_json_lines
-from crossover.train.record import MetricsLog, provenance
+from crossover.train.record import MetricsLog, _TensorBoard, provenance
+from crossover.train.score import BITS_PER_BYTE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 pytestmark = pytest.mark.quick
 
@@ -81,19 +84,25 @@ def test_a_failure_of_tensorboard_warns_once_and_the_record_goes_on(tmp_path: Pa
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_a_disk_that_fills_up_ends_tensorboard_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_disk_that_fills_up_ends_tensorboard_only_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full, original = Path("/dev/full"), Path.open
     log = MetricsLog(tmp_path)
-    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    log._board._writer = RecordWriter(full.open("wb"))
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         log.append(training(1))
-    log.append(training(2))
-    log.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.append(training(2))
+        log.close()
+    monkeypatch.setattr(Path, "open", lambda path, mode: original(full if "tfevents" in path.name else path, mode))
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        _TensorBoard(tmp_path / "tb", BITS_PER_BYTE, purge_step=1).close()
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
+    assert threading.active_count() == 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_numbers_that_json_lacks_are_never_recorded(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,40 @@ def test_a_fresh_start_moves_what_was_there_aside(tmp_path: Path, capsys: pytest
             (out / "result").write_text(str(number))
     assert [(tmp_path / name / "result").read_text() for name in ("out.1", "out.2", "out")] == ["0", "1", "2"]
     assert f"Moved what was in {out} to {out}.2." in capsys.readouterr().out
+
+
+def test_a_fresh_start_at_a_mount_point_keeps_what_was_there_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original = tmp_path / "out", Path.rename
+
+    def rename(path: Path, target: Path) -> None:
+        if out not in target.parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path), None, str(target))
+        original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for number in range(3):
+        with folder_for(out, fresh=True):
+            (out / "result").write_text(str(number))
+    assert [(out / name / "result").read_text() for name in ("before.1", "before.2", ".")] == ["0", "1", "2"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["logs", ".lock"])
+def test_what_is_in_the_way_in_a_folder_is_named_in_one_line(name: str, tmp_path: Path) -> None:
+    if name == "logs":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"cannot write to .*{name} .*give another --out"):
+        folder_for(tmp_path, fresh=False).__enter__()
+
+
+def test_what_a_killed_writer_left_is_removed_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".compare.json.123.tmp").write_text("{")
+    with folder_for(tmp_path, fresh=False):
+        assert not (tmp_path / ".compare.json.123.tmp").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_a_mistake_in_one_line(tmp_path: Path) -> None:
