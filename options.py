@@ -30,6 +30,7 @@ __all__ = [
     "Size",
     "Width",
     "check",
+    "check_table",
     "count",
     "from_plain",
     "nearest",
@@ -128,6 +129,31 @@ def from_plain(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**fitted)
 
 
+def check_table(values: Mapping[str, Any], kinds: Mapping[str, Any], where: Path | str) -> None:
+    """Checks the entries of a table that is read by their dotted paths; others may stand beside them.
+
+    Args:
+        values: a JSON object.
+        kinds: the annotation of each entry; where it allows None, the entry may be missing.
+        where: names the table in messages: a file.
+
+    Raises:
+        ValueError: naming the file and the entry.
+    """
+    for path, kind in kinds.items():
+        *tables, name = path.split(".")
+        inner: Any = values
+        for table in tables:
+            inner = inner.get(table) if isinstance(inner, Mapping) else None
+        value = inner.get(name) if isinstance(inner, Mapping) else None
+        if value is None and not _takes_none(kind):
+            raise ValueError(f"{where}: {path} is missing")
+        try:
+            _fit(kind, value, path)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
 def count(text: str) -> int:
     """Reads a whole number as people write it: "500k", "1M", "1.3B", "5e5", "1_000_000".
 
@@ -173,6 +199,13 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     except NameError:
         return {}
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _takes_none(hint: Any) -> bool:
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        return _takes_none(kinds[0])
+    return hint is Any or (typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in kinds)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ..options import from_plain
+
 __all__ = ["BITS_PER_BYTE", "Score", "bits_per_byte"]
 
 
@@ -58,8 +60,12 @@ class Score:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> Self:
-        """Inverse of `to_dict`; None gives bits per byte, the only score of runs that say nothing of it."""
-        return cls(**(dataclasses.asdict(BITS_PER_BYTE) if values is None else values))
+        """Inverse of `to_dict`; None gives bits per byte, the only score of runs that say nothing of it.
+
+        Raises:
+            ValueError: if the values are no score.
+        """
+        return cls(**dataclasses.asdict(BITS_PER_BYTE)) if values is None else from_plain(cls, values, "score.")
 
 
 BITS_PER_BYTE = Score(name="bits_per_byte", unit="bits per byte", words="bits per byte of held-out text")

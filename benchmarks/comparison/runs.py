@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json, read_record
+from ...options import check_table
 from ...train.config import RunConfig, flatten
 from ...train.plugins import words
 from ...train.runtime import Interrupted, MemoryKills, signals_held
@@ -79,6 +80,7 @@ def check_resumable(runs: Sequence[RunConfig], digest: str) -> None:
         if not (run.directory / "run.json").exists():
             continue
         found = load_run(run.directory)
+        check_table(found.info, {"config": Mapping, "corpus.digest": str}, run.directory / "run.json")
         differing = differences(run, found.info["config"])
         if found.info["corpus"]["digest"] != digest:
             differing.append(f"data with digest {found.info['corpus']['digest'][:12]} instead of {digest[:12]}")
@@ -177,8 +179,7 @@ class TrainingProcess:
     def quality(self) -> str:
         """The final score of a run that has finished, in words."""
         run = load_run(self.run.directory)
-        assert run.quality is not None
-        return run.score.text(run.quality)
+        return "" if run.quality is None else run.score.text(run.quality)
 
     def failure(self) -> str | None:
         """Why the ended process did not finish its run, or None if it did."""

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from ...files import FORMAT, read_json_lines
+from ...options import Length, Positive, Range, from_plain
 
 __all__ = ["Cell", "Status", "read_cells"]
 
+Bytes = Annotated[int, Range(0, 2**60)]
 Status = Literal["done", "out_of_memory", "timeout", "beyond_positions", "failed"]
 
 
@@ -27,19 +29,19 @@ class Cell:
     label: str
     """The architecture's name as written in text."""
     phase: str
-    context_len: int
-    n_params: int
-    n_active_params: int
-    batch_size: int | None = None
-    tokens_per_second: float | None = None
+    context_len: Length
+    n_params: Length
+    n_active_params: Length
+    batch_size: Length | None = None
+    tokens_per_second: Positive | None = None
     """Median over the repeats."""
-    spread: tuple[float, float] | None = None
+    spread: Annotated[tuple[float, float], Range(above=0)] | None = None
     """Tenth and ninetieth percentile over the repeats, in tokens per second; lowest and highest of two."""
     repeats: int | None = None
-    peak_bytes: int | None = None
+    peak_bytes: Bytes | None = None
     """Most memory above what the process used before the model was built."""
     peak_method: str | None = None
-    state_bytes: int | None = None
+    state_bytes: Bytes | None = None
     """State of one sequence after the context."""
     backend: Mapping[str, list[str]] = field(default_factory=dict)
     """Backends that ran, by operation."""
@@ -71,16 +73,25 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads a line of context.jsonl, one of an older version too. Keys that no cell has are passed over."""
+        """Reads a line of context.jsonl, one of an older version too. Keys that no cell has are passed over.
+
+        Raises:
+            ValueError: if it lacks what every cell has, or a value is of another type.
+        """
         known = {key.name: values[key.name] for key in dataclasses.fields(cls) if key.name in values}
-        spread = known.get("spread")
-        return cls(**{**known, "label": values.get("label", values["arch"]), "spread": spread and tuple(spread)})
+        return from_plain(cls, ({"label": known["arch"]} if "arch" in known else {}) | known)
 
 
 def read_cells(path: Path) -> list[Cell]:
     """Reads context.jsonl; no cells where there is no file.
 
     Raises:
-        ValueError: naming the file, if it cannot be read or was written by a newer version.
+        ValueError: naming the file, if a line is no cell or was written by a newer version.
     """
-    return [Cell.from_dict(line) for line in read_json_lines(path)]
+    cells = []
+    for number, line in enumerate(read_json_lines(path), 1):
+        try:
+            cells.append(Cell.from_dict(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, measurement {number}: {error}") from None
+    return cells

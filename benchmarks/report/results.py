@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ...files import read_json, read_json_lines
+from ...options import Length, Range, check_table
 from ...train.score import BITS_PER_BYTE, Score
 from ..context.cell import Cell, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
@@ -86,6 +87,74 @@ METRICS = (
 )
 
 
+_NUMBER: Any = Annotated[float, Range(0)]
+_COUNT: Any = Length
+
+_INFO: dict[str, Any] = {
+    "arch": str,
+    "label": str,
+    "seed": int,
+    "n_params": _COUNT,
+    "n_active_params": _COUNT,
+    "flops_per_token": _NUMBER,
+    "state_bytes": _NUMBER | None,
+    "model.d_model": int | None,
+    "model.n_layers": int | None,
+    "config.data": Mapping,
+    "config.data.packing": str | None,
+    "config.optim": Mapping,
+    "config.optim.lr": float | None,
+    "config.train.batch_size": _COUNT,
+    "config.train.seq_len": _COUNT,
+    "config.train.eval_tokens": _COUNT,
+    "config.train.final_eval_tokens": _COUNT,
+    "corpus.name": str,
+    "corpus.digest": str,
+    "corpus.n_documents": int,
+    "corpus.n_val_documents": int,
+    "corpus.train_bytes": _NUMBER,
+    "corpus.val_bytes": _NUMBER,
+    "corpus.reference_bits_per_byte": dict[str, float],
+    "objective": Mapping[str, Any] | None,
+    "provenance": Mapping,
+    "provenance.imports": list[str] | None,
+    "provenance.plugins": list[str] | None,
+}
+"""What reports read of run.json."""
+
+_RESULT: dict[str, Any] = {
+    "error": str | None,
+    "tokens": _COUNT | None,
+    "steps": _COUNT | None,
+    "train_seconds": _NUMBER | None,
+    "val_bytes": _NUMBER | None,
+    "sample": str | None,
+    "backend": dict[str, list[str]] | None,
+    "position_bits_per_byte": list[dict[str, Any]] | None,
+}
+"""What they read of result.json."""
+
+_DONE: dict[str, Any] = {"tokens": _COUNT, "steps": _COUNT, "train_seconds": _NUMBER}
+
+_SPAN: dict[str, Any] = {"start": _NUMBER, "stop": _COUNT, "bits_per_byte": float | None}
+
+_VALIDATION: dict[str, Any] = {"tokens": _NUMBER, "seconds": _NUMBER}
+"""What they read of a line of metrics.jsonl that has the score."""
+
+_COMPARISON: dict[str, Any] = {
+    "config": Mapping[str, Any] | None,
+    "config.archs": list[str] | None,
+    "config.context": list[int] | None,
+    "config.params": _COUNT | None,
+    "config.seeds": _COUNT | None,
+    "labels": dict[str, str] | None,
+    "failures": dict[str, str] | None,
+    "provenance": Mapping[str, Any] | None,
+    "provenance.command": str | None,
+}
+"""What they read of compare.json."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A training run as its folder tells it."""
@@ -130,7 +199,7 @@ class Run:
 
     def curve(self) -> list[Mapping[str, Any]]:
         """Validation records by step; where a resumed run passed a step twice, the later record."""
-        by_step = {line["step"]: line for line in self.metrics if self.score.tag in line}
+        by_step = {line["step"]: line for line in self.metrics if line.get(self.score.tag) is not None}
         return [by_step[step] for step in sorted(by_step)]
 
 
@@ -210,15 +279,33 @@ def load_run(folder: Path) -> Run:
     """Reads a run folder; result.json and metrics.jsonl may be missing.
 
     Raises:
-        ValueError: if a file cannot be read, or was written by a newer version.
+        ValueError: naming the file, if it cannot be read, was written by a newer version, or the score is no number.
     """
     result = folder / "result.json"
-    return Run(
+    run = Run(
         folder=folder,
         info=read_json(folder / "run.json"),
         result=read_json(result) if result.exists() else {},
         metrics=read_json_lines(folder / "metrics.jsonl"),
     )
+    try:
+        key = run.score.key
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'}: {error}") from None
+    check_table(run.result, {"status": str | None, key: float | None}, result)
+    return run
+
+
+def _check_run(run: Run) -> None:
+    """Raises ValueError, naming the file, unless a run has what reports read."""
+    check_table(run.info, _INFO, run.folder / "run.json")
+    done = _DONE | {run.score.key: float} if run.status == "done" else {}
+    check_table(run.result, _RESULT | done, run.folder / "result.json")
+    for span in run.result.get("position_bits_per_byte") or ():
+        check_table(span, _SPAN, f"{run.folder / 'result.json'}: position_bits_per_byte")
+    for number, line in enumerate(run.metrics, 1):
+        validation = _VALIDATION | {run.score.tag: float} if line.get(run.score.tag) is not None else {}
+        check_table(line, {"step": int} | validation, f"{run.folder / 'metrics.jsonl'}, record {number}")
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -232,6 +319,8 @@ def load_comparison(folder: Path) -> Comparison:
         raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
     homes = [folder] if (folder / "run.json").exists() else sorted(path.parent for path in folder.glob("*/run.json"))
     runs = [load_run(home) for home in homes]
+    for run in runs:
+        _check_run(run)
     cells = {cell.key: cell for cell in read_cells(folder / "context.jsonl")}
     if not runs and not cells:
         raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
@@ -251,9 +340,16 @@ def load_comparison(folder: Path) -> Comparison:
     if len(settings) > 1:
         raise ValueError(f"{folder / 'context.jsonl'} mixes measurements made with different settings; start it over")
     info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
+    check_table(info, _COMPARISON, folder / "compare.json")
+    info = {key: _without_none(value) for key, value in _without_none(info).items()}
     return Comparison(
         folder=folder, info=info, runs=runs, cells=list(cells.values()), failures=info.get("failures", {})
     )
+
+
+def _without_none(value: Any) -> Any:
+    """A table without the entries that say nothing; anything else as it is."""
+    return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -312,13 +408,15 @@ def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
     points = []
     for cell in cells:
         value, speed = getattr(cell, metric.key), metric.key == "tokens_per_second"
+        if cell.done and value is None:
+            continue
         if cell.done:
             low, high = (cell.spread if speed else None) or (None, None)
             points.append(Point(context_len=cell.context_len, value=max(value, 1e-9), low=low, high=high))
         elif metric.key == "state_bytes" and value:
             points.append(Point(context_len=cell.context_len, value=value))
         elif cell.status == "out_of_memory" or (cell.status == "timeout" and speed):
-            seconds = cell.settings["timeout"] if cell.status == "timeout" else None
+            seconds = cell.settings.get("timeout") if cell.status == "timeout" else None
             points.append(Point(context_len=cell.context_len, value=None, stopped_after=seconds))
     return points
 

@@ -246,9 +246,9 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
 def _positions_sentence(comparison: Comparison) -> str:
     """Says which models have too few learned positions for the longest lengths; empty where all have enough."""
     limits = {
-        comparison.label(cell.arch): cell.model["max_positions"]
+        comparison.label(cell.arch): n
         for cell in comparison.ordered_cells
-        if cell.status == "beyond_positions"
+        if cell.status == "beyond_positions" and isinstance(n := cell.model.get("max_positions"), int)
     }
     return "".join(
         f" {label} was built with {n:,} positions, and is not compared beyond." for label, n in limits.items()

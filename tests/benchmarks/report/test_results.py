@@ -220,3 +220,46 @@ def test_references_come_from_the_corpus(tmp_path: Path) -> None:
     found = load_comparison(write_comparison(tmp_path, seeds=1)).corpus
     assert found is not None
     assert found["reference_bits_per_byte"] == corpus()["reference_bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("run.json", {}, r"run\.json: arch is missing"),
+        ("run.json", {"seed": "0"}, r"run\.json: seed='0' must be a whole number"),
+        ("run.json", {"n_params": 0}, r"run\.json: n_params=0 must be at least 1"),
+        ("run.json", {"corpus": {"digest": 7}}, r"run\.json: corpus\.name is missing"),
+        ("run.json", {"score": {"name": "x"}}, r"run\.json: score\.unit, score\.words are missing"),
+        ("run.json", {"config": [1]}, r"run\.json: config\.data is missing"),
+        ("result.json", {"val_bits_per_byte": "x"}, r"result\.json: val_bits_per_byte='x' must be a number"),
+        ("result.json", {"train_seconds": None}, r"result\.json: train_seconds is missing"),
+        ("result.json", {"position_bits_per_byte": [{"start": 0}]}, r"position_bits_per_byte: stop is missing"),
+        ("metrics.jsonl", {"step": 3, "val/bits_per_byte": "x"}, r"metrics\.jsonl, record \d+: tokens is missing"),
+        ("metrics.jsonl", {"train/loss": 1}, r"metrics\.jsonl, record \d+: step is missing"),
+        ("../context.jsonl", {"another": 1}, r"context\.jsonl, measurement 4: .* are missing"),
+        ("../context.jsonl", {"context_len": 1.5}, r"context\.jsonl, measurement 4: context_len=1\.5 must be a whole"),
+        ("../compare.json", {"config": 3}, r"compare\.json: config=3 must be a table"),
+        ("../compare.json", {"failures": {"a": 1}}, r"compare\.json: failures\.a=1 must be text"),
+    ],
+)
+def test_what_reports_read_is_checked_where_it_is_read(
+    tmp_path: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    path = write_comparison(tmp_path, archs=["mamba"], seeds=1, context=(128,)) / "mamba-s0" / name
+    if path.suffix == ".jsonl":
+        first = json.loads(path.read_text().split("\n")[0]) if "context_len" in change else {}
+        append_line(path, json.dumps(first | change) + "\n")
+    else:
+        write_json(path, json.loads(path.read_text()) | change if change else {})
+    with pytest.raises(ValueError, match=message) as refused:
+        load_comparison(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_report_is_made_of_the_lines_of_a_log_that_are_whole(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba")
+    whole = load_run(home).metrics
+    lines = (home / "metrics.jsonl").read_bytes().split(b"\n")
+    (home / "metrics.jsonl").write_bytes(b"\n".join([*lines[:3], b"\0\0", b"7", b'{"st', *lines[3:]]))
+    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl: 3 lines are \(the first is line 4\) damaged"):
+        assert load_comparison(tmp_path).runs[0].metrics == whole
