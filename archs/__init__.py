@@ -4,7 +4,7 @@ from . import presets
 from .config import ModelConfig
 from .ffn import FFN
 from .mixer import Mixer, State, Zeros
-from .model import Backbone, Block, LanguageModel, LMLoss, LMOutput
+from .model import Backbone, Block, Features, LanguageModel, LMLoss, LMOutput
 from .presets import PUBLISHED, available, build, configure, register_preset
 from .registry import FFNS, MIXERS, register_ffn, register_mixer
 from .seq2seq import Seq2Seq, Seq2SeqConfig, open_pretrained
@@ -17,6 +17,7 @@ __all__ = [
     "PUBLISHED",
     "Backbone",
     "Block",
+    "Features",
     "LMLoss",
     "LMOutput",
     "LanguageModel",

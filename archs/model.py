@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -20,7 +21,7 @@ from .inputs import check_count, check_features, check_targets, check_tokens, ke
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 from .state import States
-from .weights import built_with
+from .weights import built_with, check_described
 
 
 class Block(nn.Module):
@@ -56,13 +57,21 @@ class Backbone(nn.Module):
     """Learned positions where the model has them, blocks, and a norm after them (before them for post-norm).
 
     (B, L, D) -> (B, L, D): no tokens, so it drops into any experiment.
+
+        backbone = Backbone("mamba", d_model=64, n_layers=4)
+        y, state, aux_loss = backbone(x)
+        classifier = nn.Sequential(Features(backbone), nn.Linear(64, 10))
     """
 
     blocks: Sequence[Block]  # an nn.ModuleList, typed as what iterating it gives
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig | str, **options: Any) -> None:
+        """Builds the backbone of a config, or of a name and options as in `build`.
+
+        There is no vocabulary, so vocab_size and n_params, which counts it, are no options here.
+        """
         super().__init__()
-        self.config = config
+        self.config = config = _configured(config, options)
         self.blocks = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             Block(config, mixer, ffn) for mixer, ffn in config.layers
         )
@@ -97,6 +106,7 @@ class Backbone(nn.Module):
             ValueError: if an input has another shape, dtype or device than the others or the model demand.
         """
         check_features(x, self.config.d_model)
+        self._check_per_sample()
         if starts is not None:
             starts = marks_of("starts", starts, x)
         if padding_mask is None:
@@ -111,6 +121,13 @@ class Backbone(nn.Module):
         starts = _either(starts, starts_of(real.gather(1, turned)))
         y, after, aux_loss = self._run(x.take_along_dim(turned[..., None], 1), state, starts)
         return y.take_along_dim(((t + n_after) % x.shape[1])[..., None], 1), after, aux_loss
+
+    def features(self, x: Tensor, *, starts: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """The first thing that `forward` returns, y, (B, L, D): one tensor in, one out.
+
+        The auxiliary loss of layers that have one (moe) is not in it: call the backbone where it is to be learned.
+        """
+        return self(x, starts=starts, padding_mask=padding_mask)[0]
 
     def _run(
         self, x: Tensor, given: Sequence[State | None] | None, starts: Tensor | None
@@ -156,12 +173,39 @@ class Backbone(nn.Module):
             states.append(self.positions.init_state(batch_size, max_len, device=device))
         return kept(states, self._stateful())
 
+    def _check_per_sample(self) -> None:
+        """ValueError where Opacus, known by the attribute that it gives parameters, would fail within a layer.
+
+        Its hooks need modules from one tensor to one tensor, or without parameters of their own.
+        """
+        if not hasattr(self.norm.weight, "grad_sample"):
+            return
+        layers = [*self._stateful(), *((f"the ffn of layer {i}", block.ffn) for i, block in enumerate(self.blocks))]
+        for name, module in layers:
+            if module is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"Opacus takes no gradient of single rows of a module with a state or a loss besides its output, as"
+                    f" {name}: use a transformer, or torch.func.vmap over torch.func.grad"
+                )
+
     def _stateful(self) -> list[tuple[str, Any]]:
         """What keeps a state, by the names of their layers."""
         mixers: list[tuple[str, Any]] = [
             (f"layer {i}, {type(block.mixer).__name__}", block.mixer) for i, block in enumerate(self.blocks)
         ]
         return mixers if self.positions is None else [*mixers, ("the learned positions", self.positions)]
+
+
+class Features(nn.Module):
+    """A backbone as a module from one tensor to one tensor, (B, L, D) -> (B, L, D), for nn.Sequential and the like."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Backbone.features."""
+        return self.backbone.features(x)
 
 
 class LMOutput(NamedTuple):
@@ -332,6 +376,26 @@ class LanguageModel(nn.Module):
         """An empty state for `batch_size` sequences of at most `max_len` tokens; `nbytes` of each is its memory."""
         return self.backbone.init_state(batch_size, max_len, device=device, dtype=dtype)
 
+    def resize_embeddings(self, vocab_size: int) -> None:
+        """Gives the model another number of tokens, in the embedding, the head and the config.
+
+        The first tokens keep their weights. Each new one gets the mean of the old ones, embedding, output weights and
+        bias, so that it is about as likely as they are on the average, and no outlier before it is trained. The
+        parameters are new ones: an optimizer must be made afterwards.
+
+        Raises:
+            ValueError: unless vocab_size is a whole number of at least 1.
+        """
+        check_count("vocab_size", vocab_size, least=1)
+        self.embedding.weight = _resized(self.embedding.weight, vocab_size)
+        self.embedding.num_embeddings = vocab_size
+        if not isinstance(self.head, TiedHead):
+            self.head.weight = _resized(self.head.weight, vocab_size)
+            self.head.out_features = vocab_size
+        if self.head.bias is not None:
+            self.head.bias = _resized(self.head.bias, vocab_size)
+        self.config = self.backbone.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+
     @property
     def output_weight(self) -> Tensor:
         """Weight of the output projection, (V, D): the embedding itself in a tied model."""
@@ -407,7 +471,11 @@ class LanguageModel(nn.Module):
         return generation.generate(self, prompt, max_new_tokens, generation.Sampling(*args, **options))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model."""
+        """Writes model.safetensors and config.json, from which `from_pretrained` rebuilds the model.
+
+        Raises:
+            ValueError: if the model was changed and its config does not describe it any more; nothing is written.
+        """
         write_pretrained(self, folder)
 
     @classmethod
@@ -425,7 +493,12 @@ class LanguageModel(nn.Module):
 
 
 def write_pretrained(model: Any, folder: str | Path) -> None:
-    """Writes a model's model.safetensors, and its config and the format of both as config.json."""
+    """Writes a model's model.safetensors, and its config and the format of both as config.json.
+
+    Raises:
+        ValueError: if the model is not what its config describes; nothing is written.
+    """
+    check_described(model, lambda: type(model)(model.config))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / "model.safetensors"))
@@ -442,6 +515,13 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(read_json(Path(folder) / "config.json"))
 
 
+def _resized(parameter: Tensor, n: int) -> nn.Parameter:
+    """The first n entries, (n, ...), those beyond the end the mean of all."""
+    old = parameter.detach()
+    more = old.mean(0, keepdim=True).expand(max(0, n - len(old)), *old.shape[1:])
+    return nn.Parameter(torch.cat([old[:n], more]), requires_grad=parameter.requires_grad)
+
+
 def _either(starts: Tensor | None, more: Tensor) -> Tensor:
     return more if starts is None else starts | more
 
@@ -452,6 +532,22 @@ def _beyond_vocabulary(name: str, tokens: Tensor, vocab_size: int) -> ValueError
         f"{name} reach from {low} to {high}, and the vocabulary of the model from 0 to {vocab_size - 1}: use its own"
         " tokenizer"
     )
+
+
+def _configured(config: ModelConfig | str, options: Mapping[str, Any]) -> ModelConfig:
+    """The config itself, or that of a name and options."""
+    if isinstance(config, str):
+        from .presets import configure  # which builds models
+
+        for name in ("vocab_size", "n_params"):
+            if name in options:
+                raise ValueError(f"a backbone has no vocabulary: give d_model and n_layers, and leave {name} out")
+        config, options = configure(config, **options), {}
+        if config.kind == "seq2seq":
+            raise ValueError("an encoder-decoder has two backbones: build the model, and take its encoder or decoder")
+    if options:
+        raise ValueError(f"options {', '.join(options)} beside a config: put them into it by dataclasses.replace")
+    return config
 
 
 def _norm(config: ModelConfig) -> nn.Module:

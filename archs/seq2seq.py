@@ -16,6 +16,7 @@ the last token, the state and the context, which the residual stream sums up.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
@@ -162,6 +163,12 @@ class Seq2Seq(nn.Module):
         if isinstance(source, Tensor):
             return generation.filled(new, sampling.stop_tokens)
         return generation.without_padding(new)
+
+    def resize_embeddings(self, vocab_size: int) -> None:
+        """See LanguageModel.resize_embeddings: source and target share their tokens."""
+        self.decoder.resize_embeddings(vocab_size)
+        self.config = dataclasses.replace(self.config, vocab_size=vocab_size)
+        self.encoder.config = self.config.encoder
 
     @property
     def n_params(self) -> int:

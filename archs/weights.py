@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["built_with", "read_tensors", "weights_for"]
+__all__ = ["built_with", "check_described", "read_tensors", "weights_for"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,6 +57,32 @@ def built_with(build: Callable[[], M], path: Path) -> M:
         model = build()
     model.load_state_dict(weights_for(model, path), assign=True)
     return model
+
+
+def check_described(model: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Raises a ValueError unless a model is what its config describes, so that a file of both is read as it is.
+
+    Args:
+        model: any of ours, changed by hand or not.
+        build: makes one from the config.
+    """
+    with torch.device("meta"):
+        expected = build()
+    problems = misfits(dict(expected.named_parameters()), dict(model.named_parameters()))
+    found = dict(model.named_modules())
+    for name, wanted in expected.named_modules():
+        # widths are those of the parameters; what else decides what is computed stands in options and in eps
+        for key in () if problems else ("config", "eps", "prenorm"):
+            mine, theirs = getattr(found.get(name), key, None), getattr(wanted, key, None)
+            if not isinstance(found.get(name), type(wanted)):
+                problems = f"{name} is a {type(found.get(name)).__name__} and should be a {type(wanted).__name__}"
+            elif mine != theirs:
+                problems = f"{name or 'the model'} has {key}={mine} and should have {theirs}"
+    if problems:
+        raise ValueError(
+            f"the model is no longer what its config describes, and could not be read back: {problems}; build it from a"
+            " config that has the change (resize_embeddings changes both), or save its state_dict()"
+        )
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

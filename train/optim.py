@@ -17,15 +17,24 @@ from .config import OptimConfig
 __all__ = ["adamw", "learning_rate", "param_groups", "set_learning_rate"]
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, weight_decay: float, lr: float | None = None) -> list[dict[str, Any]]:
     """Groups the trainable parameters of `model` by weight decay and learning-rate scale.
 
     Parameters with fewer than two axes do not decay, and neither do those that a module names in its class's
     `no_weight_decay`. `lr_scale` maps a module's own parameter names to a factor on the learning rate. A tied parameter
     is counted once, under its first name, and is exempt from decay where any of its owners says so.
 
+        optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.1, lr=1e-3))
+
+    Args:
+        model: any module.
+        weight_decay: that of the parameters that decay.
+        lr: the learning rate that lr_scale multiplies. An optimizer, and a schedule of it, know of no scale; without a
+            rate here `set_learning_rate` must give every group its own.
+
     Returns:
-        Groups for a torch optimiser: `params` (name and parameter pairs), `weight_decay` and `lr_scale`.
+        Groups for a torch optimizer: `params` (name and parameter pairs), `weight_decay`, `lr_scale`, and `lr`, the
+        group's own rate, where one is given.
 
     Raises:
         ValueError: if the owners of a tied parameter disagree about its learning-rate scale.
@@ -46,12 +55,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             if parameter.ndim < 2 or name in no_weight_decay:
                 exempt.add(key)
 
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    members: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for key, pair in named.items():
-        decay, scale = 0.0 if key in exempt else weight_decay, scales[key]
-        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
-        group["params"].append(pair)
-    return list(groups.values())
+        members.setdefault((0.0 if key in exempt else weight_decay, scales[key]), []).append(pair)
+    groups: list[dict[str, Any]] = [
+        {"params": pairs, "weight_decay": decay, "lr_scale": scale} for (decay, scale), pairs in members.items()
+    ]
+    return groups if lr is None else [group | {"lr": lr * group["lr_scale"]} for group in groups]
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -113,6 +113,8 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         out = self.out_proj(ops.swiglu(z, y.to(z.dtype).flatten(2)))
         if state is None:
             return out, None
+        if not x.shape[1]:
+            return out, state
         # clones: the state must not keep whole sequences alive
         return out, Mamba3State(ssm, x[:, -1].clone(), B[:, -1].clone(), angle[:, -1].remainder(2 * math.pi))
 
@@ -146,7 +148,8 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         driven, chunk_len = drive[..., None] * x_last, self.config.chunk_len
         y, before = ops.ssd(driven, fade, A, B_last, C, initial_state=h, starts=starts, chunk_len=chunk_len)
         y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
-        return y, before + (own[:, -1, :, None] * x[:, -1])[..., None] * B[:, -1, :, None]
+        left = (own[:, -1:, :, None] * x[:, -1:])[..., None] * B[:, -1:, :, None]  # of no token: nothing
+        return y, before + left.sum(1)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""
@@ -189,7 +192,7 @@ def _rate(a: Tensor) -> Tensor:
 def _shifted(t: Tensor, before: Tensor | None) -> Tensor:
     """Moves t one place along the length, so that each token sees the one before it; `before` or zeros go first."""
     first = torch.zeros_like(t[:, :1]) if before is None else before[:, None].to(t.dtype)
-    return torch.cat([first, t[:, :-1]], dim=1)
+    return torch.cat([first, t[:, :-1]], dim=1)[:, : t.shape[1]]
 
 
 def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

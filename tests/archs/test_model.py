@@ -1,6 +1,7 @@
 """Block, Backbone and LanguageModel, on every architecture."""
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -11,13 +12,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from crossover.archs import Backbone, LanguageModel, ModelConfig, Seq2Seq, available, build, open_pretrained
+from crossover.archs import (
+    Backbone,
+    Features,
+    LanguageModel,
+    ModelConfig,
+    Seq2Seq,
+    available,
+    build,
+    configure,
+    open_pretrained,
+)
 from crossover.archs.ffns.mlp import MLP, MLPConfig
 from crossover.archs.ffns.moe import MoE, MoEConfig
 from crossover.archs.layers import LearnedPositions
 from crossover.kernels.attention import torch_impl
 from crossover.kernels.dispatch import use_backend
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 every_architecture = pytest.mark.parametrize("name", available())
@@ -176,21 +188,161 @@ def test_hidden_and_logits_are_the_two_halves_of_a_model() -> None:
     assert torch.equal(lm.logits(x), lm(tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["transformer", "bert"])
+@pytest.mark.parametrize("name", ["transformer", "bert", "encdec"])
 def test_a_tied_model_stays_tied_however_its_weights_arrive(name: str) -> None:
-    lm = tiny(name)
-    tokens = torch.randint(11, (1, 7))
-    state = {key: value.clone() for key, value in lm.state_dict().items()}
+    model: Any = tiny(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.device("meta"):
-        assigned, emptied = LanguageModel(lm.config), LanguageModel(lm.config)
+        assigned, emptied = type(model)(model.config), type(model)(model.config)
     assigned.load_state_dict(state, assign=True)
     emptied.to_empty(device="cpu").load_state_dict(state)
-    for again in (assigned, emptied, copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
-        assert torch.equal(again(tokens).logits, lm(tokens).logits)
-        assert again.n_params == lm.n_params
-        assert again.output_weight is again.embedding.weight
-        torch.nn.init.zeros_(again.embedding.weight)
-        assert (again.logits(torch.randn(3, lm.config.d_model, dtype=lm.embedding.weight.dtype)).std(-1) == 0).all()
+    replaced = copy.deepcopy(model)
+    decoder_of(replaced).embedding = nn.Embedding.from_pretrained(decoder_of(model).embedding.weight.detach().clone())
+    for again in (assigned, emptied, replaced, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        x = torch.randn(3, 32)
+        assert torch.equal(decoder_of(again).logits(x), decoder_of(model).logits(x))
+        assert again.n_params == model.n_params
+        assert decoder_of(again).output_weight is decoder_of(again).embedding.weight
+        torch.nn.init.zeros_(decoder_of(again).embedding.weight)
+        assert (decoder_of(again).logits(x).std(-1) == 0).all()
+
+
+def decoder_of(model: Any) -> LanguageModel:
+    return model if isinstance(model, LanguageModel) else model.decoder
+
+
+@pytest.mark.parametrize("n", [1, 7, 11, 30])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("mamba", True), ("transformer", False), ("bert", True), ("bert", False), ("encdec", True)]
+)
+def test_another_number_of_tokens_keeps_the_first_and_makes_new_ones_average(
+    name: str, tied: bool, n: int, tmp_path: Path
+) -> None:
+    model: Any = tiny(name, tie_embeddings=tied).double()
+    lm, x, old = decoder_of(model), torch.randn(5, 32, dtype=torch.float64), min(n, 11)
+    if lm.head.bias is not None:
+        torch.nn.init.normal_(lm.head.bias)
+    before, embedding = lm.logits(x), lm.embedding.weight.detach().clone()
+    model.resize_embeddings(n)
+    after = lm.logits(x)
+    assert after.shape == (5, n)
+    torch.testing.assert_close(after[:, :old], before[:, :old])
+    torch.testing.assert_close(after[:, old:], before.mean(-1, keepdim=True).expand(5, n - old))
+    torch.testing.assert_close(lm.embedding(torch.arange(old)), embedding[:old])
+    assert model.n_params == type(model)(model.config).n_params
+    assert isinstance(lm.head, nn.Linear) != tied
+    model.save_pretrained(tmp_path)
+    again = open_pretrained(tmp_path)
+    assert again.config == model.config
+    assert again.config.vocab_size == n
+    tokens = torch.randint(n, (2, 3))
+    inputs = (tokens,) if model is lm else (tokens, tokens)
+    assert torch.equal(again(*inputs).logits, model(*inputs).logits)
+    with pytest.raises(ValueError, match="vocab_size=0 must be a whole number of at least 1"):
+        model.resize_embeddings(0)
+
+
+def delete_a_block(lm: Any) -> None:
+    del lm.backbone.blocks[0]
+
+
+def repeat_a_block(lm: Any) -> None:
+    lm.backbone.blocks.append(copy.deepcopy(lm.backbone.blocks[0]))
+
+
+def share_a_block(lm: Any) -> None:
+    lm.backbone.blocks[1] = lm.backbone.blocks[0]
+
+
+def enlarge_the_embedding(lm: Any) -> None:
+    lm.embedding = nn.Embedding(17, 32)
+
+
+def another_mixer(lm: Any) -> None:
+    lm.backbone.blocks[1].mixer = nn.Linear(32, 32)
+
+
+def another_window(lm: Any) -> None:
+    mixer = lm.backbone.blocks[1].mixer
+    lm.backbone.blocks[1].mixer = type(mixer)(32, dataclasses.replace(mixer.config, window=3))
+
+
+def another_eps(lm: Any) -> None:
+    lm.backbone.norm.eps = 0.1
+
+
+def another_head(lm: Any) -> None:
+    lm.head = nn.Linear(32, 11, bias=False)
+
+
+def whole_numbers(lm: Any) -> None:
+    lm.embedding.weight = nn.Parameter(torch.ones(11, 32, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (delete_a_block, r"backbone\.blocks\.1\S* is missing"),
+        (repeat_a_block, r"backbone\.blocks\.2\S* is not expected"),
+        (share_a_block, r"backbone\.blocks\.1\S* is missing"),
+        (enlarge_the_embedding, r"embedding\.weight is \(17, 32\) and should be \(11, 32\)"),
+        (another_mixer, r"backbone\.blocks\.1\.mixer\.\S* is missing"),
+        (another_window, r"backbone\.blocks\.1\.mixer has config=.*window=3.* and should have"),
+        (another_eps, r"backbone\.norm has eps=0\.1 and should have 1e-05"),
+        (another_head, r"head\.weight is not expected"),
+        (whole_numbers, r"embedding\.weight is of int8"),
+    ],
+)
+def test_a_model_changed_by_hand_is_saved_as_it_is_or_not_at_all(
+    change: Callable[[Any], None], problem: str, tmp_path: Path
+) -> None:
+    lm = tiny("transformer")
+    change(lm)
+    with pytest.raises(ValueError, match=rf"^the model is no longer what its config describes.*: .*{problem}") as error:
+        lm.save_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model").exists()
+
+
+@every_model
+def test_a_backbone_has_a_name_and_options_and_stands_in_a_sequence(name: str) -> None:
+    torch.manual_seed(1)
+    backbone = Backbone(name, d_model=32, n_layers=2)
+    assert backbone.config == Backbone(configure(name, d_model=32, n_layers=2)).config
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    y, _, _ = backbone(x)
+    assert torch.equal(backbone.features(x), y)
+    stack = nn.Sequential(nn.Linear(32, 32), Features(backbone), nn.Linear(32, 3))
+    assert stack(x).shape == (2, 5, 3)
+    again = nn.Sequential(nn.Linear(32, 32), Features(Backbone(name, d_model=32, n_layers=2)), nn.Linear(32, 3))
+    again.load_state_dict(stack.state_dict())
+    assert torch.equal(again(x), stack(x))
+
+
+def test_a_backbone_refuses_what_it_has_not() -> None:
+    for options in ({"vocab_size": 5}, {"n_params": 10_000}):
+        with pytest.raises(ValueError, match=f"a backbone has no vocabulary: .* leave {next(iter(options))} out"):
+            Backbone("mamba", **options)
+    with pytest.raises(ValueError, match="an encoder-decoder has two backbones"):
+        Backbone("encdec")
+    with pytest.raises(ValueError, match="options d_model beside a config"):
+        Backbone(small(), d_model=5)
+    with pytest.raises(ValueError, match="unknown architecture 'mambo'; did you mean 'mamba'"):
+        Backbone("mambo")
+
+
+@every_model
+def test_opacus_is_refused_in_words_where_it_would_fail(name: str) -> None:
+    backbone = Backbone(name, d_model=32, n_layers=2)
+    for parameter in backbone.parameters():
+        vars(parameter)["grad_sample"] = None  # as Opacus marks what it takes gradients of
+    if name == "transformer":
+        backbone(torch.randn(1, 3, 32))
+        return
+    with pytest.raises(
+        ValueError, match=r"^Opacus takes no gradient of single rows of .*: use a transformer, or torch"
+    ):
+        backbone(torch.randn(1, 3, 32))
 
 
 def test_a_copy_of_the_embedding_is_no_weight_of_a_tied_head() -> None:

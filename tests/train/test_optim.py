@@ -145,3 +145,17 @@ def test_short_runs_have_rates_too(schedule: str, steps: int) -> None:
 
 def test_a_run_of_warm_up_only_ends_at_the_peak() -> None:
     assert rates(10, warmup=1.0)[-1] == 2.0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor])
+def test_any_optimizer_and_schedule_honours_the_scales_of_groups_with_a_rate(optimizer: type) -> None:
+    model = build("s4d", d_model=16, n_layers=1)
+    groups = param_groups(model, 0.1, lr=0.02)
+    assert {group["lr"] / group["lr_scale"] for group in groups} == {0.02}
+    assert {group["lr_scale"] for group in groups} == {1.0, 0.25}
+    made = optimizer(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.5**step)
+    made.step()
+    schedule.step()
+    assert [group["lr"] for group in made.param_groups] == [0.01 * group["lr_scale"] for group in groups]
+    assert all("lr" not in group for group in param_groups(model, 0.1))
