@@ -1,8 +1,9 @@
 """Numbers as tables, figures and sentences show them. A dash stands for what was not measured."""
 
 import re
+import unicodedata
 
-__all__ = ["DASH", "count", "format_bytes", "number", "parse_bytes", "whole"]
+__all__ = ["DASH", "count", "format_bytes", "number", "parse_bytes", "printable", "whole"]
 
 DASH = "-"
 
@@ -49,3 +50,12 @@ def parse_bytes(text: str) -> int:
     if match is None or float(match[1]) > 1e18:
         raise ValueError(f"'{text}' is not a size in bytes; write it like 3GiB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def printable(text: str) -> str:
+    """Shows what is no text, or turns its direction, as the replacement character: anybody's files may hold names."""
+    bad = {c for c in {*text} - {"\n", "\t"} if unicodedata.category(c) in ("Cc", "Cs") or c in _TURNING}
+    return "".join("\N{REPLACEMENT CHARACTER}" if c in bad else c for c in text) if bad else text
+
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

@@ -2,12 +2,15 @@
 
 import base64
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from ..harness.format import printable
 
 __all__ = [
     "Block",
@@ -145,6 +148,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # and not what templates have made
     )
     environment.filters |= {"data_uri": _data_uri, "plain": _plain}
     return environment
@@ -155,7 +159,5 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keeps Markdown from reading our text as markup."""
-    for character in "\\`*_[]<>#|":
-        text = text.replace(character, "\\" + character)
-    return text
+    """Keeps Markdown from reading text as markup, or its line ends as those of a paragraph or a table."""
+    return re.sub(r"[\\`*_\[\]<>#|~$]|&(?=#?\w+;)", r"\\\g<0>", " ".join(text.split()))

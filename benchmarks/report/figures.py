@@ -3,12 +3,13 @@
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..context.cell import Cell
-from ..harness.format import count, format_bytes
+from ..harness.format import count, format_bytes, printable
 from .document import Figure
 from .results import Comparison, Metric, tokens_per_step
 from .words import capital, status_words
@@ -53,9 +54,18 @@ class _Pen:
 
 def _pens(comparison: Comparison, theme: _Theme) -> dict[str, _Pen]:
     return {
-        arch: _Pen(comparison.label(arch), theme.colors[i % 8], _MARKERS[i % 8], _DASHES[i % 8])
+        arch: _Pen(
+            _short(" ".join(comparison.label(arch).split())), theme.colors[i % 8], _MARKERS[i % 8], _DASHES[i % 8]
+        )
         for i, arch in enumerate(comparison.archs)
     }
+
+
+def _short(label: str) -> str:
+    """A name that leaves room for the curves. One that begins with _ would be left out of a legend."""
+    label = " ".join(label.split())
+    label = label if len(label) <= 24 else f"{label[:23]}\N{HORIZONTAL ELLIPSIS}"
+    return f" {label}" if label.startswith("_") else label
 
 
 def _labels(comparison: Comparison, archs: Sequence[str]) -> str:
@@ -73,10 +83,12 @@ def _svg(paint: Callable[["Axes", _Theme], None], theme: _Theme) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.text import Text
 
     style: dict[Any, Any] = {
         "svg.hashsalt": "crossover",  # ids of clip paths are hashes of this instead of random numbers
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
@@ -97,7 +109,9 @@ def _svg(paint: Callable[["Axes", _Theme], None], theme: _Theme) -> bytes:
         "lines.linewidth": 1.7,
         "lines.markersize": 5,
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # text stays text in the file, so the fonts of the reader count and not those of this machine
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         canvas = Canvas(figsize=_SIZE, layout="constrained")
         FigureCanvasSVG(canvas)
         axes = canvas.add_subplot()
@@ -106,6 +120,9 @@ def _svg(paint: Callable[["Axes", _Theme], None], theme: _Theme) -> bytes:
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             canvas.legend(handles, labels, loc="outside upper left", ncols=3, handlelength=2.6, columnspacing=1.2)
+        for text in canvas.findobj(Text):
+            assert isinstance(text, Text)
+            text.set_text(printable(text.get_text()))
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
@@ -157,8 +174,18 @@ def _log_bytes(axes: "Axes") -> None:
 
 
 def _references(axes: "Axes", theme: _Theme, references: Mapping[str, float], *, vertical: bool = False) -> None:
-    """Lines where general-purpose compressors stand on the held-out text."""
-    for name, value in references.items():
+    """Lines where general-purpose compressors stand on the held-out text, as far as the axes reach.
+
+    The names of two that are close stand one above the other: above and below the lines, or in two rows.
+    """
+    low, high = axes.get_xlim() if vertical else axes.get_ylim()
+    close = (0.22 if vertical else 0.06) * (high - low)  # a name is about as wide, or high
+    before, row = math.inf, 0
+    for name, value in sorted(references.items(), key=lambda item: -item[1]):
+        if not low <= value <= high:
+            continue
+        row = (row + 1) % 2 if before - value < close else 0
+        before = value
         line = axes.axvline if vertical else axes.axhline
         line(value, color=theme.soft, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         where, transform = (
@@ -168,10 +195,10 @@ def _references(axes: "Axes", theme: _Theme, references: Mapping[str, float], *,
             f"{name} {value:.2f}",
             where,
             xycoords=transform,
-            xytext=(0, 3),
+            xytext=(0, 3 + 10 * row if vertical else 3 - 6 * row),
             textcoords="offset points",
             ha="center" if vertical else "right",
-            va="bottom",
+            va="bottom" if vertical or not row else "top",
             fontsize=8.5,
             color=theme.soft,
         )
@@ -192,13 +219,19 @@ def quality_figure(comparison: Comparison, rows: Sequence[Mapping]) -> Figure:
             pen, value = pens[row["arch"]], row[key]
             axes.errorbar(value, y, xerr=row[spread], color=pen.color, marker=pen.marker, markersize=8, capsize=4)
             axes.annotate(
-                f"{value:.2f}", (value, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9
+                f"{value:.2f}" if abs(value) < 1e6 else f"{value:.3g}",
+                (value, y),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
             )
-        _references(axes, theme, references, vertical=True)
         axes.set_yticks(range(len(scored)), [pens[row["arch"]].label for row in scored])
         axes.set_ylim(-0.6, len(scored) - 0.2)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
+        axes.update_datalim([(value, 0) for value in references.values()], updatey=False)
+        _references(axes, theme, references, vertical=True)
         axes.set_xlabel(f"{score.words} ({less} is better)")
 
     notes = ["Dashed: general-purpose compressors on the whole of it"] if references else []
@@ -234,12 +267,12 @@ def learning_figure(comparison: Comparison, x: str) -> Figure:
                 label=None if arch in named else pen.label,
             )
             named.add(arch)
-        _references(axes, theme, references)
         # The first evaluations are of models that know nothing yet, and would flatten what matters.
         later = [point[score.tag] for _, curve in curves for point in curve[len(curve) // 5 :]]
         low, high = min([*later, *references.values()], default=0.0), max(later, default=0.0)
         if low < high:
             axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+        _references(axes, theme, references)
         axes.set_xlim(left=0)
         if x == "tokens":
             axes.xaxis.set_major_formatter(FuncFormatter(_count_tick))
@@ -279,6 +312,8 @@ def position_figure(comparison: Comparison) -> Figure | None:
                 if span["bits_per_byte"] is not None:
                     profiles[arch].setdefault((span["start"], span["stop"]), []).append(span["bits_per_byte"])
     stops = sorted({stop for profile in profiles.values() for _, stop in profile})
+    if not stops:
+        return None
 
     def paint(axes: "Axes", theme: _Theme) -> None:
         for arch, pen in _pens(comparison, theme).items():

@@ -9,7 +9,7 @@ from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
-from .words import and_list, batches, capital, printable, score_meaning, span_of, status_words
+from .words import and_list, batches, capital, score_meaning, span_of, status_words
 
 __all__ = ["sections"]
 
@@ -216,7 +216,7 @@ def _sample_section(comparison: Comparison) -> list[Block]:
     for arch in comparison.archs:
         text = next((run.result["sample"] for run in comparison.runs_of(arch) if run.result.get("sample")), None)
         if text:
-            samples.append(Preformatted(title=comparison.label(arch), text=printable(text)))
+            samples.append(Preformatted(title=comparison.label(arch), text=text))
     if not samples:
         return []
     return [

@@ -15,7 +15,6 @@ __all__ = [
     "batches",
     "capital",
     "headline",
-    "printable",
     "score_meaning",
     "span_of",
     "status_words",
@@ -43,11 +42,6 @@ def and_list(words: Sequence[str]) -> str:
 def capital(text: str) -> str:
     """Writes the first letter large."""
     return text[:1].upper() + text[1:]
-
-
-def printable(text: str) -> str:
-    """Shows control characters as the replacement character; HTML has no way to carry them."""
-    return "".join(c if c in "\n\t" or (c >= " " and c != "\x7f") else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _rounded(length: float) -> str:

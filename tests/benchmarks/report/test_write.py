@@ -2,12 +2,15 @@ import base64
 import csv
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from crossover.benchmarks import load_results
+from crossover.benchmarks.report.figures import learning_figure, quality_figure
+from crossover.benchmarks.report.results import load_comparison, quality
 from crossover.benchmarks.report.write import write_report
 from crossover.train.score import BITS_PER_BYTE
 
@@ -303,3 +306,65 @@ def test_report_says_where_the_final_validation_reads_more_than_those_on_the_way
     said = "The last point of a run reads more of the held-out text than those before it."
     assert said not in words(write_report(write_run(tmp_path, "mamba", eval_tokens=262_144)).read_text())
     assert said in words(write_report(write_run(tmp_path, "mamba", eval_tokens=65_536)).read_text())
+
+
+NASTY = "<script>alert(1)</script> ![x](javascript:x) `x` *b* | y\r\n# z\n- w &lt; \x1b[31m \u202e $\\frac{$ ~~s~~ __"
+
+
+def nasty(value: object) -> object:
+    """The same JSON value with something bad in every text but the names of things that are looked up."""
+    if isinstance(value, dict):
+        fixed = {"arch", "phase", "status", "digest", "score", "started", "config", "settings", "precision"}
+        return {key: entry if key in fixed else nasty(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [nasty(entry) for entry in value]
+    return f"{value} {NASTY}" if isinstance(value, str) else value
+
+
+def test_what_files_of_others_say_is_text_and_never_markup(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, context=[96])
+    write_run(tmp_path, "lstm", status="failed")
+    for file in (tmp_path / "compare.json", *tmp_path.glob("*/run.json"), *tmp_path.glob("*/result.json")):
+        file.write_text(json.dumps(nasty(json.loads(file.read_text()))))
+    cells = [json.dumps(nasty(json.loads(line))) for line in (tmp_path / "context.jsonl").read_text().splitlines()]
+    (tmp_path / "context.jsonl").write_text("\n".join(cells) + "\n")
+    write_report(tmp_path)
+
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not {"script", "a"} & {tag for tag, _ in _Elements(page).found}
+    assert "&lt;script&gt;" in page
+    pictures = [file.read_text(encoding="utf-8") for file in (tmp_path / "figures").glob("*.svg")]
+    tags = {element.tag for picture in pictures for element in ElementTree.fromstring(picture).iter()}
+    assert not {tag for tag in tags if tag.endswith(("script", "}a"))}
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "\\<script\\>" in text
+    assert not {"\x1b", "\u202e"} & {*page, *text, *"".join(pictures)}
+    lines = [re.sub(r"\\[^\w\s]", "", line) for line in text.splitlines() if not line.startswith("    ")]
+    for line in lines:
+        assert not re.search(r"[<`$~&]", line), line
+        assert not re.search(r"\]\((?!figures/[\w-]+\.svg\))", line), line
+        assert not re.match(r"#+ z|- w", line), line
+    rows = [line.count("|") for line in lines if line.startswith("|")]
+    assert len({*rows}) <= 6  # kinds of tables
+
+
+@pytest.mark.parametrize("values", [(2.03, 2.031), (1.4, 2.4), (60.0, 90.0)])
+def test_names_of_compressors_stand_apart_and_within_the_picture(values: tuple[float, float], tmp_path: Path) -> None:
+    write_run(tmp_path, "mamba", seq_len=32)
+    info = json.loads((tmp_path / "mamba-s0/run.json").read_text())
+    info["corpus"]["reference_bits_per_byte"] = dict(zip(("xz", "zlib"), values, strict=True))
+    (tmp_path / "mamba-s0/run.json").write_text(json.dumps(info))
+    comparison = load_comparison(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = (quality_figure(comparison, quality(comparison)), learning_figure(comparison, "tokens"))
+    for figure in figures:
+        picture = figure.light.decode()
+        labels = re.findall(r'x="([\d.-]+)" y="([\d.-]+)"[^>]*>((?:xz|zlib) [\d.]+)<', picture)
+        x, y = ([float(label[i]) for label in labels] for i in (0, 1))
+        if figure.name == "learning-tokens" and values[0] > 50:
+            assert labels == []  # far beyond what was learned
+            continue
+        assert len(labels) == 2
+        assert abs(x[0] - x[1]) > 45 or abs(y[0] - y[1]) > 8
+        assert all(0 <= place <= 360 for place in (*x, *y))
