@@ -63,6 +63,9 @@ class ModelConfig:
     """Vectors that are added to the embeddings: "none", or "learned", one for each position in the document."""
     max_positions: Annotated[int, Range(1, 2**28)] | None = None
     """Longest context of learned positions, in tokens."""
+    segments: Annotated[int, Range(0, 2**18)] = 0
+    """Kinds of tokens, such as those of the first and of the second text of a pair: each has a vector that is added to
+    the embeddings, as in BERT. 0 means that tokens have no kind."""
     head: Literal["linear", "mlm"] = "linear"
     """Head that makes logits of the last layer's output: "linear", one projection, or "mlm", as BERT predicts masked
     tokens: a layer with GELU and a norm, then a projection with a bias."""
@@ -126,7 +129,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON values (lists, no tuples), from which `from_dict` makes an equal config."""
-        return {f.name: _json_value(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: _json_value(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if not self.segments:  # what was written before there were any is of the same model
+            del values["segments"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -170,6 +176,8 @@ class Seq2SeqConfig(ModelConfig):
             raise ValueError(f"no layer of model.pattern={list(self.pattern)} reads the source: add {known}")
         if self.head != "linear":
             raise ValueError(f"model.head={self.head!r} predicts masked tokens, not the next ones: use 'linear'")
+        if self.segments:
+            raise ValueError(f"model.segments={self.segments}: a source and its target are told apart without: use 0")
         _ = self.encoder  # which checks itself
 
     @property

@@ -265,6 +265,7 @@ class LanguageModel(nn.Module):
         # drawn for a tied model too, so that a seed goes on to mean the same weights
         head = linear(config.d_model, config.vocab_size, bias=config.head == "mlm")
         self.head: nn.Linear | TiedHead = TiedHead(head.bias) if config.tie_embeddings else head
+        self.segments = nn.Embedding(config.segments, config.d_model) if config.segments else None
         # GPT-2's 0.02 is hardly larger than Adam's first steps at these widths, which then overwrite it
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         if config.tie_embeddings:
@@ -277,6 +278,7 @@ class LanguageModel(nn.Module):
         *,
         starts: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> LMOutput | LMLoss:
         """Logits at each token, or the loss of targets.
@@ -287,13 +289,14 @@ class LanguageModel(nn.Module):
             starts: (B, L) bool, True at the first token of a document; (1, L) for all rows alike.
             padding_mask: (B, L) bool, True at real tokens, as in Backbone.forward; the targets of padding are not
                 counted.
+            segments: of which of the model's segments each token is, (B, L) int64; None means the first.
             targets: the tokens to be predicted, (B, L) int64: the next ones, or the masked ones; -100 is not counted.
 
         Raises:
             ValueError: if an input has another shape, dtype or device than the others or the model demand, or a token
                 is not in the vocabulary.
         """
-        x, state, aux_loss = self.hidden(tokens, state, starts=starts, padding_mask=padding_mask)
+        x, state, aux_loss = self.hidden(tokens, state, starts=starts, padding_mask=padding_mask, segments=segments)
         if targets is None:
             return LMOutput(self.logits(x), state, aux_loss)
         if padding_mask is not None:
@@ -308,21 +311,33 @@ class LanguageModel(nn.Module):
         *,
         starts: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, States | None, Tensor]:
         """Runs the backbone over tokens, (B, L) int64: x, (B, L, D), the state after them, and the auxiliary loss."""
-        return self.backbone(self.embed(tokens), state, starts=starts, padding_mask=padding_mask)
+        return self.backbone(self.embed(tokens, segments), state, starts=starts, padding_mask=padding_mask)
 
-    def embed(self, tokens: Tensor, *, name: str = "tokens") -> Tensor:
-        """Vectors of tokens, (B, L) int64: (B, L, D).
+    def embed(self, tokens: Tensor, segments: Tensor | None = None, *, name: str = "tokens") -> Tensor:
+        """Vectors of tokens, (B, L) int64: (B, L, D), with those of their segments, (B, L) int64, if the model has any.
 
         Raises:
             ValueError: unless they are (B, L) and, where the CPU reads them, of the vocabulary.
         """
         check_tokens(tokens, name=name)
         try:
-            return self.embedding(tokens)
+            x = self.embedding(tokens)
         except IndexError:  # of the CPU; elsewhere the host does not know the values
             raise _beyond_vocabulary(name, tokens, self.config.vocab_size) from None
+        if self.segments is None:
+            if segments is not None:
+                raise ValueError("this model has no segments: build it with segments=2 for two kinds of tokens")
+            return x
+        if segments is None:
+            return x + self.segments.weight[0]
+        check_tokens(segments, name="segments")
+        try:
+            return x + self.segments(segments)
+        except IndexError:
+            raise ValueError(f"segments must be below {self.config.segments}, the segments of this model") from None
 
     def logits(self, x: Tensor) -> Tensor:
         """Makes logits of the x of `hidden`, or of some of its positions: (..., D) -> (..., V)."""

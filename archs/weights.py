@@ -16,6 +16,7 @@ __all__ = ["built_with", "check_described", "read_tensors", "weights_for"]
 M = TypeVar("M", bound=nn.Module)
 
 _MOST_PROBLEMS = 8  # in one message
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in which a model computes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -94,8 +95,8 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
             continue
         if found[name].shape != expected[name].shape:
             problems.append(f"{name} is {tuple(found[name].shape)} and should be {tuple(expected[name].shape)}")
-        elif not found[name].is_floating_point():
+        elif found[name].dtype not in _FLOATS:
             dtype = str(found[name].dtype).removeprefix("torch.")
-            problems.append(f"{name} is of {dtype}, where a floating-point number is needed")
+            problems.append(f"{name} is of {dtype}, where a float of 16 bits or more is needed")
     hidden = len(problems) - _MOST_PROBLEMS
     return "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {hidden:,} more" if hidden > 0 else "")

@@ -19,8 +19,8 @@ from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedMod
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import ModelConfig
-from ..mixer import State
 from ..model import Backbone, LanguageModel
+from ..state import State, States
 
 __all__ = ["CrossoverConfig", "CrossoverForCausalLM", "CrossoverModel", "StateCache"]
 
@@ -81,7 +81,7 @@ class StateCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.state: list[State] = []
+        self.state = States()
         self.n_seen, self.capacity = 0, 0
         self.reached: Tensor | None = None
         """Position that the next token of each row has in its document, (B,) int64."""
@@ -105,7 +105,10 @@ class StateCache(Cache):
             self.state = empty
             self.reached = torch.zeros(batch_size, dtype=torch.int64, device=next(backbone.parameters()).device)
         else:
-            self.state = [_moved_into(room, old) for room, old in zip(empty, self.state, strict=True)]
+            grown = (
+                None if old is None else _moved_into(room, old) for room, old in zip(empty, self.state, strict=True)
+            )
+            self.state = States(grown, empty.wide)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding included."""
@@ -118,9 +121,8 @@ class StateCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, (n,) int64, with repeats allowed."""
         if self.reached is not None:
-            indices = indices.to(self.reached.device)
-            self.state = [layer.select(indices) for layer in self.state]
-            self.reached = self.reached[indices]
+            self.state = self.state.select(indices)
+            self.reached = self.reached[indices.to(self.reached.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """See batch_select_indices: for beam search."""
@@ -223,10 +225,11 @@ class CrossoverModel(CrossoverPreTrainedModel):
         if config.model is None:
             raise ValueError("config.json has no table `model`, which says what the model is")
         described = ModelConfig.from_dict(config.model) if lm is None else lm.config
-        if described.kind != "decoder" or described.head != "linear":
+        if described.kind != "decoder" or described.head != "linear" or described.segments:
             raise ValueError(
-                "transformers' causal models are decoders with a linear head, and this is"
-                f" {described.kind} with head={described.head!r}: to_hf writes BERTs, and lm.save_pretrained any model"
+                "transformers' causal models are decoders with a linear head and no segments, and this is"
+                f" {described.kind} with head={described.head!r} and segments={described.segments}: to_hf writes BERTs,"
+                " and lm.save_pretrained any model"
             )
         self.lm = LanguageModel(described) if lm is None else lm
         self.gradient_checkpointing = False
@@ -262,8 +265,6 @@ class CrossoverModel(CrossoverPreTrainedModel):
             ValueError: if an argument is not known, or two contradict each other.
         """
         _refuse(options, beside_positions=position_ids is not None)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, StateCache):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}, which holds no state of ours: give None, or"
@@ -276,7 +277,11 @@ class CrossoverModel(CrossoverPreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
 
-        x = self.lm.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds
+        if input_ids is not None and inputs_embeds is None:
+            x = self.lm.embed(input_ids, name="input_ids")
+        elif input_ids is not None or x is None:
+            raise ValueError("give either input_ids or inputs_embeds")
         cache = past_key_values
         if cache is None and use_cache:
             cache = StateCache()

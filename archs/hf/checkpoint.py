@@ -8,26 +8,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from ...files import give_usual_mode
+from ...files import give_usual_mode, parse_json
+from ...options import nearest
 from ..config import ModelConfig
 from ..layers import RMSNorm
 from ..model import LanguageModel
-from ..registry import FFNS, MIXERS, nearest
+from ..registry import FFNS, MIXERS
+from ..weights import misfits, read_tensors
 from .families import FAMILIES, Family
 from .layout import Tensors
 
 _OWN_TYPE = "crossover.archs.hf.register makes transformers load it under a type of its own"
+_MOST_LAYERS = 2**12
+_LONGEST = 60  # characters of a value in a message
 _FREE = re.compile(r"\.(dt_min|dt_max|chunk_len|balance_weight|inner_norm_eps)$")
 """Options of initialization, training and speed, which a trained model's logits do not depend on, and one that follows
 from others."""
@@ -36,8 +38,9 @@ from others."""
 def from_hf(folder: str | Path, *, device: torch.device | str | None = None) -> LanguageModel:
     """Reads a checkpoint of Hugging Face's or of mamba_ssm's, with every tensor in the dtype of the file.
 
-    BERT's two segments become one: the embedding of the first is added to the positions. Token ids of config.json
-    (bos, eos, pad) have no place in a model here.
+    Every option of config.json is followed, known to make no difference to the logits, or refused; every tensor is
+    used, equal to what it would be computed as, or refused, but for BERT's pooler and its head for the next sentence.
+    Token ids of config.json (bos, eos, pad) have no place in a model here.
 
     Args:
         folder: holds config.json of a `model_type` of FAMILIES with a language-model head, and the tensors in
@@ -45,25 +48,29 @@ def from_hf(folder: str | Path, *, device: torch.device | str | None = None) -> 
         device: where the model goes; None means the CPU.
 
     Raises:
-        ValueError: if the architecture or one of its options does not exist here, or tensors are missing, unexpected or
-            of another shape: one message names them all.
+        ValueError: if a file cannot be read, the architecture or one of its options does not exist here, or tensors are
+            missing, unexpected, of another shape or no floats: one line, which names what is wrong.
     """
     folder = Path(folder)
     values = _plain(_read_json(folder / "config.json"))
     family = _family(folder, values)
-    lm, problems = _skeleton(family, values)
+    if problems := _unknown(family, values):
+        raise ValueError(f"{folder}: no {family.model_type} here has {', '.join(problems)}")
+    tensors = _canonical(family, _read_files(folder), folder)
+    try:
+        lm, problems = _skeleton(family, family.reading(values, tensors))
+    except ValueError as error:
+        raise ValueError(f"{folder}: config.json describes no model ({error})") from None
     if problems:
         raise ValueError(f"{folder}: no {family.model_type} here has {', '.join(problems)}")
-    tensors = _canonical(family, _read_tensors(folder))
-    if problems := _misfits(family, lm, tensors):
-        raise ValueError(f"{folder}: the tensors do not fit config.json: {'; '.join(problems)}")
+    problems = _settle(family, lm, tensors)
+    misfit = misfits(_stored(family, lm), tensors)
+    if problems := "; ".join([*problems, misfit] if misfit else problems):
+        raise ValueError(f"{folder}: the tensors do not fit config.json: {problems}")
     unpacked = family.unpack(tensors)
-    # copied: tensors of a file are not aligned, and matrix products round by alignment
-    state = {
-        ours: unpacked[theirs].clone(memory_format=torch.contiguous_format)
-        for ours, theirs in tensor_names(family, lm).items()
-    }
-    lm.load_state_dict(state, assign=True)
+    lm.load_state_dict(
+        {ours: unpacked[theirs].contiguous() for ours, theirs in tensor_names(family, lm).items()}, assign=True
+    )
     return lm if device is None else lm.to(device)
 
 
@@ -79,7 +86,8 @@ def to_hf(lm: LanguageModel, folder: str | Path) -> None:
     tensors = {name: value.contiguous() for name, value in _stored(family, lm).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     give_usual_mode(folder / "model.safetensors")
-    config = {"architectures": [family.architecture], "model_type": family.model_type, **_nested(values)}
+    config = {"architectures": [family.architecture], "model_type": family.model_type}
+    config |= _nested(family.writing(values))
     config["dtype"] = str(lm.embedding.weight.dtype).removeprefix("torch.")
     # the defaults would stop generation at tokens that mean something else here
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -108,50 +116,99 @@ def _stored(family: Family, lm: LanguageModel) -> Tensors:
     return family.pack({theirs: state[ours] for ours, theirs in tensor_names(family, lm).items()})
 
 
-def _canonical(family: Family, tensors: Tensors) -> Tensors:
-    """The tensors under the names that `save_pretrained` gives them, without what does not matter."""
-    if not any(name.startswith(family.prefix) for name in tensors):  # saved without the head
-        tensors = {
-            name if name.startswith(("lm_head.", "cls.")) else family.prefix + name: tensors[name] for name in tensors
-        }
+def _canonical(family: Family, tensors: Tensors, folder: Path) -> Tensors:
+    """The tensors under the names that `save_pretrained` gives them, without what does not matter.
+
+    Raises:
+        ValueError: if two names of one version are one of another.
+    """
+    names = {name: name for name in tensors if not re.search(family.ignored, name)}
+    if not any(name.startswith(family.prefix) for name in names):  # saved without the head
+        names = {n: n if n.startswith(("lm_head.", "cls.")) else family.prefix + n for n in names}
+        names = {n: today for n, today in names.items() if not re.search(family.ignored, today)}
     for pattern, today in family.renamed.items():
-        tensors = {re.sub(pattern, today, name): value for name, value in tensors.items()}
-    return family.trim({name: value for name, value in tensors.items() if not re.search(family.ignored, name)})
+        names = {n: re.sub(pattern, today, name) for n, name in names.items()}
+    found: Tensors = {}
+    for stored, name in names.items():
+        if name in found:
+            raise ValueError(f"{folder}: the tensors do not fit config.json: {name} is there under two names")
+        found[name] = tensors[stored]
+    return found
 
 
-def _misfits(family: Family, lm: LanguageModel, tensors: Tensors) -> list[str]:
-    """Every way in which the tensors are not those of the model, in words; drops a copy of a tied head."""
-    expected = _stored(family, lm)
+def _settle(family: Family, lm: LanguageModel, tensors: Tensors) -> list[str]:
+    """Takes out tensors that say what others say, or what is computed; in words, those that say something else."""
     head, embedding = (f"{family.tensors[name]}.weight" for name in ("head", "embedding"))
     problems = []
-    if lm.config.tie_embeddings and head in tensors and embedding in tensors:
-        copy = tensors.pop(head)
-        if not torch.equal(copy, tensors[embedding]):
-            problems.append(f"{head} is not the embedding, though the two are tied")
-    problems += [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in expected]
-    for name, value in expected.items():
-        if name in tensors and tensors[name].shape != value.shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)} and should be {tuple(value.shape)}")
+    for copy, original in {head: embedding, **family.copies}.items():
+        if lm.config.tie_embeddings and copy in tensors:
+            value = tensors.pop(copy)
+            if not torch.equal(value, tensors.setdefault(original, value)):
+                problems.append(f"{copy} is not {original}, though the two are tied")
+        elif (
+            copy in family.copies and not lm.config.tie_embeddings
+        ):  # of an untied head, of which some versions store one
+            for name, other in ((copy, original), (original, copy)):
+                if name not in tensors and other in tensors:
+                    tensors[name] = tensors[other]
+    for pattern, is_computed in family.computed.items():
+        for name in [name for name in tensors if re.search(pattern, name)]:
+            if not is_computed(tensors.pop(name), lm.config):
+                problems.append(f"{name} is not what the model computes")
     return problems
 
 
+def _unknown(family: Family, values: Mapping[str, Any]) -> list[str]:
+    """Every option of a config.json that a model here cannot follow, in words."""
+    understood = family.known
+    nested = {name.partition(".")[0] for name in understood if "." in name}
+    flat = {name: value for name, value in values.items() if name not in nested}
+    for section in nested & values.keys():
+        inner = values[section]
+        flat |= {f"{section}.{n}": v for n, v in inner.items()} if isinstance(inner, dict) else {section: inner}
+    choices = {name: option.values for name, option in family.options.items() if option.values is not None}
+    defaults = {name: option.default for name, option in family.options.items()} | dict(family.default_places)
+    problems = []
+    for name, value in flat.items():
+        if name in family.required:
+            only = family.required[name]
+            fits = value == only or not (value or only)  # null, false, [] and {} all mean nothing
+        elif name in choices:
+            fits = isinstance(value, str) and value in choices[name]
+        elif name in defaults:
+            fits = _has_type(value, defaults[name], at_least=0 if name in family.default_places else 1)
+        else:
+            fits = name in understood or value is None
+        if not fits:
+            text = json.dumps(value)
+            problems.append(f"{name}={text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}")
+    return problems
+
+
+def _has_type(value: Any, default: Any, *, at_least: int) -> bool:
+    """Whether a value of config.json is one that an option with this default takes."""
+    if value is None or value == "auto":
+        return default is None or default == "auto"
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int) and at_least <= value < 2**31
+
+
 def _skeleton(family: Family, values: Mapping[str, Any]) -> tuple[LanguageModel, list[str]]:
-    """The model of a config.json, on the meta device, and every option that it does not follow, in words."""
-    problems = [
-        f"{name}={json.dumps(value)}"
-        for name, only in {**family.required, "quantization_config": None}.items()
-        if (value := _look_up(values, name, only)) != only and (value or only)  # null and [] both mean nothing
-    ]
-    complete = dict(values) | {name: _look_up(values, name, o.default) for name, o in family.options.items()}
+    """The model of a config.json, on the meta device, and every option that contradicts it, in words."""
+    defaults = {name: option.default for name, option in family.options.items()} | dict(family.default_places)
+    complete = dict(values) | {name: _look_up(values, name, default) for name, default in defaults.items()}
     found = dict(family.constants)
     for name, option in family.options.items():
         value = complete[name]
-        if option.values is not None and value not in option.values:
-            problems.append(f"{name}={json.dumps(value)}")
-        elif value not in (None, "auto"):
+        if value not in (None, "auto"):
             found |= dict.fromkeys(option.paths, value if option.values is None else option.values[value])
+    if (n := found["n_layers"]) > _MOST_LAYERS:
+        raise ValueError(f"{n} layers are more than {_MOST_LAYERS}")
     layers = family.layers(complete)
+    problems = []
     with torch.device("meta"):
         lm = LanguageModel(_config(found, layers))
     ours = _describe(lm)
@@ -295,25 +352,40 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """A config.json of today, made of one of mamba_ssm's or of older versions."""
     if "model_type" not in values and {"d_model", "n_layer"} <= values.keys():
         return _from_mamba_ssm(values)
-    if values.get("model_type") == "llama" and "rope_parameters" not in values:
-        rope = dict(values.get("rope_scaling") or {})
-        rope["rope_type"] = rope.pop("rope_type", rope.pop("type", "default"))
-        theta = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
-        return values | {"rope_parameters": rope | theta}
+    if values.get("model_type") == "llama":
+        return _with_rope_parameters(values)
     return values
+
+
+def _with_rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that says all about rotation in `rope_parameters`, read as transformers reads the older ones."""
+    outside = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+    rest = {name: value for name, value in values.items() if name not in outside}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return rest | {"rope_parameters": rope}
+    rope = {name: values[name] for name in outside[2:] if values.get(name) is not None} | rope
+    rope["rope_type"] = rope.pop("rope_type", rope.get("type", "default"))
+    return rest | {"rope_parameters": {name: value for name, value in rope.items() if name != "type"}}
 
 
 def _from_mamba_ssm(values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of mamba_ssm's MambaConfig under Hugging Face's names."""
-    ssm = dict(values.get("ssm_cfg") or {})
+    rest = dict(values)
+    ssm = rest.pop("ssm_cfg", None) or {}
+    if not isinstance(ssm, dict):
+        return rest | {"model_type": "mamba", "ssm_cfg": ssm}
+    ssm = dict(ssm)
     is_second = ssm.pop("layer", "Mamba1") == "Mamba2"
-    multiple = values.get("pad_vocab_size_multiple", 8)
+    size, multiple = rest.pop("vocab_size", 50277), rest.pop("pad_vocab_size_multiple", 8)
+    if all(isinstance(n, int) and n > 0 for n in (size, multiple)):
+        size = -(-size // multiple) * multiple
     found: dict[str, Any] = {
         "model_type": "mamba2" if is_second else "mamba",
-        "hidden_size": values["d_model"],
-        "num_hidden_layers": values["n_layer"],
-        "vocab_size": math.ceil(values.get("vocab_size", 50277) / multiple) * multiple,
-        "tie_word_embeddings": values.get("tie_embeddings", True),
+        "hidden_size": rest.pop("d_model"),
+        "num_hidden_layers": rest.pop("n_layer"),
+        "vocab_size": size,
+        "tie_word_embeddings": rest.pop("tie_embeddings", True),
     }
     names = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_min": "time_step_min"}
     names |= {"dt_max": "time_step_max", "dt_rank": "time_step_rank", "bias": "use_bias", "conv_bias": "use_conv_bias"}
@@ -321,8 +393,7 @@ def _from_mamba_ssm(values: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"n_groups": 1}
         names |= {"headdim": "head_dim", "ngroups": "n_groups", "dt_limit": "time_step_limit"}
     found |= {theirs: ssm.pop(name) for name, theirs in names.items() if name in ssm}
-    rest = {name: values[name] for name in ("rms_norm", "d_intermediate", "attn_layer_idx") if name in values}
-    return found | rest | {"ssm_cfg": {name: value for name, value in ssm.items() if name != "chunk_size"}}
+    return rest | found | {"ssm_cfg": {name: value for name, value in ssm.items() if name != "chunk_size"}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -332,40 +403,65 @@ def _read_json(path: Path) -> dict[str, Any]:
         ValueError: if there is none.
     """
     try:
-        # infinity as transformers writes it
-        values = json.loads(path.read_bytes(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
+        values = parse_json(path.read_bytes(), path, exact=False)
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): give a folder with a saved model") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+        raise ValueError(f"cannot read {path} ({error.strerror}): give a folder with a saved model") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return values
+    return _with_infinity(values)
 
 
-def _read_tensors(folder: Path) -> Tensors:
+def _with_infinity(value: Any) -> Any:
+    """JSON values with the infinities that transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_with_infinity(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("__float__") in ("Infinity", "-Infinity"):
+        return float(value["__float__"])
+    return {name: _with_infinity(inner) for name, inner in value.items()}
+
+
+def _read_files(folder: Path) -> Tensors:
     """All tensors of a folder.
 
     Raises:
-        ValueError: if there are none, or a file is damaged or absent.
+        ValueError: if there are none, a file is damaged or absent, or two files hold a tensor of the same name.
     """
     tensors: Tensors = {}
     for path in _files(folder):
-        try:
-            if path.suffix == ".safetensors":
-                tensors |= load_file(path)
-            else:  # mamba_ssm's only format; tensors alone are unpickled
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot read the tensors of {path} ({error})") from error
+        found = read_tensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+        if twice := tensors.keys() & found.keys():
+            raise ValueError(f"{path} holds {min(twice)}, and so does a file before it")
+        tensors |= found
     return tensors
+
+
+def _unpickled(path: Path) -> Tensors:
+    """The tensors of a pickle, mamba_ssm's only format: torch's reader makes tensors and containers, and runs nothing.
+
+    Raises:
+        ValueError: if it holds anything else, or is damaged.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+    except Exception:  # what damaged bytes raise, no list holds
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path} is damaged or holds more than tensors, and is not unpickled: use model.safetensors")
+    return {name: value.clone() for name, value in found.items()}  # aligned, and with a storage of its own
 
 
 def _files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
-        if (folder / f"{name}.index.json").exists():
-            shards = _read_json(folder / f"{name}.index.json").get("weight_map", {}).values()
-            return [folder / Path(shard).name for shard in sorted(set(shards))]
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{index} has no table weight_map that names a file for each tensor")
+            return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
     raise ValueError(f"{folder} has no model.safetensors, nor an index of several, nor a pytorch_model.bin")

@@ -12,8 +12,11 @@ Tensors = dict[str, Tensor]
 
 _CONVOLUTION = re.compile(r"\.conv1d\.weight$")
 _LINEAR = re.compile(r"\.c_(attn|proj|fc)\.weight$")
-_SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
-_POSITIONS = "bert.embeddings.position_embeddings.weight"
+
+BERT_SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
+BERT_BIAS = "cls.predictions.bias"
+BERT_DECODER_BIAS = "cls.predictions.decoder.bias"
+_BERT_DECODER = "cls.predictions.decoder.weight"
 
 
 def unpack_mamba(tensors: Tensors) -> Tensors:
@@ -48,22 +51,19 @@ def pack_gpt2(tensors: Tensors) -> Tensors:
     return {name: value.t() if _LINEAR.search(name) else value for name, value in packed.items()}
 
 
-def first_segment(tensors: Tensors) -> Tensors:
-    """BERT's tensors without the embeddings of segments that a single text does not have."""
-    return tensors | {_SEGMENTS: tensors[_SEGMENTS][:1]} if _SEGMENTS in tensors else tensors
-
-
 def unpack_bert(tensors: Tensors) -> Tensors:
-    """Adds the embedding of the first segment to those of the positions: every token of a single text gets it."""
-    unpacked = dict(tensors)
-    segment, positions = unpacked.pop(_SEGMENTS), unpacked[_POSITIONS]
-    wide = torch.promote_types(positions.dtype, torch.float32)
-    return unpacked | {_POSITIONS: (positions.to(wide) + segment.to(wide)).to(positions.dtype)}
+    """The bias of an untied head is that of its projection; a tied one has the other name alone."""
+    return tensors | {BERT_BIAS: tensors[BERT_DECODER_BIAS]} if BERT_DECODER_BIAS in tensors else dict(tensors)
 
 
 def pack_bert(tensors: Tensors) -> Tensors:
-    """Adds an embedding of the one segment, of zeros."""
-    return tensors | {_SEGMENTS: torch.zeros_like(tensors[_POSITIONS][:1])}
+    """The reverse of `unpack_bert`; a model without segments gets one, of zeros."""
+    packed = dict(tensors)
+    if _BERT_DECODER in packed:
+        packed[BERT_DECODER_BIAS] = packed[BERT_BIAS].clone()  # a file holds no shared storage
+    if BERT_SEGMENTS not in packed:
+        packed[BERT_SEGMENTS] = torch.zeros_like(packed["bert.embeddings.word_embeddings.weight"][:1])
+    return packed
 
 
 def unpack_jamba(tensors: Tensors) -> Tensors:

@@ -558,3 +558,21 @@ def test_balance_loss_is_its_weight_at_balance_and_grows_with_imbalance() -> Non
     even, odd = torch.eye(8)[:4][None], torch.eye(8)[:1].expand(1, 4, 8)
     assert layer(even)[1].item() == pytest.approx(0.5, rel=1e-3)
     assert layer(odd)[1].item() == pytest.approx(0.5 * 4, rel=1e-3)
+
+
+def test_segments_are_added_to_the_embeddings_and_default_to_the_first() -> None:
+    lm = build("bert", d_model=24, n_layers=1, vocab_size=19, segments=3)
+    plain = build("bert", d_model=24, n_layers=1, vocab_size=19)
+    assert lm.n_params == plain.n_params + 3 * 24
+    tokens, segments = torch.randint(19, (2, 7)), torch.randint(3, (2, 7))
+    expected = lm.logits(lm.backbone(lm.embedding(tokens) + lm.segments.weight[segments])[0])  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(lm(tokens, segments=segments).logits, expected)
+    assert torch.equal(lm(tokens).logits, lm(tokens, segments=torch.zeros_like(tokens)).logits)
+    lm(tokens, segments=segments, targets=tokens).loss.backward()
+    assert all(p.grad is not None for p in lm.parameters())
+    with pytest.raises(ValueError, match="segments must be below 3"):
+        lm(tokens, segments=segments + 3)
+    with pytest.raises(ValueError, match="this model has no segments"):
+        plain(tokens, segments=segments)
+    with pytest.raises(ValueError, match=r"model\.segments=2: a source and its target"):
+        build("encdec", d_model=24, n_layers=2, vocab_size=19, segments=2)
