@@ -26,7 +26,7 @@ setup(
         "numpy>=1.26",
         "numba>=0.60",
         "einops>=0.8",
-        "datasets>=3.0",
+        "datasets>=4.0",
         "tokenizers>=0.20",
         "safetensors>=0.4",
         "tensorboard>=2.15",

@@ -12,7 +12,8 @@ from crossover.train.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(ROOT.glob("docs/*.md"))]
+NAMES = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+PAGES = [*(ROOT / f"{name}.md" for name in NAMES), *sorted(ROOT.glob("docs/*.md"))]
 SOURCES = ("kernels", "archs", "train", "benchmarks", "tests", "configs", "docs", "examples")
 
 
