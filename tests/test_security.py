@@ -33,7 +33,6 @@ CALLS = {
     *("os.system", "os.popen", "os.execv", "os.spawnv"),
 }
 ALLOWED = {
-    ("archs/hf/checkpoint.py", "import pickle"),  # for the name of the error that torch.load raises
     ("benchmarks/harness/attached.py", "runpy.run_module"),  # the module that the command line names
     ("kernels/ops.py", "importlib.import_module"),  # our own files of an operation
     ("train/plugins.py", "importlib.import_module"),  # likewise
@@ -70,9 +69,6 @@ def test_no_module_runs_what_a_file_says_or_reaches_the_network() -> None:
         (path.relative_to(ROOT).as_posix(), danger) for path in FILES for danger in dangers(ast.parse(path.read_text()))
     }
     assert found == ALLOWED
-    names = {node.attr for node in ast.walk(ast.parse((ROOT / "archs/hf/checkpoint.py").read_text()))
-             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"}  # fmt: skip
-    assert names == {"UnpicklingError"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +113,7 @@ def test_code_in_a_hugging_face_folder_is_not_run(tmp_path: Path) -> None:
     torch.save({"lm_head.weight": Bomb(sign)}, folder / "pytorch_model.bin")
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"cannot read the tensors of .*pytorch_model\.bin"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged or holds more than tensors"):
         from_hf(folder)
     assert not sign.exists()
     pickle.loads(pickle.dumps(Bomb(sign)))
