@@ -7,12 +7,13 @@ else: what Python's `splitlines` takes for an end may stand in a text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "check_format",
     "decode",
     "give_usual_mode",
+    "naming",
     "parse_json",
     "parse_toml",
     "read_json",
@@ -72,14 +74,28 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes one file by rename, so that a reader finds the old file or the new one and never a part."""
+    """Writes one file by rename, so that a reader finds the old file or the new one and never a part.
+
+    Raises:
+        OSError: naming the file, if it cannot be written; the old one is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an OSError of writing name the file that was to be written, which one of a full disk does not."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def give_usual_mode(path: Path) -> None:

@@ -47,8 +47,11 @@ def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
         return _refuse(prog, error)
     try:
         return trainer.fit().exit_code
-    except (ResumeError, CheckpointError, OSError) as error:  # any other ValueError from here on is a mistake of ours
+    except (ResumeError, CheckpointError) as error:  # any other ValueError from here on is a mistake of ours
         return _refuse(prog, error)
+    except OSError as error:  # the result could not be written
+        _refuse(prog, error)
+        return 1
 
 
 def _refuse(prog: str, error: ValueError | OSError) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..files import scan_json_lines, write_text
+from ..files import naming, scan_json_lines, write_text
 from . import plugins
 from .score import BITS_PER_BYTE, Score
 
@@ -58,7 +58,7 @@ class MetricsLog:
 
         What was recorded beyond is dropped: the run records it again. Lines that are lost are said.
         """
-        path = directory / "metrics.jsonl"
+        path = self._path = directory / "metrics.jsonl"
         found = scan_json_lines(path).records if first_step else []
         kept = [record for record in found if type(step := record.get("step")) is int and step <= first_step]
         kept = kept[:n_records]
@@ -75,14 +75,16 @@ class MetricsLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
-        self._file.write(_line(record))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(_line(record))
+            self._file.flush()
         self.n_records += 1
         self._board.append(record)
 
     def close(self) -> None:
         """Ends the log."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it holds what could not be written, and was said to be so
+            self._file.close()
         self._board.close()
 
 

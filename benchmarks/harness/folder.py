@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...files import remove_drafts
+from ...files import naming, remove_drafts
 
 __all__ = ["append_jsonl", "folder_for"]
 
@@ -64,7 +64,7 @@ def _move_aside(out: Path) -> None:
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Appends one line and flushes it. A torn last line, left by a killed writer, is taken off first."""
-    with path.open("ab+") as file:
+    with naming(path), path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
