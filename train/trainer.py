@@ -44,8 +44,10 @@ from .warm_up import warm_up
 
 __all__ = ["NonFiniteError", "Outcome", "ResumeError", "Trainer"]
 
-_CONDITIONS = ("precision", "threads", "git_commit", "torch", "cuda", "python", "cpu", "device", "hostname_hash")
-"""What a continued run may change, of provenance and arithmetic, and by which its numbers may differ."""
+_CONDITIONS = {key: key for key in ("precision", "threads", "torch", "cuda", "python", "cpu", "device")} | {
+    "git_commit": "commit", "hostname_hash": "machine",
+}  # fmt: skip
+"""What a continued run may change, of provenance and arithmetic, and by which its numbers may differ; with its name."""
 
 _REMEDY = "try a lower --optim.lr or a longer --optim.warmup"
 
@@ -297,7 +299,7 @@ class Trainer:
             return
         before, now = self._state.stretches[-2:]
         changed = [
-            f"{key.removeprefix('git_')} {before.get(key)} -> {now.get(key)}"
+            f"{_CONDITIONS[key]} {before.get(key)} -> {now.get(key)}"
             for key in _CONDITIONS
             if before.get(key) != now.get(key)
         ]

@@ -44,7 +44,7 @@ def warm_up(
         if config.kind == "decoder":
             lm: Any = model
             n_tokens = min(128, (config.max_positions or 129) - 1)
-            tokens = torch.zeros(8, n_tokens, dtype=torch.int64, device=device)
+            tokens = torch.zeros(8, n_tokens, dtype=torch.int64, device=lm.embedding.weight.device)
             with torch.no_grad(), precision.autocast(device):
                 out = lm(tokens, lm.init_state(len(tokens), n_tokens + 1))
                 lm(tokens[:, :1], out.state)

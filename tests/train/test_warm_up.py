@@ -1,12 +1,15 @@
 """The toy run before a measurement."""
 
+import contextlib
 import importlib
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
+from crossover import archs
 from crossover.archs import configure
-from crossover.train.objectives.next_token import RandomTokens
+from crossover.train.objectives.next_token import NextToken, RandomTokens
 from crossover.train.runtime import PeakMemory, Precision
 from crossover.train.warm_up import warm_up
 
@@ -26,6 +29,31 @@ def test_the_random_state_is_left_alone(name: str) -> None:
 def test_options_that_need_their_own_width_are_no_obstacle() -> None:
     warm_up(configure("transformer", d_model=35, n_heads=1, head_dim=14), TOKENS, CPU, FP32)
     warm_up(configure("transformer", d_model=70, n_heads=7), TOKENS, CPU, FP32)
+
+
+class Recorded(Precision):
+    """Arithmetic of a GPU on the CPU."""
+
+    used: ClassVar[list[str]] = []
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        self.used.append(device.type)
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.quick
+def test_on_a_gpu_the_model_itself_is_warmed_up_in_the_arithmetic_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, rows, made = [], [], archs.build
+    monkeypatch.setattr(archs, "build", lambda config, device: built.append((config, device.type)) or made(config))
+    monkeypatch.setattr(
+        RandomTokens, "collate", lambda self, given: rows.append(len(given)) or NextToken.collate(self, given)
+    )
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    config = configure("transformer", d_model=70, n_layers=3, n_heads=7)
+    warm_up(config, TOKENS, torch.device("cuda"), Recorded("bf16", "for the test"))
+    assert built == [(config, "cuda")]
+    assert rows == [1]
+    assert Recorded.used == ["cpu", "cuda"]  # of the update, whose model is on the CPU here, and of decoding
 
 
 def test_a_second_warm_up_takes_almost_no_memory() -> None:
