@@ -100,14 +100,14 @@ def starts_of(padding_mask: Tensor) -> Tensor:
     return starts
 
 
-def taken(state: Sequence[Any], layers: Sequence[tuple[str, Any]], x: Tensor) -> list[Any]:
+def taken(state: Sequence[Any], mixers: Sequence[Any], x: Tensor) -> list[Any]:
     """The states of some layers, each in the precision that its layer computes with for an x of this dtype.
 
     What grows with the context stays in its own: to convert a cache at every token would cost more than to read it.
 
     Args:
         state: one for each layer, as init_state makes it; None for a layer that is to keep none.
-        layers: a name and the mixer of each.
+        mixers: those of the layers.
         x: (B, L, D).
 
     Raises:
@@ -115,47 +115,55 @@ def taken(state: Sequence[Any], layers: Sequence[tuple[str, Any]], x: Tensor) ->
     """
     if not isinstance(state, list | tuple):
         raise ValueError(f"state must be a list of states, as init_state makes it, not {type(state).__name__}")
-    if len(state) != len(layers):
-        raise ValueError(f"state has {len(state)} entries for {len(layers)} layers: use a state of this model")
+    if len(state) != len(mixers):
+        raise ValueError(f"state has {len(state)} entries for {len(mixers)} layers: use a state of this model")
     return [
-        None if held is None else _ready(f"state[{i}]", held, name, mixer, x)
-        for i, (held, (name, mixer)) in enumerate(zip(state, layers, strict=True))
+        None if held is None else _ready(i, held, mixer, x)
+        for i, (held, mixer) in enumerate(zip(state, mixers, strict=True))
     ]
 
 
-def kept(states: Sequence[Any], layers: Sequence[tuple[str, Any]], given: Sequence[Any] | None = None) -> States:
+def kept(states: Sequence[Any], mixers: Sequence[Any], given: Sequence[Any] | None = None) -> States:
     """The states of some layers as one value, each in the precision of what was given for it."""
     if given is not None:
         pairs = zip(states, given, strict=True)
         states = [state if state is None or old is None else state.as_precise_as(old) for state, old in pairs]
     if isinstance(given, States) and given.wide is not None:
         return States(states, given.wide)
-    layouts = [{} if s is None else mixer.state_layout(0) for s, (_, mixer) in zip(states, layers, strict=True)]
+    layouts = [{} if s is None else mixer.state_layout(0) for s, mixer in zip(states, mixers, strict=True)]
     return States(states, [[key for key, zeros in layout.items() if zeros.at_least is not None] for layout in layouts])
 
 
-def _ready(path: str, state: State, name: str, mixer: Mixer, x: Tensor) -> State:
-    shorter, longer = (mixer.state_layout(length) for length in (0, 1))  # an encoder says that it has none
+def _ready(i: int, state: State, mixer: Mixer, x: Tensor) -> State:
+    shorter, longer = mixer.state_layout(0), mixer.state_layout(1)  # an encoder says that it has none
+    name = type(mixer).__name__
     if not isinstance(state, mixer.State):
-        raise ValueError(f"{path} is a {type(state).__name__} where {name} needs a {mixer.State.__name__}")
-    converted: dict[str, Tensor] = {}
+        raise ValueError(f"state[{i}] is a {type(state).__name__} where {name} needs a {mixer.State.__name__}")
+    held, converted = vars(state), {}
     for key, (shape, at_least) in shorter.items():
-        value, other = getattr(state, key), longer[key].shape
-        grows = [a != b for a, b in zip(shape, other, strict=True)]
-        found = value.shape[1:]
-        if len(found) != len(shape) or any(f != s for f, s, free in zip(found, shape, grows, strict=True) if not free):
-            axes = "".join(", any" if free else f", {s}" for s, free in zip(shape, grows, strict=True))
-            raise ValueError(f"{path}.{key} of {name} must be (B{axes}), not {tuple(value.shape)}")
-        if value.shape[0] != x.shape[0]:
-            raise ValueError(f"{path} is of {value.shape[0]} rows and the input of {x.shape[0]}")
-        _check_device(f"{path}.{key}", value, x)
+        value, other = held[key], longer[key].shape
+        found, grows = value.shape[1:], shape != other
+        if found != shape and not _fits(found, shape, other):
+            axes = "".join(f", {a}" if a == b else ", any" for a, b in zip(shape, other, strict=True))
+            raise ValueError(f"state[{i}].{key} of {name} must be (B{axes}), not {tuple(value.shape)}")
+        if len(value) != len(x):
+            raise ValueError(f"state[{i}] is of {len(value)} rows and the input of {len(x)}")
+        if value.device != x.device:
+            _check_device(f"state[{i}].{key}", value, x)
+        wanted = x.dtype if at_least is None else torch.promote_types(x.dtype, at_least)
+        if value.dtype == wanted:
+            continue
         kind = _numbers(at_least or torch.float32)
         if _numbers(value.dtype) != kind:
-            raise ValueError(f"{path}.{key} of {name} must hold {kind} numbers, not {_short(value.dtype)}")
-        wanted = torch.promote_types(x.dtype, at_least or x.dtype)
-        if kind != "whole" and value.dtype != wanted and not any(grows):
+            raise ValueError(f"state[{i}].{key} of {name} must hold {kind} numbers, not {_short(value.dtype)}")
+        if kind != "whole" and not grows:
             converted[key] = value.to(wanted)
     return dataclasses.replace(state, **converted) if converted else state
+
+
+def _fits(found: Sequence[int], shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether axes are those of a layout, but for those that grow with the context."""
+    return len(found) == len(shape) and all(f == a or a != b for f, a, b in zip(found, shape, other, strict=True))
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:

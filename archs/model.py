@@ -133,7 +133,8 @@ class Backbone(nn.Module):
         self, x: Tensor, given: Sequence[State | None] | None, starts: Tensor | None
     ) -> tuple[Tensor, States | None, Tensor]:
         aux_loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        before: list[Any] = [None] * (len(self.blocks) + 1) if given is None else taken(given, self._stateful(), x)
+        mixers = self._stateful()
+        before: list[Any] = [None] * len(mixers) if given is None else taken(given, mixers, x)
         after: list[Any] = []
         position = None
         if self.positions is not None:
@@ -147,7 +148,7 @@ class Backbone(nn.Module):
         if self.positions is not None:
             after.append(position)
         x = self.norm(x) if self.config.prenorm else x
-        return x, None if given is None else kept(after, self._stateful(), given), aux_loss
+        return x, None if given is None else kept(after, mixers, given), aux_loss
 
     def init_state(
         self,
@@ -180,20 +181,17 @@ class Backbone(nn.Module):
         """
         if not hasattr(self.norm.weight, "grad_sample"):
             return
-        layers = [*self._stateful(), *((f"the ffn of layer {i}", block.ffn) for i, block in enumerate(self.blocks))]
-        for name, module in layers:
+        for module in [*self._stateful(), *(block.ffn for block in self.blocks)]:
             if module is not None and any(p.requires_grad for p in module.parameters(recurse=False)):
                 raise ValueError(
-                    f"Opacus takes no gradient of single rows of a module with a state or a loss besides its output, as"
-                    f" {name}: use a transformer, or torch.func.vmap over torch.func.grad"
+                    "Opacus takes no gradient of single rows of a module with a state or a loss besides its output, as"
+                    f" {type(module).__name__}: use a transformer, or torch.func.vmap over torch.func.grad"
                 )
 
-    def _stateful(self) -> list[tuple[str, Any]]:
-        """What keeps a state, by the names of their layers."""
-        mixers: list[tuple[str, Any]] = [
-            (f"layer {i}, {type(block.mixer).__name__}", block.mixer) for i, block in enumerate(self.blocks)
-        ]
-        return mixers if self.positions is None else [*mixers, ("the learned positions", self.positions)]
+    def _stateful(self) -> list[Any]:
+        """What keeps a state, in the order of the states."""
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        return mixers if self.positions is None else [*mixers, self.positions]
 
 
 class Features(nn.Module):
@@ -378,7 +376,12 @@ class LanguageModel(nn.Module):
     def token_losses(self, tokens: Tensor, targets: Tensor, *, starts: Tensor | None = None) -> Tensor:
         """Cross-entropy of every token by itself in nats, (B, L) float32: for curves over the position."""
         logits = self(tokens, starts=starts).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        check_targets(targets, logits)
+        try:
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        except IndexError:
+            raise _beyond_vocabulary("targets", targets[targets != -100], self.config.vocab_size) from None
+        return losses.view_as(targets)
 
     def init_state(
         self,

@@ -6,6 +6,7 @@ Both are values and plain data: they go through `torch.utils._pytree`, `torch.sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -81,10 +82,9 @@ class State:
 
     def as_precise_as(self, other: State) -> Self:
         """The state with each tensor in the dtype that it has in another."""
-        dtypes = {name: value.dtype for name, value in other.tensors().items()}
-        return type(self)(
-            **{k: v.to(dtypes.get(k, v.dtype)) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        )
+        mine, theirs = self.tensors(), other.tensors()
+        changed = {name: t.to(theirs[name].dtype) for name, t in mine.items() if t.dtype != theirs.get(name, t).dtype}
+        return dataclasses.replace(self, **changed) if changed else self
 
 
 class States(list[State]):
@@ -124,8 +124,13 @@ class States(list[State]):
         index = torch.as_tensor(rows, dtype=torch.int64, device=device)
         return self._map(lambda layer: layer.select(index))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """The states on another device, or in the precision that `init_state(..., dtype=dtype)` has."""
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The states on another device, or in the precision that `init_state(..., dtype=dtype)` has.
+
+        As of a tensor, the first argument may be the dtype.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
 
         def moved(t: Tensor, is_wide: bool) -> Tensor:
             wanted = t.dtype

@@ -120,7 +120,7 @@ def test_states_go_through_trees_and_files_and_are_lists(name: str) -> None:
 def test_a_state_may_have_a_precision_of_its_own_and_keeps_it(name: str, dtype: torch.dtype) -> None:
     lm, tokens = tiny(name).float(), torch.randint(V, (2, 7))
     states = lm.init_state(2, 7, dtype=dtype)
-    moved = lm.init_state(2, 7).to(dtype=dtype)
+    moved = lm.init_state(2, 7).to(dtype)
     assert [t.dtype for t in leaves(moved)] == [t.dtype for t in leaves(states)]
     _, after = read(lm, tokens[:, :5], states)
     out = lm(tokens[:, 5:6], after)
