@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,22 +114,22 @@ class Arguments:
         Raises:
             ValueError: in one line: the operation, the argument, what it is and what was expected.
         """
-        given, named, sizes = len(args), cast(Callable[..., Any], kwargs.get), {"": 1}
+        given, sizes = len(args), {"": 1}
         first: Any = None
         device: torch.device | None = None
         for index, name, choices in self._choices:
-            value = args[index] if index < given else named(name, choices[0])
+            value = args[index] if index < given else kwargs.get(name, choices[0])
             if value not in choices:
                 raise ValueError(f"{self._op}: {name}={value!r}, expected one of {choices}")
         for index, name, axis, default in self._sizes:
-            size = args[index] if index < given else named(name, default)
+            size = args[index] if index < given else kwargs.get(name, default)
             if size is not None:
                 least = 0 if axis in MAY_BE_EMPTY else 1
                 if size < least:
                     raise ValueError(f"{self._op}: {name}={size}, expected at least {least}")
                 sizes[axis] = size
         for index, name, is_optional, words, axes, leading, dtypes in self._tensors:
-            t = args[index] if index < given else named(name)
+            t = args[index] if index < given else kwargs.get(name)
             if t is None:
                 if is_optional:
                     continue
