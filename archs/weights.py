@@ -30,7 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror or error})") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({str(error).partition(chr(10))[0]})") from None
+        raise ValueError(f"{path} is damaged ({str(error).partition(chr(10))[0][:200]})") from None
 
 
 def weights_for(model: nn.Module, path: Path) -> dict[str, Tensor]:

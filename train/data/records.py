@@ -14,6 +14,7 @@ import io
 import lzma
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,8 @@ ROW_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 """Files that hold rows wherever they are found; .json does where it is the one file given."""
 
 COMPRESSED = frozenset({".gz", ".zst", ".xz", ".bz2"})
+
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 Row = tuple[str, ...]
 
@@ -67,7 +70,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         with open_binary(path) as file:
             return file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise DataError(f"cannot read {path} ({reason}): give a readable file or folder with --data") from error
 
@@ -136,7 +139,7 @@ def read_hub(source: str, columns: Sequence[str], *, option: str, cache: Path, p
 def reason_of(error: BaseException) -> str:
     """The first line of what went wrong; `datasets` hides it behind a general error."""
     lines = str(error.__cause__ or error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: str, option: str) -> list[Row]:
@@ -233,7 +236,7 @@ def _parquet(path: Path, columns: Sequence[str], option: str) -> list[dict[str, 
             return table.read(columns=list(columns)).to_pylist()
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, pyarrow.ArrowException) as error:  # also text not in UTF-8
+    except (*_UNREADABLE, ValueError, pyarrow.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"cannot read {path} as Parquet ({reason_of(error)}): give another file with --data") from error
 
 

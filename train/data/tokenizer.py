@@ -230,7 +230,7 @@ def _refusing(file: Path) -> Iterator[None]:
     except (DataError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:200]
         raise DataError(f"{file} is a tokenizer.json that cannot be used ({reason}): {REMEDY}") from error
 
 
