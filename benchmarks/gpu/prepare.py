@@ -27,6 +27,7 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.compare import relative_error
 from ...kernels.dispatch import KernelFallbackWarning
+from ...train.runtime import signals_held
 from ..harness.processes import Child, last_line, ready
 from ..operations.checks import EXAMPLES, Check, checks_of, device_works, explained, finite
 from ..operations.race_cases import one_pass
@@ -178,7 +179,8 @@ def run_jobs(todo: Sequence[Job], *, parallel: int, folder: Path, deadline: floa
                 job = waiting.pop(0)
                 log = folder / f"{job.op}-{job.dtype or 'timed'}.log"
                 log.unlink(missing_ok=True)
-                running[Child(send_rows, job, log=log, preload=None)] = job, log
+                with signals_held():
+                    running[Child(send_rows, job, log=log, preload=None)] = job, log
             talking = ready(list(running), timeout=deadline - time.monotonic())
             for child in talking:
                 try:
