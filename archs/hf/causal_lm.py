@@ -216,6 +216,33 @@ class CrossoverPreTrainedModel(PreTrainedModel):
         """Replaces the embedding."""
         self.lm.embedding = value
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Makes the vocabulary larger or smaller, and the config follows; a new token gets the mean of the others.
+
+        Args:
+            new_num_tokens: of the vocabulary; None keeps it, but for the next argument.
+            pad_to_multiple_of: what the number is rounded up to a multiple of.
+            mean_resizing: must be true, for no other values are drawn here.
+
+        Returns:
+            The embedding.
+
+        Raises:
+            ValueError: for mean_resizing=False, or a size below 1.
+        """
+        if not mean_resizing:
+            raise ValueError("mean_resizing=False: new tokens get the mean of the others here, and no random values")
+        n = self.lm.config.vocab_size if new_num_tokens is None else new_num_tokens
+        n = n if pad_to_multiple_of is None else -(-n // pad_to_multiple_of) * pad_to_multiple_of
+        if n != self.lm.config.vocab_size:
+            self.lm.resize_embeddings(n)
+            self.config.model, self.config.vocab_size = self.lm.config.to_dict(), n
+            if (tied := getattr(self, "lm_head", None)) is not None:
+                tied.weight, tied.out_features = self.lm.embedding.weight, n
+        return self.lm.embedding
+
 
 class CrossoverModel(CrossoverPreTrainedModel):
     """Tokens to the hidden states from which logits are made."""

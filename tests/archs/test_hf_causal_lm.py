@@ -215,6 +215,22 @@ def test_a_config_speaks_their_names_and_does_not_contradict_itself(tmp_path: Pa
         transformers.AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_is_that_of_the_config_and_saves(tied: bool, tmp_path: Path) -> None:
+    model = register().of(decoder(tie_embeddings=tied).eval())
+    tokens = torch.randint(V, (2, 7))
+    before = model(tokens).logits
+    for n, multiple in ((V + 3, None), (None, 8), (V, None)):
+        embedding = model.resize_token_embeddings(n, pad_to_multiple_of=multiple)
+        size = n or 40
+        assert (model.config.vocab_size, len(embedding.weight), embedding) == (size, size, model.get_input_embeddings())
+        assert (model.get_output_embeddings().weight is embedding.weight) == tied
+        assert_close(model(tokens).logits[..., :V], before)
+        model.save_pretrained(tmp_path)
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert_close(again(tokens, labels=tokens).logits, model(tokens).logits)
+
+
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     register().of(decoder("s4d")).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
