@@ -378,10 +378,11 @@ class DecodeGraph:
         self._tokens = torch.zeros(len(first), dtype=torch.int64, device=first.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if first.is_cuda:
-            self._warm_up()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):  # nothing runs yet, so the state stays as it is
-                self._logits = step_in_place(lm, self._tokens, self._state)
+            with torch.cuda.device(first.device):  # streams and captures are of the current device
+                self._warm_up()
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):  # nothing runs yet, so the state stays as it is
+                    self._logits = step_in_place(lm, self._tokens, self._state)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ NaN and infinity go through as in IEEE arithmetic, and a kernel gives the same b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import operator
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CellType, FunctionType
@@ -26,6 +28,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
@@ -85,6 +88,50 @@ _NUMBA_TYPES = {
 }
 
 
+class _Files(IndexDataCacheFile):
+    """The files of a cache, each with the digest of its pickle behind it, which pickle does not read.
+
+    What was cut short or damaged counts as absent: it is compiled and written again.
+    """
+
+    def _dump(self, obj: Any) -> bytes:
+        data = super()._dump(obj)
+        return data + hashlib.sha256(data).digest()
+
+    def _load_data(self, name: str) -> Any:
+        self._verify(Path(self._data_path(name)).read_bytes())
+        return super()._load_data(name)
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            data = Path(self._index_path).read_bytes()
+            self._verify(data[len(pickle.dumps(self._version, protocol=-1)) :])
+            return super()._load_index()
+        except OSError:
+            return {}
+
+    @staticmethod
+    def _verify(data: bytes) -> None:
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise OSError("a file of the cache of compiled kernels is damaged")
+
+
+class _Cache(FunctionCache):
+    """numba's cache of a function, which costs no more than the time to compile where it cannot be read or written."""
+
+    def __init__(self, function: FunctionType) -> None:
+        super().__init__(function)
+        self._cache_file = _Files(
+            cache_path=self._cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=self._impl.locator.get_source_stamp(),
+        )
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk, a place that has become read-only
+            super().save_overload(sig, data)
+
+
 def kernel(function: Callable[P, None]) -> Callable[P, None]:
     """Compiles a function for the types it is annotated with, now; it releases the GIL and its code is kept on disk.
 
@@ -100,13 +147,15 @@ def kernel(function: Callable[P, None]) -> Callable[P, None]:
     )
     functools.update_wrapper(keyed, function)
     arguments = [_NUMBA_TYPES[name] for name in function.__annotations__.values() if name != "None"]
-    compiler = functools.partial(numba.njit, types.void(*arguments), nogil=True, error_model="numpy")
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(keyed)
     try:
-        return compiler(cache=True)(keyed)
+        compiled._cache = _Cache(keyed)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        return compiler()(keyed)
+    compiled.compile(types.void(*arguments))
+    compiled.disable_compile()
+    return compiled
 
 
 inline = numba.njit(forceinline=True, error_model="numpy")

@@ -11,13 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
+from .dispatch import Unsupported
 from .operators import kernels_run, without_kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
+
+MOST_PROGRAMS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
+"""Limits of the axes of a grid on every NVIDIA GPU."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Launch:
     """A call of `launch`."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     """Compile-time constants of the kernel, num_warps and num_stages."""
@@ -41,13 +48,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         grid: number of programs along each axis.
         arguments: its run-time arguments in order; None for an absent tensor, which the kernel knows at compile time.
         options: its compile-time constants by name, num_warps and num_stages.
+
+    Raises:
+        Unsupported: if the grid is too large, or the device's registers or shared memory are too small.
     """
     if _launches is not None:
-        _launches.append(Launch(kernel, arguments, options))
+        _launches.append(Launch(kernel, grid, arguments, options))
     if not kernels_run():
         return
-    # Triton 3.10 stops contracting to fused multiply-add unless asked
-    kernel[grid](*arguments, **options, enable_fp_fusion=True)
+    if any(n > most for n, most in zip(grid, MOST_PROGRAMS, strict=False)):
+        raise Unsupported(f"a grid of {grid} programs is larger than {MOST_PROGRAMS}")
+    # Triton launches on the current device, which need not be that of the tensors
+    with torch.cuda.device_of(next(x for x in arguments if isinstance(x, torch.Tensor))):
+        try:
+            # Triton 3.10 stops contracting to fused multiply-add unless asked
+            kernel[grid](*arguments, **options, enable_fp_fusion=True)
+        except OutOfResources as error:
+            raise Unsupported(str(error)) from error
 
 
 @contextlib.contextmanager

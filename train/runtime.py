@@ -37,6 +37,8 @@ __all__ = [
 def choose_device(name: str) -> torch.device:
     """Returns the device called `name`; "auto" is CUDA where there is one, else the CPU.
 
+    One with a number becomes the current one, on which streams are made and foreign kernels run.
+
     Raises:
         ValueError: if this machine or this build of PyTorch has no such device.
     """
@@ -48,6 +50,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # an absent CUDA is an AssertionError
         reason = str(error).partition("\n")[0]
         raise ValueError(f"train.device={name} cannot be used here ({reason}): choose cpu or auto") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

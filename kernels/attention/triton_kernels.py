@@ -90,7 +90,7 @@ def _documents(
     if first_key is not None:
         key = (first_key - past)[:, None].expand(-1, L)
         first = key if first is None else torch.maximum(first, key)
-    return None if first is None else first.clamp(min=-S).int().contiguous(), last
+    return None if first is None else first.clamp(-S, L).int().contiguous(), last
 
 
 def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -240,8 +240,8 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 @triton.jit
 def _past(END, L, S):
-    """Number of valid keys before the first query."""
-    return S - L if END is None else tl.load(END).to(tl.int32) - L
+    """Number of valid keys before the first query; there are no more than S, whatever END says."""
+    return S - L if END is None else tl.minimum(tl.maximum(tl.load(END), 0), S).to(tl.int32) - L
 
 
 @triton.jit

@@ -36,6 +36,7 @@ def causal_conv1d(
     marks = None if starts is None else starts.contiguous().view(torch.int8)
     x = x if x.stride(-1) == 1 else x.contiguous()
     taps = weight.flip(1).T.contiguous()  # (K, E), by lag
+    bias = None if bias is None else bias.contiguous()
     y = _conv(x, past, taps, bias, activation == "silu", marks)
     before = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if past is None else past
     return y, next_window(x, before, starts)

@@ -19,7 +19,19 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         y, (T, F), in x's dtype.
+
+    Raises:
+        ValueError: if the counts are not those of T rows. A GPU's are not read: what else they mean is undefined.
     """
+    sizes(counts, len(x))
     group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.einsum("td,tfd->tf", x.to(dtype), weight[group].to(dtype)).to(x.dtype)
+
+
+def sizes(counts: Tensor, T: int) -> list[int]:
+    """The counts, if they are those of T rows."""
+    numbers = counts.tolist()
+    if min(numbers) < 0 or sum(numbers) != T:
+        raise ValueError(f"grouped_mm: counts are {numbers}, expected those of {T} rows")
+    return numbers

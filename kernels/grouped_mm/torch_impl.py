@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import product_dtype
+from .reference import sizes
 
 
 def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 @torch.library.custom_op("crossover::grouped_mm_torch", mutates_args=())
 def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    rows = x.split(counts.tolist())
+    rows = x.split(sizes(counts, len(x)))
     return torch.cat([r @ w.mT for r, w in zip(rows, weight.unbind(0), strict=True)])
 
 
@@ -27,8 +28,8 @@ def _(x, weight, counts):
 
 @torch.library.custom_op("crossover::grouped_mm_torch_weight_gradient", mutates_args=())
 def _weight_gradient(grad_y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    sizes = counts.tolist()
-    return torch.stack([g.mT @ r for g, r in zip(grad_y.split(sizes), x.split(sizes), strict=True)])
+    n = counts.tolist()
+    return torch.stack([g.mT @ r for g, r in zip(grad_y.split(n), x.split(n), strict=True)])
 
 
 @_weight_gradient.register_fake

@@ -61,9 +61,10 @@ def product(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False)
     config = configuration(triton.cdiv(T, G), F, D, x.dtype, _by_vectors(F, D, x))
     # every group but those without rows has at most one tile that is not full
     n_tiles = T // config["BLOCK_M"] + min(G, T)
+    n_columns = triton.cdiv(F, config["BLOCK_N"])
     launch(
-        _product_kernel, (triton.cdiv(F, config["BLOCK_N"]), n_tiles),
-        x, weight, bounds(counts, config["BLOCK_M"]), y, G,
+        _product_kernel, (n_columns * n_tiles,),
+        x, weight, bounds(counts, T, config["BLOCK_M"]), y, G, n_columns,
         BLOCK_G=triton.next_power_of_2(G), F=F, D=D, TRANSPOSED=transposed, **config,
     )  # fmt: skip
     return y
@@ -77,7 +78,7 @@ def weight_gradient(grad_y: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     config = configuration(F, D, triton.cdiv(T, G), x.dtype, _by_vectors(F, D, x))
     launch(
         _weight_gradient_kernel, (triton.cdiv(D, config["BLOCK_N"]), triton.cdiv(F, config["BLOCK_M"]), G),
-        grad_y, x, bounds(counts, config["BLOCK_M"]), grad_weight,
+        grad_y, x, bounds(counts, T, config["BLOCK_M"]), grad_weight,
         F=F, D=D, **config,
     )  # fmt: skip
     return grad_weight
@@ -87,12 +88,15 @@ def _by_vectors(F: int, D: int, x: Tensor) -> bool:
     return all(width * x.element_size() % 16 == 0 for width in (F, D))
 
 
-def bounds(counts: Tensor, block: int) -> Tensor:
-    """The first row of each group, and its first tile of `block` rows, with the totals at the end: (2, G + 1) int32."""
+def bounds(counts: Tensor, T: int, block: int) -> Tensor:
+    """The first row of each group, and its first tile of `block` rows, with the totals at the end: (2, G + 1) int32.
+
+    Whatever the counts are, the bounds increase from 0 to at most T.
+    """
     G = len(counts)
     found = torch.empty(2, G + 1, dtype=torch.int32, device=counts.device)
     block_g = triton.next_power_of_2(G + 1)
-    launch(_bounds_kernel, (1,), counts.contiguous(), found, G, BLOCK_M=block, BLOCK_G=block_g, num_warps=4)
+    launch(_bounds_kernel, (1,), counts.contiguous(), found, G, T, BLOCK_M=block, BLOCK_G=block_g, num_warps=4)
     return found
 
 
@@ -129,27 +133,30 @@ _grouped_mm.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit
-def _bounds_kernel(COUNTS, BOUNDS, G, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):  # grid (1,)
+def _bounds_kernel(COUNTS, BOUNDS, G, T, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):  # grid (1,)
     g = tl.arange(0, BLOCK_G)
-    rows = tl.load(COUNTS + g, mask=g < G, other=0).to(tl.int32)
+    counts = tl.minimum(tl.maximum(tl.load(COUNTS + g, mask=g < G, other=0), 0), T)
+    ends = tl.cumsum(counts, 0)
+    firsts = tl.minimum(ends - counts, T)
+    rows = (tl.minimum(ends, T) - firsts).to(tl.int32)
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
-    tl.store(BOUNDS + g, tl.cumsum(rows, 0) - rows, mask=g <= G)
+    tl.store(BOUNDS + g, firsts.to(tl.int32), mask=g <= G)
     tl.store(BOUNDS + G + 1 + g, tl.cumsum(tiles, 0) - tiles, mask=g <= G)
 
 
 @triton.jit
 def _product_kernel(
-    X, W, BOUNDS, Y, G,
+    X, W, BOUNDS, Y, G, n_columns,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # grid (F / BLOCK_N, tiles): the programs that run at once share rows of x and the matrix of a group  # fmt: skip
-    tile = tl.program_id(1)
+):  # grid (tiles and F / BLOCK_N,): programs that run at once share rows of x and the matrix of a group  # fmt: skip
+    tile, column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
     FIRST_TILES = BOUNDS + G + 1
     g = tl.arange(0, BLOCK_G)
     group = tl.sum((tl.load(FIRST_TILES + 1 + g, mask=g < G, other=tile + 1) <= tile).to(tl.int32), 0)
     if group < G:
         t = tl.load(BOUNDS + group) + (tile - tl.load(FIRST_TILES + group)) * BLOCK_M + tl.arange(0, BLOCK_M)
-        f, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        f, d = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         is_row, is_column = t < tl.load(BOUNDS + group + 1), f < F
         row = t.to(tl.int64)[:, None]
         W += group.to(tl.int64) * (F * D)

@@ -62,7 +62,8 @@ def _rows_kernel(
     target = tl.load(TARGETS + row)
     counted = target != ignore_index
     # before the first reduction, at which the warps wait for each other: later one may have overwritten it
-    chosen = tl.load(LOGITS + target, mask=counted, other=0.0).to(tl.float32)
+    # a target that is no class has no logit: the loss is NaN
+    chosen = tl.load(LOGITS + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     v = tl.arange(0, BLOCK)
     peak, total = -float("inf"), 0.0
     for first in range(0, V, BLOCK):

@@ -40,7 +40,7 @@ def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_gr
     """
     if weight.shape[0] // n_groups > MAX_WIDTH:
         raise Unsupported(f"a group of {weight.shape[0] // n_groups} channels is wider than {MAX_WIDTH}")
-    y, _ = _norm(rows(x), None if z is None else rows(z), weight, eps, n_groups)
+    y, _ = _norm(rows(x), None if z is None else rows(z), weight.contiguous(), eps, n_groups)
     return y.view(x.shape)
 
 
@@ -119,7 +119,7 @@ def _forward_kernel(
     w = tl.load(W + group * D + d, mask=d < D, other=0.0).to(tl.float32)
     y = x * rstd[:, None] * w[None, :]
     tl.store(Y + row * (n_groups * D) + column, y.to(Y.dtype.element_ty), mask=mask)
-    tl.store(RSTD + t * n_groups + group, rstd, mask=t < T)
+    tl.store(RSTD + t.to(tl.int64) * n_groups + group, rstd, mask=t < T)
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def _backward_kernel(
         row, column = t.to(tl.int64)[:, None], group * D + d[None, :]
         g = tl.load(DY + row * stride_dy + column, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(X + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(RSTD + t * n_groups + group, mask=t < T, other=0.0)[:, None]
+        rstd = tl.load(RSTD + t.to(tl.int64) * n_groups + group, mask=t < T, other=0.0)[:, None]
         u = x
         if Z is not None:
             z = tl.load(Z + row * stride_z + column, mask=mask, other=0.0).to(tl.float32)

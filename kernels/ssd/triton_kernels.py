@@ -71,6 +71,7 @@ def ssd(
     ids = None if starts is None else F.pad(document_ids(starts).int(), (1, 0))
     x, B, C = _tokens(x), _tokens(B.to(x.dtype)), _tokens(C.to(x.dtype))
     z = None if z is None else _tokens(z)
+    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
     return _ssd(x, _tokens(dt), A, B, C, D, z, dt_bias, initial_state, ids, dt_softplus, chunk_len or 0)
 
 

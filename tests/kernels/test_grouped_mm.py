@@ -119,7 +119,7 @@ def test_a_tile_writes_rows_of_its_group_alone(tiles: int, rows: int, monkeypatc
     from crossover.kernels.grouped_mm import triton_kernels
 
     def first_tiles(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        launch(kernel, (grid[0], min(tiles, grid[1])) if len(grid) > 1 else grid, *arguments, **options)
+        launch(kernel, (min(tiles, grid[0]),), *arguments, **options)
 
     launch = triton_kernels.launch
     monkeypatch.setattr(triton_kernels, "launch", first_tiles)
@@ -133,7 +133,7 @@ def test_a_tile_writes_rows_of_its_group_alone(tiles: int, rows: int, monkeypatc
 def test_bounds_are_those_of_rows_and_tiles() -> None:
     from crossover.kernels.grouped_mm import triton_kernels
 
-    found = triton_kernels.bounds(torch.tensor([16, 0, 17, 1]), 16)
+    found = triton_kernels.bounds(torch.tensor([16, 0, 17, 1]), 34, 16)
     assert found.tolist() == [[0, 16, 16, 33, 34], [0, 1, 1, 3, 4]]
 
 

@@ -122,6 +122,14 @@ def test_a_device_that_is_not_here_is_one_sentence() -> None:
         choose_device("gpu")
 
 
+def test_a_device_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [choose_device(name).type for name in ("cuda:1", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert current == [torch.device("cuda:1")]
+
+
 def test_the_real_allocator_error_of_the_cpu_means_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
