@@ -107,9 +107,21 @@ def give_usual_mode(path: Path) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Removes what a writer that was killed has left in a folder whose only writer is this process."""
+    """Removes what writers that were killed have left in a folder; those of processes that live are left alone."""
     for draft in folder.glob(".*.tmp"):
-        draft.unlink()
+        writer = draft.name.split(".")[-2]
+        if writer.isdecimal() and not _is_another_process(int(writer)):
+            draft.unlink(missing_ok=True)
+
+
+def _is_another_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        pass
+    return pid != os.getpid()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

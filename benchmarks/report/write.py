@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import write_json, write_text
+from ...files import remove_drafts, write_json, write_text
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, to_html, to_markdown
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
@@ -36,6 +36,8 @@ def write_report(folder: Path) -> Path:
     _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
     write_json(folder / "summary.json", _summary(comparison, rows, crossings, checks, lead))
     (folder / "figures").mkdir(exist_ok=True)
+    for place in (folder, folder / "figures"):
+        remove_drafts(place)
     for figure in _figures_in(blocks):
         write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
     write_text(folder / "report.md", to_markdown(heading, subtitle, blocks, "figures"))

@@ -20,7 +20,11 @@ OPTIONS = shlex.split(
     "--archs lstm transformer --params 60k --steps 3 --batch-size 2 --seq-len 16 --eval-tokens 64 --position-len 32 "
     "--context 16 32 --threads 1 --precision fp32"
 )
-PRELOAD = ("crossover.benchmarks.context.worker", "torch._dynamo", "numba", "matplotlib", "torch.utils.tensorboard")
+PRELOAD = (
+    "crossover.benchmarks.cli", "crossover.benchmarks.comparison.compare", "crossover.benchmarks.report.write",
+    "crossover.train.objectives", "crossover.train.trainer", "torch._dynamo", "torch.utils.tensorboard", "numba",
+    "tensorboard.summary.writer.record_writer", "tokenizers", "torch.utils.tensorboard.summary",
+)  # fmt: skip
 FUZZ = int(os.environ.get("FUZZ", "1"))
 N_SHARES = min(FUZZ, 8)
 """Parts that may run at once."""

@@ -1,9 +1,10 @@
 import json
+import os
 import warnings
 from pathlib import Path
 
 import pytest
-from crossover.files import read_json, read_json_lines, read_toml, scan_json_lines, write_json
+from crossover.files import read_json, read_json_lines, read_toml, remove_drafts, scan_json_lines, write_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,15 @@ def test_a_reader_never_sees_half_a_json_file(tmp_path: Path) -> None:
 def test_a_file_is_on_the_disk_before_its_name_appears(tmp_path: Path, renamed: list[str]) -> None:
     write_json(tmp_path / "run.json", {"a": 1})
     assert renamed == ["run.json"]
+
+
+def test_drafts_of_processes_that_are_gone_are_removed_and_no_others(tmp_path: Path) -> None:
+    gone = [".run.json.4194309.tmp", f".result.json.{os.getpid()}.tmp"]
+    kept = [f".run.json.{os.getppid()}.tmp", ".a.99999999999999999999.tmp", ".hidden.tmp", "run.json.4194309.tmp"]
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -705,7 +705,7 @@ def test_what_is_in_the_way_of_a_run_is_one_sentence_before_any_work(
 
 def test_what_a_killed_writer_left_is_gone_after_the_next_start(tmp_path: Path, corpus: Corpus) -> None:
     run = config(tmp_path, steps=1)
-    drafts = [run.directory / ".run.json.123.tmp", run.directory / "checkpoints" / "step-00000001.tmp-123"]
+    drafts = [run.directory / ".run.json.4194309.tmp", run.directory / "checkpoints" / "step-00000001.tmp-123"]
     drafts[1].mkdir(parents=True)
     drafts[0].write_text("{")
     fit(run, corpus)

@@ -57,9 +57,9 @@ def test_what_is_in_the_way_in_a_folder_is_named_in_one_line(name: str, tmp_path
 
 
 def test_what_a_killed_writer_left_is_removed_from_a_folder(tmp_path: Path) -> None:
-    (tmp_path / ".compare.json.123.tmp").write_text("{")
+    (tmp_path / ".compare.json.4194309.tmp").write_text("{")
     with folder_for(tmp_path, fresh=False):
-        assert not (tmp_path / ".compare.json.123.tmp").exists()
+        assert not (tmp_path / ".compare.json.4194309.tmp").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_a_mistake_in_one_line(tmp_path: Path) -> None:
