@@ -116,8 +116,14 @@ def context_jobs(
         before: cells of the comparison that these jobs extend.
 
     Raises:
-        ValueError: if the device cannot be used, or a model reads a source and writes a target.
+        ValueError: if the device cannot be used, a model is an encoder, or it reads a source and writes a target.
     """
+    for sized in sizes:
+        if sized.config.kind == "encoder":
+            raise ValueError(
+                f"{sized.label} is an encoder, which generates nothing and carries no state: leave {sized.arch} out of "
+                "--archs (crossover.benchmarks.measure times its training and reading)"
+            )
     import torch
 
     from ...train.runtime import choose_device, choose_precision

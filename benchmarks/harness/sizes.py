@@ -46,6 +46,7 @@ def size_arch(arch: str, *, n_params: int, vocab_size: int, seq_len: int) -> Siz
         n_params=lm.n_params,
         n_active_params=lm.n_active_params,
         flops_per_token=3 * lm.mean_flops_per_token(seq_len),
-        state_bytes=sum(state.nbytes for state in lm.init_state(1, seq_len, device="meta")),
+        # an encoder has none
+        state_bytes=sum(s.nbytes for s in lm.init_state(1, seq_len, device="meta")) if config.kind != "encoder" else 0,
         lr=presets.learning_rate(arch),
     )

@@ -219,9 +219,20 @@ class Comparison:
     @property
     def archs(self) -> list[str]:
         """Architectures in the order of the command (the baseline first), others after them."""
-        asked = self.info.get("config", {}).get("archs", [])
+        found = {*(run.arch for run in self.runs), *(cell.arch for cell in self.cells)}
+        return [arch for arch in self.asked if arch in found]
+
+    @property
+    def asked(self) -> list[str]:
+        """Architectures that the command asked for, and others found."""
         found = [*(run.arch for run in self.runs), *(cell.arch for cell in self.cells)]
-        return [arch for arch in dict.fromkeys([*asked, *found]) if arch in found]
+        return list(dict.fromkeys([*self.info.get("config", {}).get("archs", []), *found]))
+
+    @property
+    def context(self) -> list[int]:
+        """Context lengths that the command asked for, and others measured."""
+        asked = self.info.get("config", {}).get("context", [])
+        return sorted({*asked, *(cell.context_len for cell in self.cells)})
 
     @property
     def corpus(self) -> Mapping[str, Any] | None:

@@ -9,7 +9,7 @@ from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
-from .words import and_list, batches, capital, score_meaning, span_of, status_words
+from .words import and_list, batches, capital, missing_parts, score_meaning, span_of, status_words
 
 __all__ = ["sections"]
 
@@ -34,31 +34,7 @@ def sections(
 
 
 def _incomplete_section(comparison: Comparison) -> list[Block]:
-    missing = [
-        f"{run.folder.name}: "
-        + comparison.failures.get(run.folder.name, status_words(run.status) + _reason(run.result.get("error")))
-        for run in comparison.runs
-        if run.status != "done"
-    ]
-    known = {run.folder.name for run in comparison.runs}
-    missing += [f"{name}: {reason}" for name, reason in comparison.failures.items() if name not in known]
-    asked = comparison.info.get("config", {})
-    planned = [f"{arch}-s{seed}" for seed in range(asked.get("seeds", 0)) for arch in asked.get("archs", ())]
-    missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
-    missing += [
-        f"{comparison.label(cell.arch)}, {cell.phase} at {cell.context_len:,}: failed{_reason(cell.error)}"
-        for cell in comparison.ordered_cells
-        if cell.status == "failed"
-    ]
-    measured = {(cell.arch, cell.context_len) for cell in comparison.cells}
-    lengths = {
-        arch: [L for L in asked.get("context", ()) if (arch, L) not in measured] for arch in asked.get("archs", ())
-    }
-    missing += [
-        f"{comparison.label(arch)}: not measured yet at {and_list([f'{L:,}' for L in left])} tokens"
-        for arch, left in lengths.items()
-        if left
-    ]
+    missing = missing_parts(comparison)
     if not missing:
         return []
     return [
@@ -66,10 +42,6 @@ def _incomplete_section(comparison: Comparison) -> list[Block]:
         Paragraph(text="These parts did not finish. What follows leaves them out."),
         Items(items=missing, warnings=frozenset(range(len(missing)))),
     ]
-
-
-def _reason(error: str | None) -> str:
-    return f" ({error})" if error else ""
 
 
 def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[Block]:

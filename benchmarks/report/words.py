@@ -15,6 +15,7 @@ __all__ = [
     "batches",
     "capital",
     "headline",
+    "missing_parts",
     "score_meaning",
     "span_of",
     "status_words",
@@ -173,13 +174,14 @@ def _at(kind: _Kind, crossing: Crossover, length: float | None, label: Callable[
 
 
 def _crossover_sentence(
+    comparison: Comparison,
     metric: Metric,
     baseline: str,
     others: Sequence[str],
     found: Mapping[tuple[str, str, str], Crossover],
-    label: Callable[[str], str],
 ) -> str:
     """Says which models beat the baseline on a metric, and for which lengths; then which ones the noise hides."""
+    label = comparison.label
     groups: dict[str, list[str]] = {}
     noise: dict[str, list[str]] = {}
     order = {"beyond": 0, "unclear": 1, "only_shorter": 2, "always": 3, "never": 4}
@@ -190,12 +192,16 @@ def _crossover_sentence(
     ]
     for crossing, reverse in sorted(known, key=lambda pair: (order[pair[0].verdict], pair[0].context_len or 0)):
         span = span_of(crossing, reverse, label)
-        (noise if span.is_noise else groups).setdefault(span.in_text(), []).append(label(crossing.b))
+        place = _place(span, _lengths_of(comparison, metric, baseline, crossing.b), comparison.context)
+        (noise if span.is_noise else groups).setdefault(place, []).append(label(crossing.b))
     sentences = []
-    if list(groups) == ["at none"]:
-        least = " by more than the noise" if noise else ""
-        better = f"{metric.verbs[0]} {metric.better} than {label(baseline)}"
-        sentences.append(f"No other model {better}{least} at any length measured.")
+    if groups and all(place.startswith(("at none", "not at")) for place in groups):
+        better = f"{metric.better} than {label(baseline)}" + (" by more than the noise" if noise else "")
+        for place, names in groups.items():
+            where = place.removeprefix("not ").replace("at none", "at any length measured", 1)
+            do = f"{and_list(names)} {'do' if len(names) > 1 else 'does'} not {metric.verbs[1]}"
+            subject = f"No other model {metric.verbs[0]}" if len(names) == len(others) else do
+            sentences.append(f"{subject} {better} {where}.")
     elif groups:
         (when, names), *rest = groups.items()
         sentence = f"{and_list(names)} {metric.verbs[len(names) > 1]} {metric.better} than {label(baseline)} {when}"
@@ -208,6 +214,32 @@ def _crossover_sentence(
     return " ".join(sentences)
 
 
+def _lengths_of(comparison: Comparison, metric: Metric, a: str, b: str) -> list[int]:
+    """Lengths at which both were measured, if only to run out of memory or time."""
+    of_each = (
+        {cell.context_len for cell in comparison.cells_of(arch, metric.phase) if cell.status != "failed"}
+        for arch in (a, b)
+    )
+    return sorted(set.intersection(*of_each))
+
+
+def _place(span: Span, measured: Sequence[int], asked: Sequence[int]) -> str:
+    """Where a model is better, and of which lengths that is known, where it is not of all."""
+    place = span.in_text()
+    if len(measured) == 1:
+        at = f"at {measured[0]:,} tokens"
+        place = place.replace("at every length measured", at).replace("at none", f"not {at}")
+        return place if len(asked) == 1 else f"{place}, the only length measured of both"
+    if list(measured) == list(asked):
+        return place
+    known = (
+        f"up to {measured[-1]:,}"
+        if list(measured) == list(asked[: len(measured)])
+        else f"at {and_list([f'{length:,}' for length in measured])}"
+    )
+    return f"{place} (both measured {known} tokens only)"
+
+
 def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossings: Sequence[Crossover]) -> list[str]:
     """The first paragraphs: crossover lengths with their uncertainty, and the best model beside the compressors.
 
@@ -215,10 +247,11 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
     """
     found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
     archs = comparison.archs
+    others = [arch for arch in comparison.asked if arch not in archs[:1]]
     sentences = {
         metric.name: sentence
         for metric in METRICS
-        if archs and (sentence := _crossover_sentence(metric, archs[0], archs[1:], found, comparison.label))
+        if archs and (sentence := _crossover_sentence(comparison, metric, archs[0], others, found))
     }
     speed = [sentence for name, sentence in sentences.items() if name.endswith("tokens/s")]
     memory = [sentence for name, sentence in sentences.items() if not name.endswith("tokens/s")]
@@ -230,11 +263,86 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
         paragraphs.append(" ".join(memory))
     lengths = sorted({cell.context_len for cell in comparison.cells})
     if lengths and sentences:
-        paragraphs.append(
+        measured = (
             f"Lengths are in tokens of context, measured on this machine from {lengths[0]:,} to {lengths[-1]:,} and "
-            "interpolated in between; ranges come from the spread of the repeats." + _positions_sentence(comparison)
+            "interpolated in between; ranges come from the spread of the repeats."
+            if len(lengths) > 1
+            else f"One length was measured, {lengths[0]:,} tokens of context on this machine; others are unknown."
         )
+        paragraphs.append(measured + _positions_sentence(comparison) + _python_sentence(comparison))
+    if missing := missing_parts(comparison):
+        more = f" and {len(missing) - _MOST_MISSING} more" if len(missing) > _MOST_MISSING else ""
+        paragraphs.append(f"Not in these statements: {'; '.join(missing[:_MOST_MISSING])}{more}.")
     return paragraphs
+
+
+_MOST_MISSING = 6
+
+
+def missing_parts(comparison: Comparison) -> list[str]:
+    """What was asked for and did not finish, with the reason."""
+    missing = [
+        f"{run.folder.name}: "
+        + comparison.failures.get(run.folder.name, status_words(run.status) + _reason(run.result.get("error")))
+        for run in comparison.runs
+        if run.status != "done"
+    ]
+    known = {run.folder.name for run in comparison.runs}
+    missing += [f"{name}: {reason}" for name, reason in comparison.failures.items() if name not in known]
+    n_seeds = comparison.info.get("config", {}).get("seeds", 0)
+    planned = [f"{arch}-s{seed}" for seed in range(n_seeds) for arch in comparison.asked]
+    missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
+    missing += [
+        f"{comparison.label(cell.arch)}, {cell.phase} at {cell.context_len:,}: failed{_reason(cell.error)}"
+        for cell in comparison.ordered_cells
+        if cell.status == "failed"
+    ]
+    measured = {(cell.arch, cell.context_len) for cell in comparison.cells}
+    for arch in comparison.asked:
+        left = [f"{length:,}" for length in comparison.context if (arch, length) not in measured]
+        if left:
+            missing.append(f"{comparison.label(arch)}: not measured yet at {and_list(left)} tokens")
+    return missing
+
+
+def _reason(error: str | None) -> str:
+    return f" ({error})" if error else ""
+
+
+_READING = 5e9
+"""Bytes per second that any machine reads from memory: fewer than most do."""
+_EXPLAINED = 1 / 3
+"""A step of which arithmetic and reading explain less is mostly the calling of operations."""
+
+
+def _python_sentence(comparison: Comparison) -> str:
+    """Says that decode measures Python, where it does; empty elsewhere.
+
+    A step must do its arithmetic, which takes no longer than prefill took for a token, and read weights and state once.
+    """
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for arch in comparison.archs:
+        prefill = {cell.context_len: cell for cell in comparison.cells_of(arch, "prefill") if cell.done}
+        for cell in comparison.cells_of(arch, "decode"):
+            reading = prefill.get(cell.context_len)
+            if not cell.done or reading is None or not cell.tokens_per_second or not reading.tokens_per_second:
+                continue
+            rows = cell.batch_size or 1
+            step = rows / cell.tokens_per_second
+            n_bytes = 4 * cell.n_active_params + rows * (cell.state_bytes or 0)  # parameters are float32
+            needed = rows / reading.tokens_per_second + n_bytes / _READING
+            if needed < _EXPLAINED * step:
+                shares.setdefault(arch, []).append((needed / step, step))
+    if not shares:
+        return ""
+    steps = [step for several in shares.values() for _, step in several]
+    most = max(share for several in shares.values() for share, _ in several)
+    return (
+        f" Decode speeds of {and_list([comparison.label(arch) for arch in shares])} measure Python more than the "
+        "architecture: arithmetic (as fast as in prefill) and reading weights and state explain at most "
+        f"{100 * most:.0f} % of a step of {1e3 * min(steps):.2g} to {1e3 * max(steps):.2g} ms, and the rest is the "
+        "calling of one small operation after another."
+    )
 
 
 def _positions_sentence(comparison: Comparison) -> str:
@@ -267,12 +375,13 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
     best = next(row for row in scored if row[score.key] == value)
     spread = best[f"{score.key}_std"]
     reached = f"{value:.2f}{f' ± {spread:.2f}' if spread else ''} {score.unit}"
+    among = "" if len(scored) == len(comparison.asked) else f" of the {len(scored)} that have finished"
     if len(scored) == 1:
         found = f"reaches {reached} on {comparison.held_out}"
     elif comparison.predicts_text:
-        found = f"predicts held-out text best, at {reached}"
+        found = f"predicts held-out text best{among}, at {reached}"
     else:
-        found = f"has the {'lowest' if score.better == 'lower' else 'highest'} {score.words}, at {reached}"
+        found = f"has the {'lowest' if score.better == 'lower' else 'highest'} {score.words}{among}, at {reached}"
     beside = and_list([f"{name} {value:.2f}" for name, value in comparison.references.items()])
     compressors = f"; compressors on the whole held-out text: {beside}" if beside else ""
     return f"After {count(best['tokens'])} training tokens {best['label']} {found}{compressors}."

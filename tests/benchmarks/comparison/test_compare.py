@@ -115,6 +115,21 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "words", [["compare", "--seq-len", "32", "--data"], ["bench", "context", "--vocab-size", "99"]]
+)
+def test_an_encoder_is_refused_in_words(
+    words: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [str(text)] if words[-1] == "--data" else []
+    assert main([*words, *data, "--archs", "lstm", "bert", "--params", "300k", "--out", str(tmp_path / "out")]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
+    assert "encoder" in complaint
+    assert "leave bert out of --archs" in complaint
+
+
+@pytest.mark.quick
 def test_a_measurement_that_fails_makes_the_comparison_fail(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,16 @@
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from crossover.benchmarks.report.crossovers import Point, crossover
-from crossover.benchmarks.report.words import Span, and_list, span_of
+from crossover.benchmarks.report.results import crossovers_of, load_comparison, quality
+from crossover.benchmarks.report.words import Span, and_list, headline, span_of
+
+from ..fake_runs import append_cells, cell, write_comparison
 
 pytestmark = pytest.mark.quick
 
@@ -66,3 +72,58 @@ def test_lists_are_written_as_in_a_sentence(words: list[str], text: str) -> None
 def test_writing_a_report_needs_neither_torch_nor_the_parser_of_the_command_line() -> None:
     code = "import crossover.benchmarks.report.write, sys; assert not {'torch', 'tyro'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def of_comparison(folder: Path) -> str:
+    comparison = load_comparison(folder)
+    return " ".join(headline(comparison, quality(comparison), crossovers_of(comparison)))
+
+
+def test_one_length_is_no_range(tmp_path: Path) -> None:
+    said = of_comparison(write_comparison(tmp_path, archs=["transformer", "mamba", "lstm"], seeds=1, context=[64]))
+    assert "No other model trains faster than Transformer at 64 tokens." in said
+    assert "Mamba and LSTM carry less state than Transformer at 64 tokens." in said
+    assert "One length was measured, 64 tokens" in said
+    for word in ("interpolated", "every length", "any length", "from 64 to"):
+        assert word not in said
+
+
+def test_a_partial_comparison_says_what_was_measured_and_names_the_rest(tmp_path: Path) -> None:
+    archs = ["transformer", "mamba", "lstm", "s4d"]
+    write_comparison(tmp_path, archs=archs, seeds=1, context=[])
+    shutil.rmtree(tmp_path / "s4d-s0")
+    info = json.loads((tmp_path / "compare.json").read_text())
+    info["config"]["context"] = [128, 512, 2048]
+    (tmp_path / "compare.json").write_text(json.dumps(info))
+    append_cells(tmp_path, *[cell("transformer", phase, 128) for phase in ("decode", "prefill", "train")])
+    append_cells(tmp_path, *[cell("lstm", phase, 128) for phase in ("decode", "prefill", "train")])
+    said = of_comparison(tmp_path)
+    assert "LSTM does not train faster than Transformer at 128 tokens, the only length measured of both." in said
+    for word in ("No other model", "any length measured", "every length measured"):
+        assert word not in said
+    assert "Mamba predicts held-out text best of the 3 that have finished" in said
+    for missing in (
+        "s4d-s0: not run yet",
+        "LSTM: not measured yet at 512 and 2,048 tokens",
+        "Mamba: not measured yet at 128, 512 and 2,048 tokens",
+    ):
+        assert missing in said
+    append_cells(
+        tmp_path, *[cell(arch, "train", 512) for arch in ("transformer", "mamba")], cell("mamba", "train", 128)
+    )
+    said = of_comparison(tmp_path)
+    assert "(both measured up to 512 only)" in said
+
+
+@pytest.mark.parametrize(("tokens_per_second", "says"), [(100.0, True), (2000.0, False)])
+def test_decode_that_measures_python_is_said_to(tokens_per_second: float, says: bool, tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, context=[128])
+    append_cells(
+        tmp_path,
+        cell("mamba", "decode", 128, tokens_per_second=tokens_per_second),
+        cell("transformer", "decode", 128, tokens_per_second=5000.0),
+    )
+    said = of_comparison(tmp_path)
+    assert ("Decode speeds of Mamba measure Python more than the architecture" in said) == says
+    if says:  # 1/74,400 s of arithmetic, and 4 MB of weights and 98 kB of state at 5 GB/s, of 10 ms
+        assert "explain at most 8 % of a step of 10 to 10 ms" in said
