@@ -133,7 +133,9 @@ class LearnedPositions(nn.Module):
         if starts is not None:
             first = torch.where(starts, index, first).cummax(1).values  # (B, L): of the document of each token
         y = x + F.embedding(index - first, self.weight)
-        return y, None if state is None else PositionState(first[:, -1].clone(), n_seen + x.shape[1])
+        if state is None or not x.shape[1]:
+            return y, state
+        return y, PositionState(first[:, -1].clone(), n_seen + x.shape[1])
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None) -> PositionState:
         """The state before the first of at most `max_len` tokens; ValueError where max_positions is less."""

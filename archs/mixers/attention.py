@@ -240,7 +240,7 @@ def _heads(d_model: int, config: AttentionConfig) -> tuple[int, int]:
 
 def _first_key_after(past: int | Tensor, first_key: Tensor | None, starts: Tensor | None) -> Tensor | None:
     """Index of the first key of the current document once the tokens of `starts` follow `past` keys."""
-    if starts is None:
+    if starts is None or not starts.shape[1]:
         return first_key
     return torch.where(starts.any(1), past + _last_true(starts), 0 if first_key is None else first_key)
 

@@ -122,12 +122,12 @@ def full(mixer: Mixer, starts: Tensor | None = None) -> Callable[[Tensor], Tenso
 
 @over_the_registry
 @drawn
-@given(L=LENGTHS, D=WIDTHS, seed=SEED, cuts=st.sets(st.integers(1, LENGTH - 1), max_size=4), packed=st.booleans())
-def test_any_split_into_chunks_equals_the_full_pass(
-    name: str, options: dict[str, Any], L: int, D: int, seed: int, cuts: set[int], packed: bool
+@given(L=LENGTHS, D=WIDTHS, seed=SEED, cuts=st.lists(st.integers(0, LENGTH), max_size=4), packed=st.booleans())
+def test_any_split_into_chunks_some_of_them_empty_equals_the_full_pass(
+    name: str, options: dict[str, Any], L: int, D: int, seed: int, cuts: list[int], packed: bool
 ) -> None:
     mixer = make(name, options, D, seed)
-    x, bounds = torch.randn(2, L, D, dtype=torch.float64), sorted(c for c in cuts if c < L)
+    x, bounds = torch.randn(2, L, D, dtype=torch.float64), sorted(min(c, L) for c in cuts)
     starts = torch.rand(2, L) < 0.2 if packed else None
     expected = values_and_gradients(mixer, x, full(mixer, starts))
     actual = values_and_gradients(mixer, x, lambda x: in_chunks(mixer, x, bounds, starts))
@@ -393,6 +393,37 @@ def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
     assert_same(logits_and_gradients(lm, in_chunks()), expected, 1e-6)  # the router of experts is in float32
     with torch.no_grad():
         torch.testing.assert_close(in_chunks(), expected["logits"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("B", "L"), [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("name", [*available("encoder"), *available()])
+def test_nothing_in_is_nothing_out_and_no_loss(name: str, B: int, L: int) -> None:
+    lm = build(name, d_model=24, n_layers=len(configure(name).pattern), vocab_size=11)
+    tokens, starts = torch.zeros(B, L, dtype=torch.int64), torch.zeros(B, L, dtype=torch.bool)
+    for marks in (None, starts):
+        loss, aux_loss = lm.loss(tokens, tokens, starts=marks)
+        assert (loss.item(), aux_loss.item()) == (0, 0)
+        grads = torch.autograd.grad(loss + aux_loss, list(lm.parameters()))
+        assert not any(gradient.any() for gradient in grads)
+        if lm.config.kind == "encoder":
+            continue
+        with torch.no_grad():
+            state = lm(torch.zeros(B, 4, dtype=torch.int64), lm.init_state(B, 9)).state
+            before = state.clone()
+            logits, after, _ = lm(tokens, state, starts=marks)
+        assert logits.shape == (B, L, 11)
+        for layer, old in zip(after, before, strict=True):
+            assert all(torch.equal(t, old.tensors()[key]) for key, t in layer.tensors().items() if key in old.tensors())
+
+
+@pytest.mark.parametrize("name", [*available("encoder"), *available()])
+def test_the_loss_of_no_target_is_zero(name: str) -> None:
+    lm = build(name, d_model=24, n_layers=len(configure(name).pattern), vocab_size=11)
+    tokens = torch.randint(11, (2, 3))
+    loss, _ = lm.loss(tokens, torch.full_like(tokens, -100))
+    assert loss.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, list(lm.parameters())))
 
 
 @pytest.mark.quick
