@@ -342,10 +342,11 @@ def _look_up(values: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def _family(folder: Path, values: Mapping[str, Any]) -> Family:
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         hint = nearest(str(model_type), FAMILIES)
         raise ValueError(f"{folder} holds a model of unknown model_type={json.dumps(model_type)}{hint}")
-    return FAMILIES[model_type]
+    return family
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
