@@ -298,6 +298,23 @@ def test_every_option_of_a_config_is_known_harmless_or_refused(model_type: str, 
     refused(tmp_path, "1000000000 layers are more than")
 
 
+OLDER = {
+    "gpt2": {"n_ctx": 41, "summary_type": "cls_index", "task_specific_params": {"text-generation": {"max_length": 50}}},
+    "bert": {"directionality": "bidi", "pooler_type": "first_token_transform", "gradient_checkpointing": False},
+    "mamba": {"d_inner": 88, "d_model": 44, "n_layer": 2, "fused_add_norm": True, "rms_norm": True, "ssm_cfg": {}},
+    "mamba2": {"norm_before_gate": True, "time_step_scale": 1.0, "rms_norm": True},
+    "jamba": {"calc_logits_for_entire_prompt": False, "num_logits_to_keep": 1, "mamba_inner_layernorms": True},
+    "llama": {"max_sequence_length": 2048, "torch_dtype": "float16", "top_p": 0.9, "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_options_of_older_versions_that_say_nothing_more_are_known(case: str, tmp_path: Path) -> None:
+    theirs(case).save_pretrained(tmp_path)
+    edit(tmp_path, **OLDER[case])
+    from_hf(tmp_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -121,6 +121,15 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole() -> None:
         assert_close(gradients(model), expected)
 
 
+def test_auxiliary_losses_count_by_the_share_of_the_labels() -> None:
+    model, tokens = register().of(decoder()), torch.randint(V, (2, 7))
+    nats, _ = model.lm.loss(tokens[:, :-1], tokens[:, 1:])
+    aux = model.lm(tokens).aux_loss  # which sees the last token too
+    assert aux > 0
+    assert_close(model(tokens, labels=tokens).loss, nats + aux)
+    assert_close(model(tokens, labels=tokens, num_items_in_batch=3 * 12).loss, (nats + aux) / 3)
+
+
 def test_a_batch_without_labels_that_count_has_loss_zero_and_gradients_of_zero() -> None:
     model, tokens = register().of(decoder()), torch.randint(V, (2, 5))
     loss = model(tokens, labels=torch.full_like(tokens, -100)).loss
@@ -240,6 +249,17 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"model\.lm\.backbone\.norm\.weight is missing; model\.lm\.extra is not expected"
     ):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_folders_of_the_first_version_are_read(tmp_path: Path) -> None:
+    lm = decoder("s4d", tie_embeddings=False)
+    register().of(lm).save_pretrained(tmp_path)
+    stored = {name.removeprefix("model."): v for name, v in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    values = {"model_type": "crossover", "model": lm.config.to_dict(), "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    model, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(V, (1, 5))
+    assert_close(model(tokens).logits, lm(tokens).logits)
 
 
 def test_only_decoders_are_causal_models() -> None:
