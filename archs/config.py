@@ -40,7 +40,7 @@ class ModelConfig:
 
     d_model: Size
     """D, width of the residual stream."""
-    n_layers: Annotated[int, Range(1, 2**12)]
+    n_layers: Annotated[int, Range(1, 2**10)]
     """Number of layers."""
     vocab_size: Annotated[int, Range(1, 2**28)]
     """V, number of tokens in the vocabulary."""

@@ -137,7 +137,7 @@ class ModelSpec:
     n_layers: Annotated[
         int | None,
         _value(count, "COUNT", optional=True),
-        Range(1, 2**12),
+        Range(1, 2**10),
         tyro.conf.arg(help_behavior_hint=_unset("the preset's, or solved for")),
     ] = None
     """Number of layers."""

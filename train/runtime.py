@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import signal
@@ -98,6 +99,13 @@ def keep_freed_memory() -> bool:
     trimmed = mallopt(m_trim_threshold, largest)
     # glibc before 2.35 refuses a mapping threshold over 32 MB: there, forbid mappings altogether.
     return bool(trimmed and (mallopt(m_mmap_threshold, largest) or mallopt(m_mmap_max, 0)))
+
+
+def check_memory(n_bytes: int, device: torch.device) -> None:
+    """Raises MemoryError unless the machine of a CPU has so much: the system would promise it, and fail much later."""
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else n_bytes
+    if n_bytes > held:
+        raise MemoryError(f"training needs {n_bytes / 2**30:,.0f} GiB or more, and the machine has {held / 2**30:,.0f}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

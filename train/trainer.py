@@ -33,6 +33,7 @@ from .runtime import (
     Interrupted,
     PeakMemory,
     Stopwatch,
+    check_memory,
     choose_device,
     choose_precision,
     is_out_of_memory,
@@ -50,6 +51,9 @@ _CONDITIONS = {key: key for key in ("precision", "threads", "torch", "cuda", "py
 """What a continued run may change, of provenance and arithmetic, and by which its numbers may differ; with its name."""
 
 _REMEDY = "try a lower --optim.lr or a longer --optim.warmup"
+
+_BYTES_PER_PARAMETER = 16
+"""A weight, its gradient and the two moments of AdamW, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,7 @@ class Trainer:
         """Trains from a checkpoint, or from nothing, to the last step."""
         run, objective = self.run, self.objective
         torch.manual_seed(run.seed)
+        check_memory(_BYTES_PER_PARAMETER * self._facts["n_params"], self.device)
         model = objective.prepare(build(self.model_config, device=self.device))
         learner = Learner(model, objective)
         optimizer = adamw(model, run.optim)

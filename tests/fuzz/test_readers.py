@@ -285,7 +285,7 @@ def test_prepared_corpora(
     config = DataConfig(source=str(source), cache=place / "corpora", val_fraction=0.3)
     first = load_corpus(config)
     train, summary = np.array(first.train), first.summary()
-    path = one_of(list((place / "corpora").glob("corpora/*/*")), share)
+    path = one_of(list((place / "corpora").glob("corpora/*/*")), share)  # what damage is left adds up
     changed(path, change, swap, by_value)
     again = load_corpus(config)
     np.testing.assert_array_equal(again.train, train)

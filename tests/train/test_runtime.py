@@ -14,6 +14,7 @@ from crossover.train.runtime import (
     MemoryKills,
     PeakMemory,
     Stopwatch,
+    check_memory,
     choose_device,
     choose_precision,
     is_out_of_memory,
@@ -316,3 +317,10 @@ def test_a_signal_that_is_ignored_stays_ignored(at_once: bool) -> None:
 )
 def test_last_words_tell_whether_memory_ran_out(text: str, is_it: bool) -> None:
     assert says_out_of_memory(text) is is_it
+
+
+def test_a_model_that_no_memory_holds_is_out_of_memory_before_it_is_made() -> None:
+    check_memory(2**20, torch.device("cpu"))
+    check_memory(2**60, torch.device("cuda"))
+    with pytest.raises(MemoryError, match=r"^training needs 1,073,741,824 GiB or more, and the machine has \d+$"):
+        check_memory(2**60, torch.device("cpu"))

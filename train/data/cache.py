@@ -80,11 +80,11 @@ def locked(target: Path, kind: str) -> Iterator[None]:
         lock.release()
 
 
-def is_whole(target: Path) -> bool:
-    """Whether a cache entry is there with every file as it was published."""
+def is_whole(target: Path, *names: str) -> bool:
+    """Whether a cache entry is there with the files of these names as they were published."""
     try:
         digests = read_json(target / _DIGESTS)
-        return bool(digests) and all(_sha256(target / name) == digest for name, digest in digests.items())
+        return all(_sha256(target / name) == digests.get(name) for name in names)
     except (OSError, ValueError):
         return False
 
@@ -103,11 +103,12 @@ def publish(target: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        digests = {path.name: _sha256(path) for path in draft.iterdir()}
+        names = sorted(path.name for path in draft.iterdir())
+        digests = {name: _sha256(draft / name) for name in names}
         (draft / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for path in (*draft.iterdir(), draft):
             sync(path)
-        if target.exists() and not is_whole(target):
+        if target.exists() and not is_whole(target, *names):
             shutil.rmtree(target)
         try:
             draft.rename(target)

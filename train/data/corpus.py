@@ -39,6 +39,8 @@ __all__ = [
     "val_windows",
 ]
 
+_FILES = ("train.npy", "val.npy", "corpus.json")
+
 FORMAT = 1
 """Part of every digest; raised when the meaning of a cached corpus changes."""
 
@@ -134,9 +136,9 @@ def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
     documents_digest = digest_of(train, val)
     digest = hashlib.sha256(f"{FORMAT} {documents_digest} {tokenizer.digest}".encode()).hexdigest()
     folder = cache / "corpora" / digest[:32]
-    if not is_whole(folder):
+    if not is_whole(folder, *_FILES):
         with locked(folder, "corpus"):
-            if not is_whole(folder):
+            if not is_whole(folder, *_FILES):
                 _write(folder, train, val, tokenizer)
     return Corpus(
         name=documents.name,

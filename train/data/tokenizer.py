@@ -175,9 +175,9 @@ def open_tokenizer(spec: str, texts: Sequence[str], *, cache: Path, progress: bo
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     folder = cache / "tokenizers" / f"bpe-{size}-{digest.hexdigest()[:32]}"
-    if not is_whole(folder):
+    if not is_whole(folder, "tokenizer.json"):
         with locked(folder, "tokenizer"):
-            if not is_whole(folder):
+            if not is_whole(folder, "tokenizer.json"):
                 with publish(folder) as draft:
                     _train_bpe(texts, int(size), progress).save(str(draft / "tokenizer.json"))
     return load_tokenizer(folder / "tokenizer.json", name=spec)
