@@ -5,9 +5,9 @@
 
 Axes of one name have one size in all tensors. An axis may also be a multiple, a difference or a number (`4E`, `K-1`,
 `2`), and a leading `...` stands for any axes. Numbers are real floating ones of any precision unless the last word says
-`complex`, `bool`, `int` (of 32 or 64 bits) or `int64`. An integer argument is described by the axis of which it is the
-size, any other by a tuple of what it may be. Tensors are on the device of the first one. `starts` may have one row for
-all; nothing else is broadcast.
+`complex` (which are of one precision), `bool`, `int` (of 32 or 64 bits) or `int64`. An integer argument is described by
+the axis of which it is the size, any other by a tuple of what it may be. Tensors are on the device of the first one.
+`starts` may have one row for all; nothing else is broadcast.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class Arguments:
         """
         given, sizes = len(args), {"": 1}
         first: Any = None
+        precision: torch.dtype | None = None
         device: torch.device | None = None
+        complex_numbers = KINDS["complex"]
         for index, name, choices in self._choices:
             value = args[index] if index < given else kwargs.get(name, choices[0])
             if value not in choices:
@@ -140,6 +142,10 @@ class Arguments:
             dtype, shape = t.dtype, t.shape
             if dtype not in dtypes:
                 raise ValueError(f"{self._op}: {name} is {dtype}, expected {_parsed(words)[1]}")
+            if dtypes is complex_numbers:
+                if precision not in (None, dtype):
+                    raise ValueError(f"{self._op}: {name} is {dtype}, expected {precision} as the others")
+                precision = dtype
             if first is None:
                 first, device = t, t.device
             elif t.device != device:

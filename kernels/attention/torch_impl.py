@@ -27,6 +27,10 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """Same contract as reference.attention."""
+    if not q.dtype == k.dtype == v.dtype:
+        wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        wide_q, k, v = (t.to(wide) for t in (q, k, v))
+        return attention(wide_q, k, v, causal, window, starts, first_key, kv_len, scale).to(q.dtype)
     L, S = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, P)
     gqa = q.shape[1] != k.shape[1]

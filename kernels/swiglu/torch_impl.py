@@ -8,4 +8,4 @@ from torch import Tensor
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Same contract as reference.swiglu."""
-    return F.silu(gate) * up
+    return (F.silu(gate) * up).to(gate.dtype)

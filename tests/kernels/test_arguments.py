@@ -109,6 +109,24 @@ def test_what_is_missing_or_too_much_is_a_type_error_as_in_any_call() -> None:
         ops.swiglu(x, x, x)  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.parametrize("name", ops.OPS)
+def test_each_tensor_may_have_a_precision_of_its_own(name: str) -> None:
+    tensors, options = example(name)
+    for argument, t in list(tensors.items())[1:]:
+        if t.is_floating_point():
+            mixed = tensors | {argument: t.bfloat16()}
+            with use_backend("reference"):
+                expected = values_and_gradients(ops.OPS[name], mixed, **options)
+            for backend in set(ops.OPS[name].backends) & {"torch", "cpu"}:
+                with use_backend(backend):
+                    found = values_and_gradients(ops.OPS[name], mixed, **options)
+                assert_same(found, expected, 2e-2)
+                assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in expected.items()}
+        elif t.is_complex() and argument not in ("A", "u"):
+            with pytest.raises(ValueError, match=rf"^{name}: {argument} is torch.complex128"):
+                ops.OPS[name](**tensors | {argument: t.to(torch.complex128)}, **options)
+
+
 @pytest.mark.parametrize(("name", "backend"), WITH_STARTS)
 def test_one_row_of_starts_is_for_all(name: str, backend: str) -> None:
     tensors, options = example(name)
