@@ -67,6 +67,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             raise Unsupported(str(error)) from error
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have: the device's; no bound where there is no GPU."""
+    if device.type != "cuda":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
     """Collects the launches inside the block instead of making them: with tensors on "meta", what would be compiled."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dispatch import Unsupported
 from ..documents import tokens_since_start
 from ..operators import operator
-from ..triton_kernels import LOG2_E, launch
+from ..triton_kernels import LOG2_E, launch, shared_memory
 
 MAX_WIDTH = 256
 """Widest head: a block of rows must fit the registers of one program."""
@@ -33,6 +33,9 @@ DECODE_ROWS = 64
 
 MAX_SPLITS = 32
 """Largest number of programs that share the keys of one head."""
+
+ROOMY = 110_000
+"""Bytes of shared memory that suffice for the backward of the widest heads as it is fastest, which takes 102,656."""
 
 SLOTS = 264
 """Programs that run at once: two on each of the 132 multiprocessors of an H100. Elsewhere only the balance suffers."""
@@ -56,8 +59,8 @@ def attention(
     """Same contract as reference.attention, but a query that sees no key gives zeros. Differentiable once.
 
     Raises:
-        Unsupported: if a head is wider than MAX_WIDTH, the dtypes differ or are not floats of 16 or 32 bits, or scale
-            is negative.
+        Unsupported: if a head is wider than MAX_WIDTH, the dtypes differ or are not floats of 16 or 32 bits, scale is
+            negative, or backward, should it follow, would not fit the GPU's shared memory.
     """
     L, S, P = q.shape[1], k.shape[1], q.shape[3]
     if max(P, v.shape[3]) > MAX_WIDTH:
@@ -67,6 +70,11 @@ def attention(
     scale = P**-0.5 if scale is None else scale
     if scale < 0:
         raise Unsupported(f"scale={scale} is negative")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        room = shared_memory(q.device)
+        needed = backward_memory(P, v.shape[3], q.dtype, room)
+        if needed > room:
+            raise Unsupported(f"backward takes {needed} bytes of shared memory, and {q.device} has {room}")
     if window is not None and window >= S:
         window = None
     first, last = _documents(starts, first_key, (S if kv_len is None else kv_len) - L, L, S)
@@ -93,13 +101,14 @@ def _documents(
     return None if first is None else first.clamp(-S, L).int().contiguous(), last
 
 
-def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+def configuration(kernel: str, width: int, dtype: torch.dtype, room: int = ROOMY) -> dict[str, int]:
     """Queries and keys of a block, warps, and blocks in flight, for heads padded to `width` channels.
 
     Args:
         kernel: "forward", "decode", "dq" or "dkdv". Decoding chooses its number of queries itself.
         width: power of two.
         dtype: dtype of the inputs; float32 is multiplied outside the tensor cores and takes smaller blocks.
+        room: bytes of shared memory.
     """
     size = 0 if width <= 64 else 1 if width <= 128 else 2
     if dtype == torch.float32:
@@ -114,11 +123,18 @@ def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]
         wide = {
             "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
             "decode": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-            "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-            "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+            "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2 if room >= ROOMY else 1)),
+            "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32 if room >= ROOMY else 16, 64, 8, 2)),
         }
         chosen = wide[kernel][size]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), chosen, strict=True))
+
+
+def backward_memory(P: int, PV: int, dtype: torch.dtype, room: int) -> int:
+    """Bytes of shared memory that backward needs: a block of queries, one of keys, and two numbers of each query."""
+    D, DV = (max(16, triton.next_power_of_2(width)) for width in (P, PV))
+    configs = [configuration(kernel, max(D, DV), dtype, room) for kernel in ("dq", "dkdv")]
+    return max((c["BLOCK_M"] + c["BLOCK_N"]) * (D + DV) * dtype.itemsize + 8 * c["BLOCK_M"] for c in configs)
 
 
 def splits(n_programs: int, n_keys: int, block: int) -> int:
@@ -199,11 +215,12 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_o.stride()[:3])
     width = max(constants["D"], constants["DV"])
 
-    config = configuration("dq", width, q.dtype)
+    room = shared_memory(q.device)
+    config = configuration("dq", width, q.dtype, room)
     grid = (triton.cdiv(L, config["BLOCK_M"]), H, B)
     tensors = (q, k, v, o, grad_o, lse, delta, grad_q)
     launch(_query_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **config)
-    config = configuration("dkdv", width, q.dtype)
+    config = configuration("dkdv", width, q.dtype, room)
     grid = (triton.cdiv(S, config["BLOCK_N"]), n_kv_heads, B)
     tensors = (q, k, v, grad_o, lse, delta, grad_k, grad_v)
     launch(_key_gradient_kernel, grid, *tensors, *bounds, *strides, **constants, **config)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..dispatch import Unsupported
 from ..documents import document_ids
 from ..operators import operator
-from ..triton_kernels import LOG2_E, launch, sigmoid, silu, silu_slope, softplus
+from ..triton_kernels import LOG2_E, launch, shared_memory, sigmoid, silu, silu_slope, softplus
 
 MAX_STATES = 256
 """Largest number of states of a head: C and B of a chunk must fit the memory of a multiprocessor."""
@@ -63,11 +63,17 @@ def ssd(
         chunk_len: as there; rounded down to a power of two, from 16 to 64: more does not fit the registers.
 
     Raises:
-        Unsupported: if a head is wider than MAX_HEAD_DIM or has more than MAX_STATES states.
+        Unsupported: if a head is wider than MAX_HEAD_DIM or has more than MAX_STATES states, or backward, should it
+            follow, would not fit the GPU's shared memory.
     """
     P, N = x.shape[3], B.shape[3]
     if P > MAX_HEAD_DIM or N > MAX_STATES:
         raise Unsupported(f"heads of {P} x {N} are more than {MAX_HEAD_DIM} x {MAX_STATES}")
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        room, needed = shared_memory(x.device), backward_memory(16, P, N, x.element_size())
+        if needed > room:
+            raise Unsupported(f"backward takes {needed} bytes of shared memory, and {x.device} has {room}")
     ids = None if starts is None else F.pad(document_ids(starts).int(), (1, 0))
     x, B, C = _tokens(x), _tokens(B.to(x.dtype)), _tokens(C.to(x.dtype))
     z = None if z is None else _tokens(z)
@@ -92,6 +98,12 @@ def configuration(L: int, P: int, N: int, itemsize: int, chunk_len: int = 0) -> 
     warps = 8 if block_p * block_n * itemsize >= 8192 else 4
     stages = 2 if itemsize < 4 else 1
     return {"Q": Q, "BLOCK_P": block_p, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps, "num_stages": stages}
+
+
+def backward_memory(Q: int, P: int, N: int, itemsize: int) -> int:
+    """Bytes of shared memory that the gradients of a head need: x, that of y, B, C and the state, in whole blocks."""
+    P, N = (max(16, triton.next_power_of_2(width)) for width in (P, N))
+    return itemsize * (2 * Q * P + 2 * Q * N + P * N)
 
 
 def splits(programs: int, heads_per_group: int) -> int:
@@ -199,6 +211,8 @@ def backward(
     (batch, L, H, P), (G, N) = x.shape, B.shape[2:]
     grad_y = _tokens(grad_y.to(x.dtype))
     config = configuration(L, P, N, x.element_size(), chunk_len)
+    while config["Q"] > 16 and backward_memory(config["Q"], P, N, x.element_size()) > shared_memory(x.device):
+        config["Q"] //= 2
     steps, sums = _steps(dt, A, dt_bias, dt_softplus, config["Q"])
     n_chunks = triton.cdiv(L, config["Q"])
 

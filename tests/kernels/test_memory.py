@@ -1,5 +1,6 @@
 """Nothing that a kernel is given can make it read or write outside its tensors: values that are places, and strides."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,3 +158,63 @@ def test_what_a_device_has_no_room_for_is_unsupported() -> None:
         with pytest.raises(Unsupported, match="grid"):
             launch(Kernel(), grid, torch.zeros(1))
     launch(Kernel(), (2**31 - 1, 2**16 - 1, 2**16 - 1), torch.zeros(1))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("room", "chosen"),
+    [
+        (232_448, [(64, 2), (32, 2)]),
+        (166_912, [(64, 2), (32, 2)]),
+        (101_376, [(64, 1), (16, 2)]),  # compiled for sm_86 they take 98,304 and 84,096 bytes
+        (65_536, None),
+    ],
+)
+def test_wide_heads_train_where_backward_fits_the_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, room: int, chosen: list[tuple[int, int]] | None
+) -> None:
+    from crossover.kernels.attention import triton_kernels
+    from crossover.kernels.triton_kernels import record_launches
+
+    monkeypatch.setattr(triton_kernels, "shared_memory", lambda _: room)
+    q = torch.empty(1, 100, 1, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with record_launches() as launches:
+        triton_kernels.attention(q.detach(), q.detach(), q.detach())
+        if chosen is None:
+            with pytest.raises(Unsupported, match=f"shared memory, and meta has {room}"):
+                triton_kernels.attention(q, q, q)
+        else:
+            triton_kernels.attention(q, q, q).sum().backward()
+            options = [launch.options for launch in launches[-2:]]
+            assert [(each["BLOCK_M"], each["num_stages"]) for each in options] == chosen
+
+
+@needs_triton
+@pytest.mark.parametrize(("room", "Q"), [(232_448, 64), (163_840, 64), (163_839, 32), (101_376, 16), (65_536, None)])
+def test_large_states_train_in_chunks_that_fit_the_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, room: int, Q: int | None
+) -> None:
+    from crossover.kernels.ssd import triton_kernels
+    from crossover.kernels.triton_kernels import record_launches
+
+    monkeypatch.setattr(triton_kernels, "shared_memory", lambda _: room)
+    x, B = (torch.empty(1, 100, 1, n, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (128, 256))
+    dt, A = torch.empty(1, 100, 1, device="meta"), torch.empty(1, device="meta")
+    with record_launches() as launches:
+        if Q is None:
+            with pytest.raises(Unsupported, match=f"shared memory, and meta has {room}"):
+                triton_kernels.ssd(x, dt, A, B, B)
+        else:
+            triton_kernels.ssd(x, dt, A, B, B)[0].sum().backward()
+            assert [launch.options["Q"] for launch in launches if "heads" in launch.kernel.__name__] == [Q]
+
+
+def test_a_gpu_says_how_much_shared_memory_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from crossover.kernels.triton_kernels import shared_memory
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=device.index)
+    )
+    assert shared_memory(torch.device("cuda:3")) == 3
+    assert shared_memory(torch.device("cpu")) == shared_memory(torch.device("meta")) > 2**20
