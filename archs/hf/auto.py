@@ -12,7 +12,8 @@ def register() -> type[Any]:
 
     Returns the class, CrossoverForCausalLM. `register().of(lm)` shares the parameters of `lm`, trains under Trainer and
     others that take models of transformers', and generates with our state as its cache; its `save_pretrained(folder)`
-    writes what `AutoModelForCausalLM.from_pretrained` reads in any process that has called `register`.
+    writes what `AutoModelForCausalLM.from_pretrained` reads in any process that has called `register`. TRL's SFTTrainer
+    makes a loss of its own, in which the auxiliary losses of experts have no part.
 
     Raises:
         ImportError: if transformers is not installed.
