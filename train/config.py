@@ -293,6 +293,10 @@ class TrainConfig:
     """Steps between two lines of metrics."""
     checkpoint_every: CountOrNone = 250
     """Steps between two checkpoints; 0 saves only at the end."""
+    tensorboard: Annotated[
+        Path | None, _value(Path, "PATH", optional=True), tyro.conf.arg(help_behavior_hint=_unset("OUT/NAME/tb"))
+    ] = None
+    """Folder of the TensorBoard events, by which TensorBoard names the run."""
     keep_checkpoints: Annotated[Count, Range(2)] = 2
     """Number of the newest checkpoints to keep, at least 2, so that one is whole whatever happens to the other."""
     device: str = "auto"

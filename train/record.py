@@ -43,6 +43,10 @@ def layout(score: Score) -> dict[str, dict[str, list[Any]]]:
     }
 
 
+_PLACES = frozenset({"name", "out", "resume", "data.cache", "train.threads", "train.tensorboard"})
+"""Options that TensorBoard's page of hyperparameters leaves out."""
+
+
 class MetricsLog:
     """The metrics of one run: metrics.jsonl, and TensorBoard events of the same values under the same tags."""
 
@@ -53,10 +57,13 @@ class MetricsLog:
         *,
         first_step: int = 0,
         n_records: int | None = None,
+        board: Path | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Continues the log of a run after `first_step` steps and `n_records` lines, where their number is known.
 
-        What was recorded beyond is dropped: the run records it again. Lines that are lost are said.
+        What was recorded beyond is dropped: the run records it again. Lines that are lost are said. TensorBoard's
+        events go to the folder `board`, or to tb in the directory, and its page of hyperparameters shows `options`.
         """
         path = self._path = directory / "metrics.jsonl"
         found = scan_json_lines(path).records if first_step else []
@@ -71,7 +78,7 @@ class MetricsLog:
         self.n_records = len(kept)
         write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _TensorBoard(directory / "tb", score, purge_step=first_step + 1)
+        self._board = _TensorBoard(board or directory / "tb", score, options or {}, purge_step=first_step + 1)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
@@ -80,6 +87,10 @@ class MetricsLog:
             self._file.flush()
         self.n_records += 1
         self._board.append(record)
+
+    def finish(self) -> None:
+        """Says that the run has come to its end."""
+        self._board.finish()
 
     def close(self) -> None:
         """Ends the log."""
@@ -95,7 +106,7 @@ def _line(record: Mapping[str, Any]) -> str:
 class _TensorBoard:
     """TensorBoard events, as long as they can be written: here and now, as in a thread nobody could catch an error."""
 
-    def __init__(self, directory: Path, score: Score, *, purge_step: int) -> None:
+    def __init__(self, directory: Path, score: Score, options: Mapping[str, Any], *, purge_step: int) -> None:
         # Imported here: it takes a second, and the configuration and the tests of other modules do not need it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -103,13 +114,19 @@ class _TensorBoard:
 
         self._directory, self._summary, self._event = directory, summary, Event
         self._writer = None
+        # in the events of the run itself, as SummaryWriter.add_hparams would make a second run of them
+        shown = {key: value for key, value in options.items() if value is not None and key not in _PLACES}
+        values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in shown.items()}
+        metrics = dict.fromkeys((score.tag, "val/loss", "train/loss", "perf/tokens_per_second", "perf/peak_bytes"), 0.0)
+        experiment, session, self._end = summary.hparams(values, metrics)
         try:
-            directory.mkdir(exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             name = f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}"
             self._writer = RecordWriter((directory / name).open("wb"))
             self._add(file_version="brain.Event:2")
             self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-            self._add(summary=summary.custom_scalars(layout(score)))
+            for page in (summary.custom_scalars(layout(score)), experiment, session):
+                self._add(summary=page)
             self._writer.flush()
         except OSError as error:
             self._give_up(error)
@@ -126,6 +143,15 @@ class _TensorBoard:
                 # Indented, Markdown shows it as it is.
                 text = "    " + record["sample"].replace("\n", "\n    ")
                 self._add(step=step, summary=self._summary.text("sample", text))
+            self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._add(summary=self._end)
             self._writer.flush()
         except OSError as error:
             self._give_up(error)

@@ -71,6 +71,7 @@ class RunDirectory:
         self.path = run.directory
         self._resume = run.resume
         self._checkpoints = self.path / "checkpoints"
+        self._board = run.train.tensorboard or self.path / "tb"
         self._keep = run.train.keep_checkpoints
         self._saved_step: int | None = None
         self._record: dict[str, Any] = {}
@@ -188,7 +189,14 @@ class RunDirectory:
             checkpoint.prune(self._checkpoints, self._keep)
             objective.data.tokenizer.save(self.path / "tokenizer.json")
             self.add(**record)
-            return MetricsLog(self.path, objective.score, first_step=state.step, n_records=state.n_records)
+            return MetricsLog(
+                self.path,
+                objective.score,
+                first_step=state.step,
+                n_records=state.n_records,
+                board=self._board,
+                options={key: record[key] for key in ("arch", "n_params")} | flatten(record["config"]),
+            )
 
     def add(self, **entries: Any) -> None:
         """Writes what is known by now into run.json."""

@@ -220,6 +220,7 @@ class Trainer:
                 found = objective.examine(model, poll=poll)
                 check_finite(found, "held-out")
                 self._found = found
+            log.finish()
         except Interrupted:
             save()
             raise

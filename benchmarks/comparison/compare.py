@@ -193,6 +193,7 @@ def run_configs(
                 checkpoint_every=max(1, config.steps // 4),
                 device=config.device,
                 threads=threads,
+                tensorboard=config.out / "tb" / f"{arch}-s{seed}",
             ),
         )
         for seed in range(config.seeds)

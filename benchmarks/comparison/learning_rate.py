@@ -75,7 +75,7 @@ def rate_runs(config: LearningRateConfig, threads: int | None = None) -> list[Ru
             objective=config.objective,
             data=config.data,
             optim=replace(config.optim, lr=rate),
-            train=train,
+            train=replace(train, tensorboard=config.out / "tb" / f"{arch}-lr{rate:g}-s{seed}"),
         )
         for arch in config.archs
         for rate in config.rates

@@ -51,7 +51,8 @@ def arguments(run: RunConfig) -> list[str]:
 
 
 _NOT_THE_EXPERIMENT = frozenset(
-    {"out", "resume", "data.cache", "train.threads", "train.checkpoint_every", "train.keep_checkpoints"}
+    {"out", "resume", "data.cache"}
+    | {f"train.{name}" for name in ("threads", "checkpoint_every", "keep_checkpoints", "tensorboard")}
 )
 
 

@@ -312,8 +312,9 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def _with_state(found: Measurement, n_bytes: int | None) -> Measurement:
     """Adds the state's bytes, of all sequences, where the model could not say before."""
-    known = found.state_bytes is not None or n_bytes is None
-    return found if known else dataclasses.replace(found, state_bytes=n_bytes // found.batch_size)
+    if found.state_bytes is not None or n_bytes is None:
+        return found
+    return dataclasses.replace(found, state_bytes=n_bytes // found.batch_size)
 
 
 class Bench:

@@ -9,6 +9,7 @@ from crossover.files import read_json_lines
 from crossover.train.record import MetricsLog, _TensorBoard, provenance
 from crossover.train.score import BITS_PER_BYTE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 pytestmark = pytest.mark.quick
@@ -49,6 +50,28 @@ def test_tensorboard_shows_the_recorded_values_under_the_same_tags(tmp_path: Pat
     assert "custom_scalars__config__" in board(tmp_path).Tags()["tensors"]
     (text,) = board(tmp_path).Tensors("sample/text_summary")
     assert b"def f():\n        pass" in text.tensor_proto.string_val[0]
+
+
+def test_options_and_metrics_are_on_the_page_of_hyperparameters_of_the_run_itself(tmp_path: Path) -> None:
+    options = {"arch": "mamba", "optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "train.steps": 7, "x": None, "out": "y"}
+    home = tmp_path / "tb/mamba-s0"
+    log = MetricsLog(tmp_path, board=home, options=options)
+    log.append({"step": 7, "tokens": 32, "val/bits_per_byte": 2.5})
+    log.finish()
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl", "tb"]
+    assert [path.is_file() for path in home.iterdir()] == [True]  # no run inside the run
+    found = EventAccumulator(str(home)).Reload().SummaryMetadata
+
+    def content(tag: str) -> HParamsPluginData:
+        return HParamsPluginData.FromString(found(f"_hparams_/{tag}").plugin_data.content)
+
+    values = content("session_start_info").session_start_info.hparams
+    shown = {key: value.string_value or value.number_value for key, value in values.items()}
+    assert shown == {"arch": "mamba", "optim.lr": 1e-3, "optim.betas": "[0.9, 0.95]", "train.steps": 7.0}
+    metrics = {info.name.tag for info in content("experiment").experiment.metric_infos}
+    assert {"val/bits_per_byte", "train/loss", "perf/tokens_per_second"} <= metrics
+    assert content("session_end_info").HasField("session_end_info")
 
 
 def test_resuming_drops_what_was_recorded_beyond_the_checkpoint(tmp_path: Path) -> None:
@@ -99,7 +122,7 @@ def test_a_disk_that_fills_up_ends_tensorboard_only_with_one_warning(
         log.close()
     monkeypatch.setattr(Path, "open", lambda path, mode: original(full if "tfevents" in path.name else path, mode))
     with pytest.warns(RuntimeWarning, match="No space left on device"):
-        _TensorBoard(tmp_path / "tb", BITS_PER_BYTE, purge_step=1).close()
+        _TensorBoard(tmp_path / "tb", BITS_PER_BYTE, {}, purge_step=1).close()
     assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 2
     assert threading.active_count() == 1
     assert capfd.readouterr() == ("", "")

@@ -20,7 +20,7 @@ from crossover.benchmarks.harness.options import ARCHS
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
 from crossover.benchmarks.harness.sizes import size_arch
 from crossover.train.command_line import parse
-from crossover.train.config import ObjectiveSpec, RunConfig
+from crossover.train.config import ObjectiveSpec, RunConfig, TrainConfig
 from crossover.train.score import BITS_PER_BYTE
 
 from ..fake_runs import append_line, write_json
@@ -54,8 +54,12 @@ def test_a_comparison_has_every_architecture_once_before_the_second_seed(runs: l
 
 
 def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunConfig]) -> None:
-    same = {replace(run, name="", seed=0, model=runs[0].model, optim=runs[0].optim) for run in runs}
-    assert len(same) == 1
+    assert [run.train.tensorboard for run in runs] == [run.out / "tb" / run.name for run in runs]
+    train = {replace(run.train, tensorboard=None) for run in runs}
+    same = {
+        replace(run, name="", seed=0, model=runs[0].model, optim=runs[0].optim, train=TrainConfig()) for run in runs
+    }
+    assert len(same) == len(train) == 1
     assert len({replace(run.optim, lr=None) for run in runs}) == 1
 
 
