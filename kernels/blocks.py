@@ -67,7 +67,7 @@ def unpack(scratch, e0, matrix):
 
 @called
 def read_tokens(source, b, t0, n_tokens, scratch):
-    """scratch[t, n] = source[b, t0 + t, n]."""
+    """scratch[t, n] = source[b, t0 + t, n], with zeros beyond: what another task left there may be no number."""
     N = source.shape[2]
     whole = N // LANES * LANES
     for t in range(n_tokens):
@@ -75,6 +75,8 @@ def read_tokens(source, b, t0, n_tokens, scratch):
             store(scratch, (t, n), load(source, (b, t0 + t, n)))
         for n in range(whole, N):
             scratch[t, n] = source[b, t0 + t, n]
+        for n in range(N, scratch.shape[1]):
+            scratch[t, n] = 0.0
 
 
 @called
@@ -126,6 +128,7 @@ def sum_parts(first: int, last: int, parts: Floats2, result: Floats1) -> None:
 
 def sum_of(parts: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order."""
-    result = torch.empty(parts[0].numel())
-    run(sum_parts, -(-len(result) // SUM_WIDTH), parts.flatten(1), result)
+    n = parts[0].numel()  # and not len(result), which torch.compile would take for a constant
+    result = torch.empty(n)
+    run(sum_parts, -(-n // SUM_WIDTH), parts.flatten(1), result)
     return result.view(parts.shape[1:])

@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .arguments import arguments_of
 from .cases import Cases
@@ -101,6 +102,20 @@ def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
         _record = previous
 
 
+def no_kernel(name: str, wanted: str) -> str:
+    """The message that kernels cannot do something, and what can."""
+    return f'{name}: kernels have no {wanted}; run this under `with use_backend("reference"):`'
+
+
+def transform() -> str | None:
+    """What PyTorch does to functions here that kernels have no part in; None where it does nothing of the kind."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms (grad, vmap, jvp, ...)"
+    return None
+
+
 class Op(Generic[P, R]):
     """One operation and its interchangeable implementations, called like the reference.
 
@@ -110,6 +125,8 @@ class Op(Generic[P, R]):
     first; the next one runs, with a `KernelFallbackWarning`, only where the one before raises `Unsupported`. What is
     switched off is not tried.
     Float64, which is for checking and not for speed, always runs plain PyTorch. Without rows or tokens nothing runs.
+    Under forward-mode differentiation and the transforms of torch.func, to which a kernel is opaque (tangents would be
+    zero), the reference runs, with a `KernelFallbackWarning`, and any other forced backend is a NotImplementedError.
     """
 
     def __init__(
@@ -151,7 +168,10 @@ class Op(Generic[P, R]):
                 return self._arguments.nothing(arguments, kwargs, sizes)
         assert isinstance(x, Tensor)
         is_double = x.dtype in (torch.float64, torch.complex128)
+        transformed = transform()
         if _forced is not None:
+            if transformed and _forced != "reference":
+                raise NotImplementedError(no_kernel(f"{self.__name__}: {_forced}", transformed))
             if _forced not in self._implementations:
                 raise Unsupported(f"{self.__name__} has no {_forced} implementation here, only {self.backends}")
             if is_double and _forced in KERNELS:
@@ -159,6 +179,10 @@ class Op(Generic[P, R]):
             if _forced == "cpu" and x.device.type != "cpu":
                 raise Unsupported(f"{self.__name__}: the inputs are on {x.device}, not on the CPU")
             return self._run(_forced, *arguments, **kwargs)
+        if transformed:
+            message = f"{self.__name__}: the definition runs, step by step: kernels have no {transformed}"
+            warnings.warn(message, KernelFallbackWarning, stacklevel=2)
+            return self._run("reference", *arguments, **kwargs)
         names = ("torch",) if is_double else self._by_device.get(x.device.type, ("torch",))
         if _switched_off:
             left = tuple(name for name in names if (self.__name__, name) not in _switched_off)

@@ -87,5 +87,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 def is_small(x: Tensor) -> bool:
-    """Whether plain PyTorch should do it, for kernels that save no more than passes over memory; not if forced."""
-    return x.numel() <= SMALL and forced_backend() is None
+    """Whether plain PyTorch should do it, for kernels that save no more than passes over memory; not if forced.
+
+    Nor while torch.compile or torch.export trace, which would then make one graph for small inputs and one for large.
+    """
+    return not torch.compiler.is_compiling() and x.numel() <= SMALL and forced_backend() is None

@@ -112,7 +112,8 @@ def _scan_equal_chunks(
     added = (leaving.flatten(1, 2) @ into.flip(1)).unflatten(1, x.shape[1:3])  # (E, B, L / Q, 2 N)
     states = []
     for c in range(x.shape[2]):
-        states.append(h)
+        # what no token of the chunk sees is not multiplied by zero: it may be no number
+        states.append(h if sees is None else torch.where(sees[:, c, :1], h, 0))
         kept = h if sees is None else torch.where(sees[:, c, -1:], h, 0)
         h = advance(kept, Q) + added[:, :, c]
     carried = (torch.stack(states, dim=2).flatten(1, 2) @ out[:, 1:].mT).view_as(x)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import forced_backend
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..parallel import is_small, run
-from . import torch_impl
+from . import reference, torch_impl
 
 SHORT = 128
 """Tokens below which PyTorch's attention is faster: much of a block would be padding, or beyond the diagonal."""
@@ -39,8 +39,10 @@ def attention(
 
 
 def _is_short(q: Tensor) -> bool:
-    """Whether PyTorch's kernel costs less than a call of ours; not if forced."""
-    return is_small(q) or (q.shape[1] < SHORT and forced_backend() is None)
+    """Whether PyTorch's kernel costs less than a call of ours; not if forced or traced, as in is_small."""
+    if forced_backend() is not None or torch.compiler.is_compiling():
+        return False
+    return is_small(q) or q.shape[1] < SHORT
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,4 +82,11 @@ def _backward(ctx, grad_o: Tensor, *_: Tensor):
     return *_attention_backward(grad_o, q, k, v, ctx.scale, *saved), None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx):
+    def definition(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return reference.attention(q, k, v, scale=scale)
+
+    return definition, (*ctx.saved_tensors[:3], ctx.scale)
+
+
+differentiable(_attention, _backward, _setup_context, _again)

@@ -1,4 +1,4 @@
-"""The definition: every score, one mask, one softmax, in float32 or float64."""
+"""The definition: for each query the scores of the keys that it sees and their softmax, in float32 or float64."""
 
 from __future__ import annotations
 
@@ -55,12 +55,17 @@ def attention(
     L, H, P = q.shape[1:]
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (t.to(dtype).repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
-    scores = torch.einsum("blhp,bshp->bhls", q.to(dtype), k) * (P**-0.5 if scale is None else scale)
     end = torch.as_tensor(k.shape[1], device=q.device) if kv_len is None else kv_len
     queries = end - L + torch.arange(L, device=q.device)
     keys = torch.arange(k.shape[1], device=q.device)
     visible = visible_keys(
         queries, keys, n_queries=L, end=end, causal=causal, window=window, starts=starts, first_key=first_key
     )
-    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
-    return torch.einsum("bhls,bshp->blhp", weights, v).to(q.dtype)
+    os = []
+    for t in range(L):
+        seen = visible[:, t, :, None, None]  # what is hidden is not multiplied by zero: it may be no number
+        scores = torch.einsum("bhp,bshp->bhs", q[:, t].to(dtype), torch.where(seen, k, 0.0))
+        scores = scores * (P**-0.5 if scale is None else scale)
+        weights = scores.masked_fill(~visible[:, t, None], -torch.inf).softmax(-1)
+        os.append(torch.einsum("bhs,bshp->bhp", weights, torch.where(seen, v, 0.0)))
+    return torch.stack(os, dim=1).to(q.dtype)

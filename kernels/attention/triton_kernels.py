@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dispatch import Unsupported
 from ..documents import tokens_since_start
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import LOG2_E, launch, shared_memory
 
 MAX_WIDTH = 256
@@ -252,7 +252,7 @@ def _backward(ctx, grad_o: Tensor, _: Tensor):
     return *_attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_attention, _backward, _setup_context)
 
 
 @triton.jit

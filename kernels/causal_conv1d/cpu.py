@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import operator
+from ..documents import never_if_none
+from ..operators import differentiable, operator
 from ..parallel import run
-from . import torch_impl
+from . import reference, torch_impl
 from .torch_impl import next_window
 
 
@@ -69,7 +70,15 @@ def _backward(ctx, grad_y: Tensor):
     return *grads, None if bias is None else grad_bias, None, None
 
 
-_conv.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx):
+    def definition(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None):
+        return reference.causal_conv1d(x, taps.T.flip(1), bias, "silu" if silu else None, past, starts)
+
+    x, past, taps, bias, starts = ctx.saved_tensors
+    return definition, (x, past, taps, bias, ctx.silu, starts)
+
+
+differentiable(_conv, _backward, _setup_context, _again)
 
 
 def _n_tasks(x: Tensor) -> int:
@@ -83,5 +92,4 @@ def _inputs(
 ) -> tuple[object, ...]:
     """Arguments of both kernels."""
     bias = torch.zeros(x.shape[2]) if bias is None else bias
-    starts = torch.zeros(x.shape[:2], dtype=torch.bool) if starts is None else starts
-    return x, past, taps, bias, silu, starts
+    return x, past, taps, bias, silu, never_if_none(starts, x)

@@ -35,7 +35,10 @@ def causal_conv1d(
 def next_window(x: Tensor, past: Tensor, starts: Tensor | None) -> Tensor:
     """The last K - 1 of the inputs past (B, K-1, E) and x (B, L, E), zero before the last start, copied."""
     L, n = x.shape[1], past.shape[1]
-    window = x[:, L - n :].clone() if n <= L else torch.cat([past[:, L:], x], dim=1)
+    if torch.compiler.is_compiling():  # for any length, which is not to be compared with n
+        window = torch.cat([past, x], dim=1)[:, L:].clone()
+    else:
+        window = x[:, L - n :].clone() if n <= L else torch.cat([past[:, L:], x], dim=1)
     if starts is None:
         return window
     lag = torch.arange(n, 0, -1, device=x.device)[:, None]  # of each entry, seen from the next token

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import launch, silu, silu_slope
 from . import torch_impl
 from .torch_impl import next_window
@@ -103,7 +103,7 @@ def _backward(ctx, grad_y: Tensor):
     return grad_x, *given, None, None
 
 
-_conv.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_conv, _backward, _setup_context)
 
 
 @triton.jit

@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operators import opaque
 from ..state_space import CHUNK, coordinates, output_row, scan_in_chunks, without_autocast
 from . import reference
 from .reference import solve
 
 
+@opaque(lambda A, P, B, C, length: A.real.new_empty(A.shape[0], length))
 @without_autocast
 def dplr_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """Same contract as reference.dplr_kernel, as one small matrix product per channel.
@@ -45,6 +47,20 @@ def dplr_scan(
     """Same contract as reference.dplr_scan."""
     if u.shape[1] == 1:  # a decode step: the matrix would cost more than the step
         return reference.dplr_scan(u, A, P, B, C, D, initial_state, starts)
+    return _in_chunks(u, A, P, B, C, D, initial_state, starts)
+
+
+@opaque(lambda u, A, P, B, C, D, initial_state, starts: (u.new_empty(u.shape), A.new_empty(u.shape[0], *A.shape)))
+def _in_chunks(
+    u: Tensor,
+    A: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     Q = min(u.shape[1], CHUNK)
     squares = _squares(_transition(A, P), Q.bit_length())
     into = _columns(A, P, B, squares)[:, :Q]

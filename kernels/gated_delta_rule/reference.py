@@ -47,12 +47,12 @@ def gated_delta_rule(
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     decay = log_decay.to(dtype).exp()
-    if starts is not None:
-        decay = torch.where(starts[..., None], 0.0, decay)
     (batch, L, H, P), N = v.shape, k.shape[-1]
     S = v.new_zeros(batch, H, P, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     os = []
     for t in range(L):
+        if starts is not None:
+            S = torch.where(starts[:, t, None, None, None], 0.0, S)
         q_t, k_t = (x[:, t, :, None].to(dtype) for x in (q, k))  # (B, H, 1, N)
         S = decay[:, t, :, None, None] * S
         held = (S * k_t).sum(-1)  # (B, H, P), what S holds for k

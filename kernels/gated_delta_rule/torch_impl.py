@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..documents import isolated
+from ..operators import opaque
+
 CHUNK = 64
 """Largest number of tokens of a chunk."""
 
@@ -34,14 +37,22 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as reference.gated_delta_rule."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    if starts is not None:
-        log_decay = log_decay.masked_fill(starts[..., None], -torch.inf)
     (batch, L, H, P), N = v.shape, k.shape[-1]
     S = v.new_zeros(batch, H, P, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     wide_q, wide_k, wide_v, log_decay, beta = (t.to(dtype) for t in (q, k, v, log_decay[..., None], beta[..., None]))
+    if starts is not None:
+        written = (wide_k, wide_v, log_decay, beta)
+        S, written, wide_q, no_state, no_output = isolated(starts, S, written, wide_q)
+        wide_k, wide_v, log_decay, beta = written
+        log_decay = log_decay.masked_fill(starts[..., None, None], -torch.inf)
     # the state and the solve stay in float32, whatever precision autocast has chosen for products
     with torch.autocast(v.device.type, enabled=False):
         o, S = (_step if L == 1 else _scan)(wide_q, wide_k, wide_v, log_decay, beta, S)
+    if starts is not None:
+        o, S = (
+            o.masked_fill(no_output[..., None, None], torch.nan),
+            S.masked_fill(no_state[:, -1, None, None, None], torch.nan),
+        )
     return o.to(v.dtype), S
 
 
@@ -53,6 +64,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, S: T
     return (S @ q)[:, None, ..., 0], S
 
 
+@opaque(lambda q, k, v, log_decay, beta, S: (v.new_empty(v.shape), S.new_empty(S.shape)))
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Chunks of Q tokens, all (B, H, L / Q, Q, .)."""
     (L, P), N = v.shape[1::2], k.shape[-1]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import takes
+from ..dispatch import transform
 
 
 @takes(x="T D", weight="G F D", counts="G int64")
@@ -23,8 +24,9 @@ def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Raises:
         ValueError: if the counts are not those of T rows. A GPU's are not read: what else they mean is undefined.
     """
-    sizes(counts, len(x))
-    group = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    if transform() is None:  # under torch.func.vmap nothing can be read
+        sizes(counts, len(x))
+    group = (torch.arange(x.shape[0], device=x.device)[:, None] >= counts.cumsum(0)).sum(1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.einsum("td,tfd->tf", x.to(dtype), weight[group].to(dtype)).to(x.dtype)
 

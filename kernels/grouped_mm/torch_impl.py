@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..autocast import product_dtype
+from ..operators import differentiable
+from . import reference
 from .reference import sizes
 
 
@@ -47,4 +49,4 @@ def _backward(ctx, grad_y: Tensor):
     return grad_x, _weight_gradient(grad_y, x, counts) if ctx.needs_input_grad[1] else None, None
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_grouped_mm, _backward, _setup_context, lambda ctx: (reference.grouped_mm, ctx.saved_tensors))

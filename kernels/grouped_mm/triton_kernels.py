@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..autocast import product_dtype
 from ..dispatch import Unsupported
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import launch
 
 MAX_GROUPS = 1023
@@ -129,7 +129,7 @@ def _backward(ctx, grad_y: Tensor):
     return *(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), None
 
 
-_grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_grouped_mm, _backward, _setup_context)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import product_dtype
+from ..operators import differentiable
 
 ALIGNMENT = 16
 """Rows of logits are padded to a multiple of it, so that for any number of classes they load by vectors."""
@@ -88,7 +89,7 @@ def chunked(name: str, rows: Rows, chunk_len: Callable[[int], int]) -> Sums:
         grad_x, grad_weight = (grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True))
         return grad_x, None if grad_weight is None else grad_weight.to(ctx.dtype), None, None, None, None
 
-    sums.register_autograd(backward, setup_context=setup_context)
+    differentiable(sums, backward, setup_context)
 
     def sums_of(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_z: bool) -> tuple[Tensor, Tensor]:
         x = x.to(product_dtype(x))

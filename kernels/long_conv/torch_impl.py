@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from ..operators import opaque
 from ..state_space import CHUNK, coordinates, output_row, paired, scan_in_chunks, without_autocast
 from . import reference
 
 
+@opaque(lambda A, C, length: A.real.new_empty(A.shape[0], length))
 @without_autocast
 def ssm_kernel(A: Tensor, C: Tensor, length: int) -> Tensor:
     """Same contract as reference.ssm_kernel, as one small matrix product per channel.
@@ -55,6 +57,13 @@ def ssm_scan(
     """Same contract as reference.ssm_scan."""
     if u.shape[1] == 1:  # a decode step: the powers would cost more than the step
         return reference.ssm_scan(u, A, C, D, initial_state, starts)
+    return _in_chunks(u, A, C, D, initial_state, starts)
+
+
+@opaque(lambda u, A, C, D, initial_state, starts: (u.new_empty(u.shape), A.new_empty(u.shape[0], *A.shape)))
+def _in_chunks(
+    u: Tensor, A: Tensor, C: Tensor, D: Tensor | None, initial_state: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     powers = _powers(torch.exp(A), min(u.shape[1], CHUNK) + 1)  # (E, Q + 1, N)
     into, out = coordinates(powers[:, :-1]), output_row(powers * C[:, None])
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import exp, launch
 from . import torch_impl
 
@@ -118,7 +118,7 @@ def _kernel_gradients(ctx, grad: Tensor):
     return *_kernel_backward(grad, *ctx.saved_tensors), None
 
 
-_kernel.register_autograd(_kernel_gradients, setup_context=_kernel_setup)
+differentiable(_kernel, _kernel_gradients, _kernel_setup)
 
 
 @triton.jit
@@ -306,7 +306,7 @@ def _conv_gradients(ctx, grad: Tensor):
     )
 
 
-_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+differentiable(_conv, _conv_gradients, _conv_setup)
 
 
 @triton.jit
@@ -492,7 +492,7 @@ def _scan_gradients(ctx, grad_y: Tensor, grad_state: Tensor):
     return grad_u, grad_A, grad_C, None if inputs[3] is None else grad_D, grad_initial, None
 
 
-_scan.register_autograd(_scan_gradients, setup_context=_scan_setup)
+differentiable(_scan, _scan_gradients, _scan_setup)
 
 
 @triton.jit

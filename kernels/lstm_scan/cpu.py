@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..documents import never_if_none
 from ..operators import operator
 from ..parallel import run
 from . import torch_impl
@@ -41,7 +42,7 @@ def forward(
     kept = batch if keep else 0
     y, state = torch.empty(batch, L, E), torch.empty(batch, 2, E)
     activated, cells = torch.empty(kept, L, 4, E), torch.empty(kept, L, E)
-    inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, _never_if_none(starts, gates))
+    inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, never_if_none(starts, gates))
     n_tasks = -(-batch // cpu_kernels.ROWS)
     run(cpu_kernels.forward, n_tasks, *inputs, y, state, activated, cells)
     return y, state, activated, cells
@@ -65,7 +66,7 @@ def backward(
 
     batch, L, E = y.shape
     grad_gates, grad_initial_state = torch.empty(batch, L, 4, E), torch.empty(batch, 2, E)
-    inputs = (grad_y, grad_state, _by_gates(weight), initial_state, _never_if_none(starts, y), activated, cells)
+    inputs = (grad_y, grad_state, _by_gates(weight), initial_state, never_if_none(starts, y), activated, cells)
     n_tasks = -(-batch // cpu_kernels.ROWS)
     run(cpu_kernels.backward, n_tasks, *inputs, grad_gates, grad_initial_state)
     grad_gates = grad_gates.flatten(2)
@@ -94,7 +95,3 @@ def _by_gates(weight: Tensor) -> Tensor:
     E = weight.shape[1]
     padded = F.pad(weight.unflatten(0, (4, E)), (0, -E % TILE, 0, -E % LANES))  # (4, E, E) and zeros
     return padded.flatten(0, 1).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
-
-
-def _never_if_none(starts: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(like.shape[:2], dtype=torch.bool) if starts is None else starts

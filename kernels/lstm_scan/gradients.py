@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators import differentiable
+
 
 def register_gradients(scan: Any, scan_backward: Any) -> None:
     """Makes the custom operator `scan` differentiable once.
@@ -29,7 +31,7 @@ def register_gradients(scan: Any, scan_backward: Any) -> None:
     ) -> tuple[Tensor | None, ...]:
         return *scan_backward(grad_y, grad_state, *ctx.saved_tensors), None, None
 
-    scan.register_autograd(backward, setup_context=setup_context)
+    differentiable(scan, backward, setup_context)
 
 
 def weight_gradient(grad_gates: Tensor, y: Tensor, initial_state: Tensor, starts: Tensor | None) -> Tensor:

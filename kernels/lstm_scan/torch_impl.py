@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operators import differentiable
+
 
 def lstm_scan(
     gates: Tensor, weight: Tensor, initial_state: Tensor | None = None, starts: Tensor | None = None
@@ -34,8 +36,7 @@ def _scan(
     W = weight.T.contiguous()
     for t in range(L):
         if starts is not None:
-            keep = ~starts[:, t, None]
-            y, c = y * keep, c * keep
+            y, c = (x.masked_fill(starts[:, t, None], 0) for x in (y, c))
         a = act[t].addmm_(y, W)
         i, f, g, o = a.chunk(4, dim=-1)
         a[:, : 2 * E].sigmoid_()
@@ -76,9 +77,8 @@ def _scan_backward(
     )
     i, f, g, o = act.chunk(4, dim=-1)
     keep = f  # what remains of the gradient of a cell one token earlier, (L, B, E)
-    going_on = None if starts is None else (~starts.T[..., None]).to(y.dtype)  # (L, B, 1)
-    if going_on is not None:
-        y_before, c_before, keep = y_before * going_on, c_before * going_on, keep * going_on
+    if starts is not None:
+        y_before, c_before, keep = (x.masked_fill(starts.T[..., None], 0) for x in (y_before, c_before, keep))
     # all that does not depend on later tokens, at once: slopes, which dc (for i, f, g) and dy (for o) multiply below
     tanh_c = cells.tanh()
     through = o * (1 - tanh_c * tanh_c)  # from y to c
@@ -91,8 +91,8 @@ def _scan_backward(
         by_gate[t, :, :3] *= dc[:, None]
         by_gate[t, :, 3] *= dy
         torch.mm(grad_gates[t], weight, out=dy)
-        if going_on is not None:
-            dy *= going_on[t]
+        if starts is not None:
+            dy.masked_fill_(starts[:, t, None], 0)
         dc *= keep[t]
     grad_weight = grad_gates.flatten(0, 1).T @ y_before.flatten(0, 1)
     return grad_gates.transpose(0, 1).contiguous(), grad_weight, torch.stack([dy, dc], dim=1)
@@ -117,4 +117,4 @@ def _backward(ctx, grad_y: Tensor, grad_c: Tensor, _act: Tensor, _cells: Tensor)
     return *grads, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_scan, _backward, _setup_context)

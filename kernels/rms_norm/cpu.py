@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..parallel import is_small, rows, run
-from . import torch_impl
+from . import reference, torch_impl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,7 +49,7 @@ def backward(
 
     grad_x, grad_z = torch.empty(x.shape), torch.empty(_gate(z, x).shape)
     parts = torch.empty(_n_tasks(x), x.shape[1])
-    run(cpu_kernels.backward, len(parts), grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
+    run(cpu_kernels.backward, _n_tasks(x), grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
     return grad_x, grad_z, parts.sum(0)
 
 
@@ -57,7 +57,7 @@ _norm_backward = operator("rms_norm_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, z, weight, _, _ = inputs
+    x, z, weight, *ctx.options = inputs
     ctx.save_for_backward(x, z, weight, output[1])
 
 
@@ -67,7 +67,16 @@ def _backward(ctx, grad_y: Tensor, _: Tensor):
     return grad_x, None if z is None else grad_z, grad_weight, None, None
 
 
-_norm.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx):
+    def definition(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> Tensor:
+        if z is None:
+            return reference.rms_norm(x, weight, eps)
+        return reference.gated_rms_norm(x, z, weight, eps, n_groups)
+
+    return definition, (*ctx.saved_tensors[:3], *ctx.options)
+
+
+differentiable(_norm, _backward, _setup_context, _again)
 
 
 def _n_tasks(x: Tensor) -> int:

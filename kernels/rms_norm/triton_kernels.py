@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Unsupported
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..parallel import rows
 from ..triton_kernels import launch, silu, silu_slope
 
@@ -99,7 +99,7 @@ def _backward(ctx, grad_y: Tensor, _: Tensor):
     return grad_x, None if z is None else grad_z, grad_weight, None, None
 
 
-_norm.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_norm, _backward, _setup_context)
 
 
 @triton.jit

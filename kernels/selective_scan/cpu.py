@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..documents import never_if_none
 from ..operators import operator
 from ..parallel import run
 from . import torch_impl
@@ -69,7 +70,7 @@ def forward(
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
         _zeros_if_none(initial_state, batch, E, N),
-        _never_if_none(starts, u),
+        never_if_none(starts, u),
         checkpoints,
         y,
         state,
@@ -115,7 +116,7 @@ def backward(
         blocks.blocks_per_task(batch, E),
         *_inputs(u, delta, A, B, C, D, z, delta_bias),
         delta_softplus,
-        _never_if_none(starts, u),
+        never_if_none(starts, u),
         checkpoints,
         grad_y,
         grad_state,
@@ -150,7 +151,3 @@ def _inputs(
 
 def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:
     return torch.zeros(shape) if x is None else x
-
-
-def _never_if_none(starts: Tensor | None, u: Tensor) -> Tensor:
-    return torch.zeros(u.shape[:2], dtype=torch.bool) if starts is None else starts

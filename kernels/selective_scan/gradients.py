@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..operators import differentiable
+from . import reference
+
 
 def register_gradients(scan: Any, scan_backward: Any) -> None:
     """Makes the custom operator `scan` differentiable once.
@@ -19,14 +22,18 @@ def register_gradients(scan: Any, scan_backward: Any) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, starts, _ = inputs
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts, output[2])
-        ctx.delta_softplus, ctx.continues = delta_softplus, initial_state is not None
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, starts, output[2])
+        ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(True)
 
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, starts, states = ctx.saved_tensors
+        *inputs, initial_state, starts, states = ctx.saved_tensors
         *grads, grad_initial = scan_backward(grad_y, grad_state, *inputs, ctx.delta_softplus, starts, states)
         given = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
-        return *given, None, grad_initial if ctx.continues else None, None, None
+        return *given, None, None if initial_state is None else grad_initial, None, None
 
-    scan.register_autograd(backward, setup_context=setup_context)
+    def again(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
+        *inputs, initial_state, starts, _ = ctx.saved_tensors
+        return reference.selective_scan, (*inputs, ctx.delta_softplus, initial_state, starts)
+
+    differentiable(scan, backward, setup_context, again)

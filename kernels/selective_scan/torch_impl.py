@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operators import differentiable
+from . import reference
+
 CHUNK = 16  # (B, CHUNK, E, N) buffers: large enough to amortize the wide operations, small enough for the cache
 
 
@@ -53,17 +56,20 @@ def _step(
 
 
 def _decay_and_drive(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, starts: Tensor | None, chunk: slice, out: tuple[Tensor, Tensor]
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, chunk: slice, out: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fills a[t] = exp(dt[t] A), zero at a start, and dt[t] x[t] B[t], both time first: (Q, B, E, N)."""
+    """Fills a[t] = exp(dt[t] A), and dt[t] x[t] B[t], both time first: (Q, B, E, N)."""
     n = len(range(*chunk.indices(x.shape[1])))
     decay, drive = out[0][:n], out[1][:n]
     dt_c = dt[:, chunk].transpose(0, 1)
     torch.mul(dt_c[..., None], A, out=decay).exp_()
     torch.mul((dt_c * x[:, chunk].transpose(0, 1))[..., None], B[:, chunk].transpose(0, 1)[:, :, None], out=drive)
-    if starts is not None:
-        decay.masked_fill_(starts[:, chunk].T[:, :, None, None], 0.0)
     return decay, drive
+
+
+def _starts_by_time(starts: Tensor | None) -> Tensor | None:
+    """(L, B, 1, 1)."""
+    return None if starts is None else starts.T[..., None, None]
 
 
 @torch.library.custom_op("crossover::selective_scan", mutates_args=())
@@ -76,12 +82,14 @@ def _scan(
     h = initial_state.clone(memory_format=torch.contiguous_format)
     checkpoints = x.new_empty(-(-L // CHUNK), batch, E, N)
     buffers = (x.new_empty(min(CHUNK, L), batch, E, N), x.new_empty(min(CHUNK, L), batch, E, N))
-    C = C.transpose(0, 1)[..., None]  # (L, B, N, 1)
+    C, marks = C.transpose(0, 1)[..., None], _starts_by_time(starts)  # (L, B, N, 1), (L, B, 1, 1)
     for i, first in enumerate(range(0, L, CHUNK)):
         chunk = slice(first, first + CHUNK)
         checkpoints[i] = h
-        decay, drive = _decay_and_drive(x, dt, A, B, starts, chunk, buffers)
-        for a, b in zip(decay.unbind(0), drive.unbind(0), strict=True):
+        decay, drive = _decay_and_drive(x, dt, A, B, chunk, buffers)
+        for t, (a, b) in enumerate(zip(decay.unbind(0), drive.unbind(0), strict=True), first):
+            if marks is not None:
+                h = h.masked_fill(marks[t], 0)
             torch.addcmul(b, a, h, out=b)  # the drive becomes the state
             h = b
         torch.matmul(drive, C[chunk], out=y[chunk][..., None])
@@ -117,14 +125,16 @@ def _scan_backward(
     grad_B, grad_C = x.new_empty(L, batch, N), x.new_empty(L, batch, N)
     states = x.new_empty(Q + 1, batch, E, N)
     decays, drives = x.new_empty(Q, batch, E, N), x.new_empty(Q, batch, E, N)
+    marks = _starts_by_time(starts)
     r = grad_state.clone()  # (B, E, N): gradient of the state that enters the chunk on the right
     for i in reversed(range(len(checkpoints))):
         chunk = slice(i * CHUNK, min((i + 1) * CHUNK, L))
         n = chunk.stop - chunk.start
-        decay, drive = _decay_and_drive(x, dt, A, B, starts, chunk, (decays, drives))
+        decay, drive = _decay_and_drive(x, dt, A, B, chunk, (decays, drives))
         states[0] = checkpoints[i]
         for t in range(n):
-            torch.addcmul(drive[t], decay[t], states[t], out=states[t + 1])
+            before = states[t] if marks is None else states[t].masked_fill(marks[chunk.start + t], 0)
+            torch.addcmul(drive[t], decay[t], before, out=states[t + 1])
         g = grad_y[:, chunk].transpose(0, 1)  # (Q, B, E)
         torch.matmul(g[:, :, None], states[1 : n + 1], out=grad_C[chunk][:, :, None])
         # the drive's buffer now takes the gradient of each state, dh[t] = C[t] g[t] + a[t+1] dh[t+1]
@@ -132,11 +142,14 @@ def _scan_backward(
         for t in reversed(range(n)):
             dh[t] += r
             torch.mul(decay[t], dh[t], out=r)
+            if marks is not None:
+                r.masked_fill_(marks[chunk.start + t], 0)
         x_c, dt_c = x[:, chunk].transpose(0, 1), dt[:, chunk].transpose(0, 1)
         s = torch.matmul(dh, B[:, chunk].transpose(0, 1)[..., None])[..., 0]  # (Q, B, E)
         torch.matmul((dt_c * x_c)[:, :, None], dh, out=grad_B[chunk][:, :, None])
         grad_x[:, chunk] = (s * dt_c).transpose(0, 1)
-        w = dh.mul_(decay).mul_(states[:n])  # gradient of log a[t] = dt[t] A
+        before = states[:n] if marks is None else states[:n].masked_fill(marks[chunk], 0)
+        w = dh.mul_(decay).mul_(before)  # gradient of log a[t] = dt[t] A
         grad_A += torch.mul(w, dt_c[..., None], out=decay).sum((0, 1))
         grad_dt[:, chunk] = (w.mul_(A).sum(-1) + s * x_c).transpose(0, 1)
     return grad_x, grad_dt, grad_A, grad_B.transpose(0, 1).contiguous(), grad_C.transpose(0, 1).contiguous(), r
@@ -148,14 +161,20 @@ def _(grad_y, grad_state, x, dt, A, B, C, starts, checkpoints):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, _, starts = inputs
-    ctx.save_for_backward(x, dt, A, B, C, starts, output[2])
+    ctx.save_for_backward(*inputs, output[2])
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
-    x, dt, A, B, C, starts, checkpoints = ctx.saved_tensors
+    x, dt, A, B, C, _, starts, checkpoints = ctx.saved_tensors
     return *_scan_backward(grad_y, grad_state, x, dt, A, B, C, starts, checkpoints), None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx):
+    def definition(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, starts: Tensor | None):
+        return reference.selective_scan(x, dt, A, B, C, initial_state=h, starts=starts)
+
+    return definition, ctx.saved_tensors[:-1]
+
+
+differentiable(_scan, _backward, _setup_context, _again)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import operator
+from ..documents import never_if_none
+from ..operators import differentiable, operator
 from ..parallel import run
 from . import torch_impl
 
@@ -47,8 +48,6 @@ def _recurrence(
 ) -> tuple[Tensor, Tensor]:
     """See torch_impl.Scan."""
     decay = torch.exp(dt * A)  # (B, L, H)
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None], 0)
     drive = dt[..., None] * x
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (drive, decay, B, C, initial_state))
 
@@ -57,12 +56,18 @@ def _recurrence(
         return t.unflatten(axis, (B.shape[2], -1)).flatten(axis + 1, axis + 2)
 
     decay = decay[..., None].expand(x.shape)
-    y, state, _ = _scan(by_group(drive, 2), by_group(decay, 2), B, C, by_group(initial_state, 1), keep)
+    y, state, _ = _scan(by_group(drive, 2), by_group(decay, 2), B, C, by_group(initial_state, 1), starts, keep)
     return y.view(x.shape), state.view(initial_state.shape)
 
 
 def forward(
-    drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor, keep: bool
+    drive: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, (B, L, G, E); final state, (B, G, E, N); the state before every CHUNK tokens in the kernels' layout."""
     from .. import blocks
@@ -82,6 +87,7 @@ def forward(
         B,
         C,
         initial_state,
+        never_if_none(starts, drive),
         checkpoints,
         y,
         state,
@@ -93,7 +99,14 @@ _scan = operator("ssd_cpu", forward, device_types="cpu")
 
 
 def backward(
-    grad_y: Tensor, grad_state: Tensor, drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, checkpoints: Tensor
+    grad_y: Tensor,
+    grad_state: Tensor,
+    drive: Tensor,
+    decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    starts: Tensor | None,
+    checkpoints: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of drive, decay, B, C and the initial state."""
     from .. import blocks
@@ -115,6 +128,7 @@ def backward(
         decay,
         B,
         C,
+        never_if_none(starts, drive),
         checkpoints,
         grad_y,
         grad_state,
@@ -128,12 +142,30 @@ _scan_backward = operator("ssd_cpu_backward", backward, device_types="cpu")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[2])
+    ctx.save_for_backward(*inputs[:6], output[2])
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_scan_backward(grad_y, grad_state, *ctx.saved_tensors), None
+    drive, decay, B, C, _, starts, checkpoints = ctx.saved_tensors
+    return *_scan_backward(grad_y, grad_state, drive, decay, B, C, starts, checkpoints), None, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx: Any) -> tuple[Any, tuple[Any, ...]]:
+    return _step_by_step, ctx.saved_tensors[:-1]
+
+
+def _step_by_step(
+    drive: Tensor, decay: Tensor, B: Tensor, C: Tensor, h: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The first results of `forward`, as reference.ssd finds them."""
+    ys = []
+    for t in range(drive.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None, None], 0.0, h)
+        h = decay[:, t, ..., None] * h + drive[:, t, ..., None] * B[:, t, :, None]
+        ys.append((h * C[:, t, :, None]).sum(-1))
+    return torch.stack(ys, dim=1), h
+
+
+differentiable(_scan, _backward, _setup_context, _again)

@@ -13,7 +13,22 @@ from __future__ import annotations
 import numpy as np
 
 from ..blocks import pack, padded, read, read_tokens, scratch, unpack, write, write_tokens
-from ..simd import LANES, STATES, TILE, Floats4, fold, kernel, load, load_tile, repeat, spread, store, total
+from ..simd import (
+    LANES,
+    STATES,
+    TILE,
+    Bools2,
+    Floats4,
+    fold,
+    full,
+    kernel,
+    load,
+    load_tile,
+    repeat,
+    spread,
+    store,
+    total,
+)
 
 CHUNK = 32
 """Tokens between two stored states."""
@@ -35,6 +50,7 @@ def forward(
     B: Floats4,
     C: Floats4,
     initial_state: Floats4,
+    starts: Bools2,
     checkpoints: Floats4,
     y: Floats4,
     state: Floats4,
@@ -51,6 +67,7 @@ def forward(
         B: (B, L, G, N).
         C: (B, L, G, N).
         initial_state: (B, G, E, N).
+        starts: (B, L): at these the state before is forgotten, whatever it is.
         checkpoints: as checkpoint_shape says, written; empty where no backward is to come.
         y: (B, L, G, E), written.
         state: (B, G, E, N), written.
@@ -62,6 +79,7 @@ def forward(
     Bs, Cs = np.zeros((CHUNK, n_tiles * STATES), np.float32), np.zeros((CHUNK, n_tiles * STATES), np.float32)
     drives, decays = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
     sums = scratch(blocks_per_task, CHUNK)
+    zero = repeat(full(0.0))
     for task in range(first, last):
         row, first_block = task // tasks_per_row, task % tasks_per_row * blocks_per_task
         b, g = row // G, row % G
@@ -81,6 +99,8 @@ def forward(
                     if keep:
                         store(checkpoints, (row, t0 // CHUNK, first_block + block, i * TILE), h)
                     for t in range(n_tokens):
+                        if starts[b, t0 + t]:
+                            h = zero
                         added = repeat(load(drives, (block, t, 0))) * spread(Bs, (t, i * STATES))
                         h = repeat(load(decays, (block, t, 0))) * h + added
                         store(sums, (block, t, 0), load(sums, (block, t, 0)) + fold(h * spread(Cs, (t, i * STATES))))
@@ -100,6 +120,7 @@ def backward(
     decay: Floats4,
     B: Floats4,
     C: Floats4,
+    starts: Bools2,
     checkpoints: Floats4,
     grad_y: Floats4,
     grad_state: Floats4,
@@ -123,6 +144,7 @@ def backward(
     decays, grad_decays = scratch(blocks_per_task, CHUNK), scratch(blocks_per_task, CHUNK)
     gs, states = scratch(blocks_per_task, CHUNK), np.zeros((CHUNK, TILE), np.float32)
     grad_Bs, grad_Cs = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
+    zero = repeat(full(0.0))
     for task in range(first, last):
         row, part = task // tasks_per_row, task % tasks_per_row
         b, g, first_block = row // G, row % G, part * blocks_per_task
@@ -145,6 +167,8 @@ def backward(
                     h = load_tile(checkpoints, (row, t0 // CHUNK, first_block + block, i * TILE))
                     for t in range(n_tokens):
                         store(states, (t, 0), h)
+                        if starts[b, t0 + t]:
+                            h = zero
                         added = repeat(load(drives, (block, t, 0))) * spread(Bs, (t, i * STATES))
                         h = repeat(load(decays, (block, t, 0))) * h + added
                     r = load_tile(rs, (block, i * TILE))
@@ -154,7 +178,10 @@ def backward(
                         store(grad_Cs, (t, 0), load_tile(grad_Cs, (t, 0)) + grad * h)
                         store(grad_Bs, (t, 0), load_tile(grad_Bs, (t, 0)) + dh * repeat(load(drives, (block, t, 0))))
                         r, h = repeat(load(decays, (block, t, 0))) * dh, load_tile(states, (t, 0))
-                        from_drive, from_decay = fold(dh * spread(Bs, (t, i * STATES))), fold(dh * h)
+                        before = h
+                        if starts[b, t0 + t]:
+                            r, before = zero, zero
+                        from_drive, from_decay = fold(dh * spread(Bs, (t, i * STATES))), fold(dh * before)
                         store(grad_drives, (block, t, 0), load(grad_drives, (block, t, 0)) + from_drive)
                         store(grad_decays, (block, t, 0), load(grad_decays, (block, t, 0)) + from_decay)
                     store(rs, (block, i * TILE), r)

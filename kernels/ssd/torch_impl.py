@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..documents import isolated
+from ..operators import differentiable
+from . import reference
+
 CHUNK = 64
 """Tokens of a chunk where the caller has no wish."""
 
@@ -92,8 +96,13 @@ def _chunked(
     chunk_len: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See Scan."""
+    if starts is None:
+        return _scan(x, dt, A, B, C, initial_state, None, chunk_len or CHUNK)[:2]
+    initial_state, (x, dt, B), C, no_state, no_output = isolated(starts, initial_state, (x, dt, B), C)
     y, h, _ = _scan(x, dt, A, B, C, initial_state, starts, chunk_len or CHUNK)
-    return y, h
+    return y.masked_fill(no_output[..., None, None], torch.nan), h.masked_fill(
+        no_state[:, -1, None, None, None], torch.nan
+    )
 
 
 def _step(
@@ -101,7 +110,7 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     decay = torch.exp(dt * A)[:, 0, :, None, None]  # (B, H, 1, 1)
     if starts is not None:
-        decay = torch.where(starts[:, :, None, None], 0.0, decay)
+        h = torch.where(starts[:, :, None, None], 0.0, h)
     u = (dt[..., None] * x).reshape(x.shape[0], B.shape[2], -1, 1)  # (B, G, H / G * P, 1)
     h_next = torch.addcmul((decay * h).reshape(*u.shape[:3], -1), u, B[:, 0, :, None])
     y = h_next @ C[:, 0, :, :, None]
@@ -233,16 +242,22 @@ def _(grad_y, grad_state, x, dt, A, B, C, starts, states, chunk_len):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, dt, A, B, C, _, starts, chunk_len = inputs
-    ctx.save_for_backward(x, dt, A, B, C, starts, output[2])
-    ctx.chunk_len = chunk_len
+    *tensors, ctx.chunk_len = inputs
+    ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor):
-    x, dt, A, B, C, starts, states = ctx.saved_tensors
+    x, dt, A, B, C, _, starts, states = ctx.saved_tensors
     grads = _scan_backward(grad_y, grad_state, x, dt, A, B, C, starts, states, ctx.chunk_len)
     return *grads, None, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup_context)
+def _again(ctx):
+    def definition(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, starts: Tensor | None, _: int):
+        return reference.ssd(x, dt, A, B, C, initial_state=h, starts=starts)
+
+    return definition, (*ctx.saved_tensors[:-1], ctx.chunk_len)
+
+
+differentiable(_scan, _backward, _setup_context, _again)

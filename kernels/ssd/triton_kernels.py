@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dispatch import Unsupported
 from ..documents import document_ids
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import LOG2_E, launch, shared_memory, sigmoid, silu, silu_slope, softplus
 
 MAX_STATES = 256
@@ -281,7 +281,7 @@ def _backward(ctx, grad_y: Tensor | None, grad_state: Tensor | None):
     return *(None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)), None, None, None
 
 
-_ssd.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_ssd, _backward, _setup_context)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..triton_kernels import exp, launch, silu, softplus
 from . import torch_impl
 from .reference import n_groups
@@ -123,7 +123,7 @@ def _backward(ctx, *grads: Tensor):
     return torch.autograd.grad(outputs, inputs, grads)
 
 
-_update.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_update, _backward, _setup_context)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import differentiable, operator
 from ..parallel import rows
 from ..triton_kernels import launch, silu, silu_slope
 
@@ -53,7 +53,7 @@ def _backward(ctx, grad_y: Tensor):
     return _product_backward(grad_y, *ctx.saved_tensors)
 
 
-_product.register_autograd(_backward, setup_context=_setup_context)
+differentiable(_product, _backward, _setup_context)
 
 
 @triton.jit

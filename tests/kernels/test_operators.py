@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import pytest
 import torch
-from crossover.kernels import ops
+from crossover.kernels import operators, ops
 from crossover.kernels.compare import cast, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from crossover.kernels.operators import kernels_run, without_kernels
@@ -46,7 +47,18 @@ def run(name: str, backend: str, tensors: dict[str, Tensor], **others: Any) -> N
         values_and_gradients(ops.OPS[name], tensors, **others)
 
 
-def test_all_operators_give_the_same_layout_without_memory() -> None:
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs forward what is one operation only where it is traced; tests/archs/test_compile.py runs its gradients."""
+    for name in ("attention", "ssm_kernel", "ssm_scan", "dplr_kernel", "dplr_scan", "gated_delta_rule"):
+        cases = ops.OPS[name].cases
+        tensors, others = cast(cases.example(L=20), torch.float32), cases.example_options(L=20)
+        monkeypatch.setattr(operators, "is_traced", lambda: True)
+        with use_backend("torch"), torch.no_grad():
+            ops.OPS[name](**tensors, **others)
+        monkeypatch.undo()
+
+
+def test_all_operators_give_the_same_layout_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with Comparison() as found:
         for name, op in ops.OPS.items():
             for backend in op.backends[1:]:
@@ -62,8 +74,10 @@ def test_all_operators_give_the_same_layout_without_memory() -> None:
             for backend in ops.state_update.backends[1:]:
                 with use_backend(backend):
                     ops.state_update(**cast(ops.state_update.cases.example(), torch.float32), in_place=True)
+        traced(monkeypatch)
     assert found.different == []
-    assert found.seen == {name for name in OPDEFS if name.startswith("crossover::")}
+    plain = {f"{name}_backward" for name in found.seen if f"{name}_backward" in OPDEFS}
+    assert found.seen | plain == {name for name in OPDEFS if name.startswith("crossover::")}
 
 
 def test_without_kernels_memory_is_made_and_not_written() -> None:

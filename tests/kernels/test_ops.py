@@ -1,6 +1,7 @@
 """Every backend of every operation against its reference in float64: values, gradients, states."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from crossover.kernels.compare import assert_same, cast, relative_error, values_
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 IMPLEMENTATIONS = [(name, backend) for name, op in ops.OPS.items() for backend in op.backends if backend != "reference"]
 STATEFUL = [name for name, op in ops.OPS.items() if {"initial_state", "starts"} <= op.cases.example().keys()]
@@ -142,6 +144,61 @@ def test_a_start_forgets_everything_before_it(name: str, backend: str) -> None:
         apart, apart_state = ops.OPS[name](**{k: t for k, t in cut.items() if k != "initial_state"}, **others)
     torch.testing.assert_close(whole[:, 20:], apart)
     torch.testing.assert_close(state, apart_state)
+
+
+FORGETTING = [
+    (name, b) for name, op in ops.OPS.items() if "starts" in op.cases.example() for b in op.backends if b != "triton"
+]
+
+
+def after_starts(name: str, backend: str, tensors: dict[str, Tensor], begin: Sequence[int]) -> dict[str, Tensor]:
+    """What comes from a start in each row on: outputs, the last state, and the gradients of these, by the inputs from
+    there on, and by what has no tokens."""
+    starts = torch.zeros_like(tensors["starts"])
+    starts[range(len(begin)), list(begin)] = True
+    leaves = {k: t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for k, t in tensors.items()}
+    with use_backend(backend):
+        out = ops.OPS[name](**leaves | {"starts": starts}, **ops.OPS[name].cases.example_options())
+    y, *states = out if isinstance(out, tuple) else (out,)
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in (*(y[b, i:] for b, i in enumerate(begin)), *states)]
+    torch.manual_seed(1)
+    wanted = [k for k, t in leaves.items() if t.requires_grad]
+    loss = sum(((t * torch.randn(t.shape)).sum() for t in real), torch.zeros(()))
+    grads = dict(zip(wanted, torch.autograd.grad(loss, [leaves[k] for k in wanted]), strict=True))
+    found = {f"output {i}": t.detach() for i, t in enumerate(real)}
+    for k, grad in grads.items():
+        n = tokens_before(k, tensors)
+        found[k] = grad if n is None else torch.cat([grad[b, n + i :] for b, i in enumerate(begin)])
+    return found
+
+
+def tokens_before(key: str, tensors: dict[str, Tensor]) -> int | None:
+    """Tokens of an input before those of `starts`, as a cache has them; None for what has no tokens."""
+    t, L = tensors[key], tensors["starts"].shape[1]
+    return t.shape[1] - L if t.dim() > 1 and key != "initial_state" and t.shape[1] >= L else None
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("no_number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("begin", [(0, 0), (20, 9)], ids=["state", "document"])
+@pytest.mark.parametrize(("name", "backend"), FORGETTING)
+def test_what_is_forgotten_is_gone_even_where_it_is_no_number(
+    name: str, backend: str, begin: tuple[int, int], no_number: float
+) -> None:
+    tensors = cast(ops.OPS[name].cases.example(), torch.float32)
+    spoilt = {k: t.clone() for k, t in tensors.items()}
+    for k, t in spoilt.items():
+        n = tokens_before(k, tensors)
+        if k == "initial_state":
+            t.fill_(no_number)
+        elif n is not None and t.is_floating_point():
+            for b, i in enumerate(begin):
+                t[b, : n + i] = no_number
+    expected, actual = (after_starts(name, backend, x, begin) for x in (tensors, spoilt))
+    # what sums over all tokens, forgotten ones too, is no number either
+    kept = [k for k in expected if begin == (0, 0) or k.startswith("output") or tokens_before(k, tensors) is not None]
+    for k in kept:
+        torch.testing.assert_close(actual[k], expected[k], msg=lambda text, k=k: f"{k}: {text}")
 
 
 def test_selective_scan_keeps_nothing_of_size_length_times_states() -> None:
