@@ -7,10 +7,9 @@ multiple of STATES.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .parallel import run
+from .parallel import floats, run
 from .simd import LANES, STATES, TILE, Floats1, Floats2, called, kernel, load, load_first, store, store_first
 
 SUM_WIDTH = 4096
@@ -129,6 +128,6 @@ def sum_parts(first: int, last: int, parts: Floats2, result: Floats1) -> None:
 def sum_of(parts: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order."""
     n = parts[0].numel()  # and not len(result), which torch.compile would take for a constant
-    result = torch.empty(n)
+    result = floats(n)
     run(sum_parts, -(-n // SUM_WIDTH), parts.flatten(1), result)
     return result.view(parts.shape[1:])

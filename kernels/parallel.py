@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,11 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
     kernel(0, bounds[1], *arguments)
     for other in others:
         other.result()
+
+
+def floats(*shape: Any) -> Tensor:
+    """New memory for numbers that a kernel writes: float32, whatever PyTorch's default is."""
+    return torch.empty(*shape, dtype=torch.float32)
 
 
 _TYPES = {torch.float32: ("<f4", 4), torch.bool: ("|b1", 1)}

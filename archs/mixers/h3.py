@@ -18,7 +18,7 @@ from ...kernels import ops
 from ...options import Size
 from ..layers import StepSizes, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
-from .s4d import Init, StateSize, discretize, initial_poles
+from .s4d import Init, StateSize, discretize, initial_poles, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ class H3(Mixer[H3Config, H3State]):
             self.shift_weight[:, -1] += torch.randn(d_model)  # the skip connection of the shift SSM
         A = initial_poles(config.init, config.d_state)
         self.log_dt = nn.Parameter(torch.empty(H).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
-        self.A_log = nn.Parameter(torch.log(-A.real).repeat(H, 1))
-        self.A_imag = nn.Parameter(A.imag.repeat(H, 1))
+        self.A_log, self.A_imag = (parameter(t.repeat(H, 1)) for t in (torch.log(-A.real), A.imag))
         self.C = nn.Parameter(torch.randn(H, len(A), 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(H))
         self.out_proj = linear(d_model, d_model, scale=residual_scale)

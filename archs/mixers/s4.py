@@ -12,11 +12,11 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels import ops
 from ..layers import StepSizes, linear_flops
-from .s4d import S4D, S4DConfig, StateSize, legs_normal_form
+from .s4d import S4D, S4DConfig, StateSize, legs_normal_form, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class S4(S4D):
     def __init__(self, d_model: int, config: S4Config, *, residual_scale: float = 1.0) -> None:
         super().__init__(d_model, S4DConfig(**asdict(config), init="legs"), residual_scale=residual_scale)
         _, P, B = legs_normal_form(config.d_state)
-        self.P, self.B = (nn.Parameter(F.pad(t[:, None], (0, 1)).repeat(d_model, 1, 1)) for t in (P, B))  # (D, N, 2)
+        self.P, self.B = (parameter(F.pad(t[:, None], (0, 1)).repeat(d_model, 1, 1)) for t in (P, B))  # (D, N, 2)
 
     def kernel(self, length: int) -> Tensor:
         """See S4D.kernel."""

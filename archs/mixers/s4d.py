@@ -54,15 +54,17 @@ def initial_poles(init: str, d_state: int) -> Tensor:
     """
     if d_state % 2:
         raise ValueError(f"d_state={d_state} is odd: poles come in conjugate pairs")
-    n, N = torch.arange(d_state // 2), d_state
+    # complex numbers are at least complex64, whatever the default precision is
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    n, N = torch.arange(d_state // 2, dtype=wide), d_state
     if init == "lin":
-        return torch.complex(torch.full(n.shape, -0.5), n * math.pi)
+        return torch.complex(torch.full_like(n, -0.5), n * math.pi)
     if init == "inv":
-        return torch.complex(torch.full(n.shape, -0.5), N / math.pi * (N / (2 * n + 1) - 1))
+        return torch.complex(torch.full_like(n, -0.5), N / math.pi * (N / (2 * n + 1) - 1))
     if init == "legs":
         return legs_normal_form(d_state)[0]
     if init == "real":
-        return torch.complex(-(n + 1.0), torch.zeros(n.shape))
+        return torch.complex(-(n + 1.0), torch.zeros_like(n))
     raise ValueError(f"init={init!r}, expected 'lin', 'inv', 'legs' or 'real'")
 
 
@@ -88,7 +90,7 @@ def legs_normal_form(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     frequency, V = frequency[d_state // 2 :], V[:, d_state // 2 :]
     B = (V.mH @ B.to(V.dtype)).abs()
     poles = torch.complex(torch.full_like(frequency, -0.5), frequency)
-    precision = torch.get_default_dtype()
+    precision = torch.promote_types(torch.get_default_dtype(), torch.float32)
     return poles.to(precision.to_complex()), (B / 2**0.5).to(precision), B.to(precision)
 
 
@@ -107,6 +109,11 @@ def discretize(log_dt: Tensor, A_log: Tensor, A_imag: Tensor, C: Tensor) -> tupl
     return dtA, torch.view_as_complex(C.to(dtype)) * (torch.exp(dtA) - 1) / A
 
 
+def parameter(t: Tensor) -> nn.Parameter:
+    """A parameter of the default precision."""
+    return nn.Parameter(t.to(torch.get_default_dtype()))
+
+
 class S4D(Mixer[S4DConfig, S4DState]):
     """y = GLU(out_proj(gelu(K * u + D u))), where K is the kernel of a diagonal SSM per channel."""
 
@@ -121,8 +128,8 @@ class S4D(Mixer[S4DConfig, S4DState]):
         A = initial_poles(config.init, config.d_state)
         N = len(A)
         self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(config.dt_min), math.log(config.dt_max)))
-        self.A_log = nn.Parameter(torch.log(-A.real).repeat(d_model, 1))  # log(-Re A): the real part stays negative
-        self.A_imag = nn.Parameter(A.imag.repeat(d_model, 1))
+        # log(-Re A): the real part stays negative
+        self.A_log, self.A_imag = (parameter(t.repeat(d_model, 1)) for t in (torch.log(-A.real), A.imag))
         self.C = nn.Parameter(torch.randn(d_model, N, 2) * 0.5**0.5)  # complex normal, variance one
         self.D = nn.Parameter(torch.randn(d_model))
         self.out_proj = linear(d_model, 2 * d_model, scale=residual_scale)

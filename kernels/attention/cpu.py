@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dispatch import forced_backend
 from ..operators import differentiable, operator
-from ..parallel import is_small, run
+from ..parallel import floats, is_small, run
 from . import reference, torch_impl
 
 SHORT = 128
@@ -50,7 +50,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     from . import cpu_kernels
 
     B, L, H, _ = q.shape
-    o, maxima, sums = torch.empty(B, L, H, v.shape[3]), torch.empty(B, H, L), torch.empty(B, H, L)
+    o, maxima, sums = floats(B, L, H, v.shape[3]), floats(B, H, L), floats(B, H, L)
     run(cpu_kernels.forward, B * H, q, k, v, scale, o, maxima, sums)
     return o, maxima, sums
 
@@ -64,7 +64,7 @@ def backward(
     """Gradients of q, k and v."""
     from . import cpu_kernels
 
-    grads = torch.empty(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+    grads = floats(q.shape), floats(k.shape), floats(v.shape)
     run(cpu_kernels.backward, k.shape[0] * k.shape[2], q, k, v, scale, o, maxima, sums, grad_o, *grads)
     return grads
 

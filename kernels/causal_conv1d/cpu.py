@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..documents import never_if_none
 from ..operators import differentiable, operator
-from ..parallel import run
+from ..parallel import floats, run
 from . import reference, torch_impl
 from .torch_impl import next_window
 
@@ -34,7 +33,7 @@ def forward(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bo
     """y, (B, L, E); taps (K, E) are by lag."""
     from . import cpu_kernels
 
-    y = torch.empty(x.shape)
+    y = floats(x.shape)
     run(cpu_kernels.forward, _n_tasks(x), *_inputs(x, past, taps, bias, silu, starts), y)
     return y
 
@@ -49,8 +48,8 @@ def backward(
     from . import cpu_kernels
 
     (batch, _, E), K = x.shape, len(taps)
-    grad_x, grad_past = torch.empty(x.shape), torch.empty(batch, K - 1, E)
-    parts_taps, parts_bias = torch.empty(batch, K, E), torch.empty(batch, E)
+    grad_x, grad_past = floats(x.shape), floats(batch, K - 1, E)
+    parts_taps, parts_bias = floats(batch, K, E), floats(batch, E)
     outputs = (grad_x, grad_past, parts_taps, parts_bias)
     run(cpu_kernels.backward, _n_tasks(x), grad_y, *_inputs(x, past, taps, bias, silu, starts), *outputs)
     return grad_x, grad_past, parts_taps.sum(0), parts_bias.sum(0)
@@ -91,5 +90,5 @@ def _inputs(
     x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, starts: Tensor | None
 ) -> tuple[object, ...]:
     """Arguments of both kernels."""
-    bias = torch.zeros(x.shape[2]) if bias is None else bias
+    bias = x.new_zeros(x.shape[2]) if bias is None else bias
     return x, past, taps, bias, silu, never_if_none(starts, x)

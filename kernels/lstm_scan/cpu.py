@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..documents import never_if_none
 from ..operators import operator
-from ..parallel import run
+from ..parallel import floats, run
 from . import torch_impl
 from .gradients import register_gradients, weight_gradient
 
@@ -27,7 +27,8 @@ def lstm_scan(
         return torch_impl.lstm_scan(gates, weight, initial_state, starts)
     inputs = (gates, weight, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    state = torch.zeros(gates.shape[0], 2, weight.shape[1]) if initial_state is None else initial_state.float()
+    shape = (gates.shape[0], 2, weight.shape[1])
+    state = gates.new_zeros(shape, dtype=torch.float32) if initial_state is None else initial_state.float()
     y, state, _, _ = _scan(gates.float(), weight.float(), state, starts, keep)
     return y.to(gates.dtype), state
 
@@ -40,8 +41,8 @@ def forward(
 
     (batch, L, _), E = gates.shape, weight.shape[1]
     kept = batch if keep else 0
-    y, state = torch.empty(batch, L, E), torch.empty(batch, 2, E)
-    activated, cells = torch.empty(kept, L, 4, E), torch.empty(kept, L, E)
+    y, state = floats(batch, L, E), floats(batch, 2, E)
+    activated, cells = floats(kept, L, 4, E), floats(kept, L, E)
     inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, never_if_none(starts, gates))
     n_tasks = -(-batch // cpu_kernels.ROWS)
     run(cpu_kernels.forward, n_tasks, *inputs, y, state, activated, cells)
@@ -65,7 +66,7 @@ def backward(
     from . import cpu_kernels
 
     batch, L, E = y.shape
-    grad_gates, grad_initial_state = torch.empty(batch, L, 4, E), torch.empty(batch, 2, E)
+    grad_gates, grad_initial_state = floats(batch, L, 4, E), floats(batch, 2, E)
     inputs = (grad_y, grad_state, _by_gates(weight), initial_state, never_if_none(starts, y), activated, cells)
     n_tasks = -(-batch // cpu_kernels.ROWS)
     run(cpu_kernels.backward, n_tasks, *inputs, grad_gates, grad_initial_state)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..operators import differentiable, operator
-from ..parallel import is_small, rows, run
+from ..parallel import floats, is_small, rows, run
 from . import reference, torch_impl
 
 
@@ -33,7 +32,7 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: i
     """y, (T, D), and 1 / rms, (T, G)."""
     from . import cpu_kernels
 
-    y, rstd = torch.empty(x.shape), torch.empty(x.shape[0], n_groups)
+    y, rstd = floats(x.shape), floats(x.shape[0], n_groups)
     run(cpu_kernels.forward, _n_tasks(x), x, _gate(z, x), weight, eps, y, rstd)
     return y, rstd
 
@@ -47,8 +46,8 @@ def backward(
     """Gradients of x, z (empty without a gate) and weight."""
     from . import cpu_kernels
 
-    grad_x, grad_z = torch.empty(x.shape), torch.empty(_gate(z, x).shape)
-    parts = torch.empty(_n_tasks(x), x.shape[1])
+    grad_x, grad_z = floats(x.shape), floats(_gate(z, x).shape)
+    parts = floats(_n_tasks(x), x.shape[1])
     run(cpu_kernels.backward, _n_tasks(x), grad_y, x, _gate(z, x), weight, rstd, grad_x, grad_z, parts)
     return grad_x, grad_z, parts.sum(0)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..operators import operator
-from ..parallel import is_small, run
+from ..parallel import floats, is_small, run
 from . import torch_impl
 
 
@@ -23,7 +22,7 @@ def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(B, L, H, P) rotated by a table, (L, P/2) each."""
     from . import cpu_kernels
 
-    y = torch.empty(x.shape)
+    y = floats(x.shape)
     run(cpu_kernels.rotate, x.shape[0] * x.shape[1], x, cos, sin, y)
     return y
 

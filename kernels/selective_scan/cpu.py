@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..documents import never_if_none
 from ..operators import operator
-from ..parallel import run
+from ..parallel import floats, run
 from . import torch_impl
 from .gradients import register_gradients
 
@@ -59,8 +59,8 @@ def forward(
     from . import cpu_kernels
 
     (batch, L, E), N = u.shape, A.shape[1]
-    y, state = torch.empty(batch, L, E), torch.empty(batch, E, N)
-    checkpoints = torch.empty(cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N))
+    y, state = floats(batch, L, E), floats(batch, E, N)
+    checkpoints = floats(cpu_kernels.checkpoint_shape(batch if keep else 0, L, E, N))
     tasks_per_row = blocks.tasks_per_row(batch, E)
     run(
         cpu_kernels.forward,
@@ -102,12 +102,12 @@ def backward(
 
     (batch, L, E), N = u.shape, A.shape[1]
     tasks_per_row = blocks.tasks_per_row(batch, E)
-    grad_u, grad_delta = torch.empty(batch, L, E), torch.empty(batch, L, E)
-    grad_z = torch.empty(batch if z is not None else 0, L, E)
-    grad_initial_state = torch.empty(batch, E, N)
+    grad_u, grad_delta = floats(batch, L, E), floats(batch, L, E)
+    grad_z = floats(batch if z is not None else 0, L, E)
+    grad_initial_state = floats(batch, E, N)
     # each task writes its own part of the sums over channels (B, C) or over the batch (A, D, delta_bias)
-    parts_A, parts_D, parts_bias = torch.empty(batch, E, N), torch.empty(batch, E), torch.empty(batch, E)
-    parts_B, parts_C = (torch.empty(tasks_per_row, batch, L, N) for _ in range(2))
+    parts_A, parts_D, parts_bias = floats(batch, E, N), floats(batch, E), floats(batch, E)
+    parts_B, parts_C = (floats(tasks_per_row, batch, L, N) for _ in range(2))
     outputs = (grad_u, grad_delta, parts_A, parts_B, parts_C, parts_D, grad_z, parts_bias, grad_initial_state)
     run(
         cpu_kernels.backward,
@@ -150,4 +150,4 @@ def _inputs(
 
 
 def _zeros_if_none(x: Tensor | None, *shape: int) -> Tensor:
-    return torch.zeros(shape) if x is None else x
+    return torch.zeros(shape, dtype=torch.float32) if x is None else x

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..documents import never_if_none
 from ..operators import differentiable, operator
-from ..parallel import run
+from ..parallel import floats, run
 from . import torch_impl
 
 
@@ -74,8 +74,8 @@ def forward(
     from . import cpu_kernels
 
     (batch, L, G, E), N = drive.shape, B.shape[3]
-    y, state = torch.empty(batch, L, G, E), torch.empty(batch, G, E, N)
-    checkpoints = torch.empty(cpu_kernels.checkpoint_shape(batch * G if keep else 0, L, E, N))
+    y, state = floats(batch, L, G, E), floats(batch, G, E, N)
+    checkpoints = floats(cpu_kernels.checkpoint_shape(batch * G if keep else 0, L, E, N))
     tasks_per_row = blocks.tasks_per_row(batch * G, E)
     run(
         cpu_kernels.forward,
@@ -114,10 +114,10 @@ def backward(
 
     (batch, L, G, E), N = drive.shape, B.shape[3]
     tasks_per_row = blocks.tasks_per_row(batch * G, E)
-    grad_drive, grad_decay = torch.empty(batch, L, G, E), torch.empty(batch, L, G, E)
-    grad_initial_state = torch.empty(batch, G, E, N)
+    grad_drive, grad_decay = floats(batch, L, G, E), floats(batch, L, G, E)
+    grad_initial_state = floats(batch, G, E, N)
     # each task writes its own part of the sums over channels
-    parts_B, parts_C = (torch.empty(tasks_per_row * batch, L, G, N) for _ in range(2))
+    parts_B, parts_C = (floats(tasks_per_row * batch, L, G, N) for _ in range(2))
     outputs = (grad_drive, grad_decay, parts_B, parts_C, grad_initial_state)
     run(
         cpu_kernels.backward,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..operators import differentiable, operator
-from ..parallel import is_small, rows, run
+from ..parallel import floats, is_small, rows, run
 from . import reference, torch_impl
 
 
@@ -21,7 +20,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     """y, (T, F)."""
     from . import cpu_kernels
 
-    y = torch.empty(gate.shape)
+    y = floats(gate.shape)
     run(cpu_kernels.forward, gate.shape[0], gate, up, y)
     return y
 
@@ -33,7 +32,7 @@ def backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, (T, F)."""
     from . import cpu_kernels
 
-    grad_gate, grad_up = torch.empty(gate.shape), torch.empty(gate.shape)
+    grad_gate, grad_up = floats(gate.shape), floats(gate.shape)
     run(cpu_kernels.backward, gate.shape[0], grad_y, gate, up, grad_gate, grad_up)
     return grad_gate, grad_up
 
