@@ -61,3 +61,28 @@ def test_decoding_compiles_to_one_graph_with_the_same_logits_and_states(name: st
     )
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close([s.tensors() for s in after], [s.tensors() for s in expected_after])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", available())
+def test_exports_with_any_length_and_with_a_state(name: str) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self, lm: LanguageModel) -> None:
+            super().__init__()
+            self.lm = lm
+
+        def forward(self, tokens: Tensor, starts: Tensor | None = None, state: Any = None) -> Tensor:
+            return self.lm(tokens, state, starts=starts).logits
+
+    whole = Logits(one_of_each_layer(name))
+    tokens, starts = torch.randint(17, (2, 9)), torch.rand(2, 9) < 0.3
+    length = torch.export.Dim("length", min=3, max=500)
+    shapes = ({1: length}, {1: length}, None)
+    exported = torch.export.export(whole, (tokens, starts, None), dynamic_shapes=shapes, strict=False).module()
+    for n in (9, 31):
+        inputs = torch.randint(17, (2, n)), torch.rand(2, n) < 0.3
+        torch.testing.assert_close(exported(*inputs, None), whole(*inputs))
+    step = (tokens[:, :1], None, whole.lm.init_state(2, 4))
+    exported = torch.export.export(whole, step, strict=False).module()
+    torch.testing.assert_close(exported(*step), whole(tokens[:, :1], None, whole.lm.init_state(2, 4)))

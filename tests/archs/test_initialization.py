@@ -91,3 +91,23 @@ def test_embeddings_start_with_norm_one(name: str) -> None:
 def test_lstm_forget_gates_start_open() -> None:
     bias = build("lstm", d_model=32).get_parameter("backbone.blocks.0.mixer.in_proj.bias")
     assert torch.equal(bias, torch.cat([torch.zeros(32), torch.ones(32), torch.zeros(64)]))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", available())
+def test_every_model_is_built_and_runs_under_any_default_precision(name: str, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        lm = build(name, d_model=8, n_layers=2, vocab_size=11)
+        assert {p.dtype for p in lm.parameters()} == {default}
+        tokens = torch.randint(11, (2, 9))
+        loss, aux_loss = lm.loss(tokens, tokens, starts=torch.ones(2, 9) < 0)
+        (loss + aux_loss).backward()
+        assert torch.isfinite(loss)
+        with torch.no_grad():
+            for precision in (default, torch.float32):  # the state's may be another than the activations'
+                logits = lm(tokens, lm.init_state(2, 9, dtype=precision)).logits
+                assert torch.isfinite(logits).all()
+    finally:
+        torch.set_default_dtype(before)
