@@ -309,7 +309,7 @@ def position_figure(comparison: Comparison) -> Figure | None:
     for arch in archs:
         for run in comparison.runs_of(arch):
             for span in run.result.get("position_bits_per_byte") or ():
-                if span["bits_per_byte"] is not None:
+                if span.get("bits_per_byte") is not None:
                     profiles[arch].setdefault((span["start"], span["stop"]), []).append(span["bits_per_byte"])
     stops = sorted({stop for profile in profiles.values() for _, stop in profile})
     if not stops:

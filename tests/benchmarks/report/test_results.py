@@ -234,6 +234,11 @@ def test_references_come_from_the_corpus(tmp_path: Path) -> None:
         ("result.json", {"val_bits_per_byte": "x"}, r"result\.json: val_bits_per_byte='x' must be a number"),
         ("result.json", {"train_seconds": None}, r"result\.json: train_seconds is missing"),
         ("result.json", {"position_bits_per_byte": [{"start": 0}]}, r"position_bits_per_byte: stop is missing"),
+        (
+            "result.json",
+            {"position_bits_per_byte": [{"start": 0, "stop": 1, "bits_per_byte": "x"}]},
+            r"='x' must be a num",
+        ),
         ("metrics.jsonl", {"step": 3, "val/bits_per_byte": "x"}, r"metrics\.jsonl, record \d+: tokens is missing"),
         ("metrics.jsonl", {"train/loss": 1}, r"metrics\.jsonl, record \d+: step is missing"),
         ("../context.jsonl", {"another": 1}, r"context\.jsonl, measurement 4: .* are missing"),
