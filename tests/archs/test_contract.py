@@ -49,9 +49,10 @@ def example(file: str, name: str) -> type[Mixer]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    with patch.dict(sys.modules), patch.dict(MIXERS), patch.dict(PRESETS), patch.dict(OBJECTIVES):
+    with patch.dict(MIXERS), patch.dict(PRESETS), patch.dict(OBJECTIVES):
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+    del sys.modules[path.stem]
     return getattr(module, name)
 
 

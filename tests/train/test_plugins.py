@@ -16,14 +16,15 @@ pytestmark = pytest.mark.quick
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The current directory, with nothing imported from it yet; what a test imports is forgotten."""
-    modules = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(plugins, "_imported", [])
     monkeypatch.setattr(plugins, "_plugins", {})
     yield tmp_path
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
+    for name, module in [*sys.modules.items()]:
+        homes = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
+        if any(home.startswith(str(tmp_path)) for home in homes):
+            del sys.modules[name]
 
 
 def install(folder: Path, entry: str) -> None:
