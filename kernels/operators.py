@@ -227,7 +227,9 @@ def differentiable(
             raise NotImplementedError(no_kernel(made._name, "gradients of gradients"))
         message = f"{made._name}: gradients that are differentiated again take the definition, step by step"
         warnings.warn(message, KernelFallbackWarning, stacklevel=2)
-        function, inputs = again(ctx)
+        function, saved = again(ctx)
+        # aliases: where one input was made of another, as dt of x, its gradient has no part in that of the other
+        inputs = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in saved]
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         weighted = [o for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]

@@ -141,7 +141,7 @@ class _Attention(torch.autograd.Function):
         (q, k, v, mask), (o, leaves) = ctx.saved_tensors, ctx.graph
         again = torch.is_grad_enabled()
         if again or _largest_score(q, k, ctx.options[1]) > LARGE:
-            leaves = [q, k, v] if again else leaves
+            leaves = [t.view_as(t) for t in (q, k, v)] if again else leaves  # aliases: they may depend on each other
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 o = _sdpa(*leaves, mask, *ctx.options)
         wanted = [t for t in leaves if t.requires_grad]

@@ -70,8 +70,11 @@ def test_gradients_can_be_differentiated_again(name: str, dtype: torch.dtype) ->
 
     def second(backend: str) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in inputs]
+        made = leaves[:1]
+        for t in leaves[1:]:  # of the one before too, as dt, B and C of a model are made of its x
+            made.append(t * (1 + 0.1 * real(made[-1]).mean()))
         with use_backend(backend):
-            outputs = function(*leaves)
+            outputs = function(*made)
         loss = dot([t.square() for t in outputs], weights)
         grads = torch.autograd.grad(loss, leaves, create_graph=True)
         return list(torch.autograd.grad(dot(grads, twice), leaves, allow_unused=True, materialize_grads=True))
