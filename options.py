@@ -40,6 +40,7 @@ __all__ = [
 T = TypeVar("T")
 
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+_MAX_FLOAT = 3e38  # what float32 holds, in which models and optimizers compute
 _MAX_COUNT_DIGITS = 18  # more than any number of steps or tokens, and what 64 bits hold
 _WORDS = {
     bool: "true or false",
@@ -141,14 +142,16 @@ def check_table(values: Mapping[str, Any], kinds: Mapping[str, Any], where: Path
         ValueError: naming the file and the entry.
     """
     for path, kind in kinds.items():
-        *tables, name = path.split(".")
-        inner: Any = values
-        for table in tables:
-            inner = inner.get(table) if isinstance(inner, Mapping) else None
-        value = inner.get(name) if isinstance(inner, Mapping) else None
-        if value is None and not _takes_none(kind):
-            raise ValueError(f"{where}: {path} is missing")
+        value: Any = values
+        passed: list[str] = []
         try:
+            for name in path.split("."):
+                if value is not None:
+                    _require(isinstance(value, Mapping), ".".join(passed), value, "a table")
+                    value = value.get(name)
+                passed.append(name)
+            if value is None and not _takes_none(kind):
+                raise ValueError(f"{path} is missing")
             _fit(kind, value, path)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -249,6 +252,7 @@ def _fit(hint: Any, value: Any, path: str, *, plain: bool = False) -> Any:
         _require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
         number: Any = value
         _require(-1e300 <= number <= 1e300, path, value, "a finite number")
+        _require(abs(number) <= _MAX_FLOAT, path, value, f"a number that float32 holds, at most {_MAX_FLOAT:g}")
         return float(number) if plain else number
     if isinstance(hint, type):
         fits = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))

@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
-from ..options import nearest
+from ..options import check_table, nearest
 from .config import KINDS, ModelConfig, Seq2SeqConfig
 from .ffn import default_d_ff
 from .model import LanguageModel
@@ -409,6 +409,7 @@ def _configure(preset: Preset, **options: Any) -> ModelConfig:
     for section in ("mixer", "ffn"):
         if section in options:
             given = options.pop(section)
+            check_table({"model": {section: given}}, {f"model.{section}": Mapping[str, Mapping[str, Any]]}, preset.name)
             fields[section] = _merge(fields.get(section, {}), given)
     fields |= {key: options.pop(key) for key in list(options) if key in known}
     skeleton = cls(**fields)

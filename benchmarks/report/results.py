@@ -98,6 +98,7 @@ _INFO: dict[str, Any] = {
     "n_active_params": _COUNT,
     "flops_per_token": _NUMBER,
     "state_bytes": _NUMBER | None,
+    "model": Mapping,
     "model.d_model": int | None,
     "model.n_layers": int | None,
     "config.data": Mapping,
@@ -180,7 +181,7 @@ class Run:
     @property
     def status(self) -> str:
         """done, out_of_memory, failed, interrupted, or unfinished where no result.json was written."""
-        return self.result.get("status", "unfinished")
+        return self.result.get("status") or "unfinished"
 
     @property
     def score(self) -> Score:
@@ -195,7 +196,7 @@ class Run:
     @property
     def learning_rate(self) -> float | None:
         """Peak learning rate: the resolved one of run.json."""
-        return self.info["config"]["optim"]["lr"]
+        return self.info["config"]["optim"].get("lr")
 
     def curve(self) -> list[Mapping[str, Any]]:
         """Validation records by step; where a resumed run passed a step twice, the later record."""
@@ -389,7 +390,7 @@ def quality(comparison: Comparison) -> list[dict[str, Any]]:
                 "n_params": info["n_params"],
                 "n_active_params": info["n_active_params"],
                 "flops_per_token": info["flops_per_token"],
-                "state_bytes": info["state_bytes"],
+                "state_bytes": info.get("state_bytes"),
                 "lr": runs[0].learning_rate,
                 "tokens": first.result.get("tokens"),
                 "train_seconds": statistics.fmean(run.result["train_seconds"] for run in done) if done else None,

@@ -156,6 +156,7 @@ class Odd:
         ({"table": {"a": 0}}, "x.table.a=0 must be at least 1"),
         ({"table": []}, "x.table=[] must be a table"),
         ({"rates": [float("inf")]}, "x.rates[0]=inf must be a finite number"),
+        ({"rates": [-1e39]}, "x.rates[0]=-1e+39 must be a number that float32 holds, at most 3e+38"),
         ({"name": []}, "unknown key x.name; did you mean 'names'?"),
     ],
 )

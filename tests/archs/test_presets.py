@@ -74,6 +74,8 @@ def test_options_go_to_whatever_has_them() -> None:
         ("gpt2-124", {}, "unknown architecture 'gpt2-124'; did you mean 'gpt2-124m'?"),
         ("mamba", {"d_sate": 3}, "mamba has no option 'd_sate'; did you mean 'd_state'?"),
         ("mamba", {"n_heads": 3}, "mamba has no option 'n_heads'"),
+        ("mamba", {"mixer": 3}, "mamba: model.mixer=3 must be a table"),
+        ("mamba", {"ffn": {"mlp": 3}}, "mamba: model.ffn.mlp=3 must be a table"),
         ("transformer", {"n_heads": 7, "d_model": 64}, "d_model=64 is not divisible by n_heads=7"),
         ("jamba", {"moe_offset": 2}, "moe_offset=2 must be at least 0 and below moe_every=2"),
     ],

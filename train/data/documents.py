@@ -124,7 +124,9 @@ def split_documents(texts: Mapping[str, str], val_fraction: float) -> tuple[list
         )
     if len(texts) < 2:
         raise DataError("the corpus has only one document, too little to hold some text out: give more with --data")
-    ranks = {key: int.from_bytes(hashlib.sha256((SPLIT_SALT + key).encode()).digest()) for key in texts}
+    # surrogateescape: a file name is any bytes
+    salted = {key: (SPLIT_SALT + key).encode(errors="surrogateescape") for key in texts}
+    ranks = {key: int.from_bytes(hashlib.sha256(name).digest()) for key, name in salted.items()}
     order = sorted(ranks, key=lambda key: ranks[key])
     n_below = sum(rank < int(val_fraction * 2**256) for rank in ranks.values())
     n_val = min(max(n_below, 1), len(order) - 1)

@@ -45,7 +45,14 @@ def kind_of(path: Path) -> str:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Opens a file for reading its bytes, decompressed where its last suffix says that it is compressed."""
+    """Opens a file for reading its bytes, decompressed where its last suffix says that it is compressed.
+
+    Raises:
+        OSError: if it cannot be opened.
+        DataError: if it is a pipe or a device, which can wait for ever, or be without end, and serve one reader only.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path} is a pipe or a device: write what comes from it to a file and give that with --data")
     match path.suffix.lower():
         case ".gz":
             return cast("IO[bytes]", gzip.open(path))

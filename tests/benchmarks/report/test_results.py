@@ -230,7 +230,9 @@ def test_references_come_from_the_corpus(tmp_path: Path) -> None:
         ("run.json", {"n_params": 0}, r"run\.json: n_params=0 must be at least 1"),
         ("run.json", {"corpus": {"digest": 7}}, r"run\.json: corpus\.name is missing"),
         ("run.json", {"score": {"name": "x"}}, r"run\.json: score\.unit, score\.words are missing"),
-        ("run.json", {"config": [1]}, r"run\.json: config\.data is missing"),
+        ("run.json", {"config": [1]}, r"run\.json: config=\[1\] must be a table"),
+        ("run.json", {"model": "x"}, r"run\.json: model='x' must be a table"),
+        ("run.json", {"model": None}, r"run\.json: model is missing"),
         ("result.json", {"val_bits_per_byte": "x"}, r"result\.json: val_bits_per_byte='x' must be a number"),
         ("result.json", {"train_seconds": None}, r"result\.json: train_seconds is missing"),
         ("result.json", {"position_bits_per_byte": [{"start": 0}]}, r"position_bits_per_byte: stop is missing"),
@@ -259,6 +261,16 @@ def test_what_reports_read_is_checked_where_it_is_read(
     with pytest.raises(ValueError, match=message) as refused:
         load_comparison(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_what_a_file_may_leave_out_is_not_missed(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba")
+    info, result = (json.loads((home / name).read_text()) for name in ("run.json", "result.json"))
+    info["config"]["optim"] = {}
+    write_json(home / "run.json", {key: value for key, value in info.items() if key != "state_bytes"})
+    write_json(home / "result.json", result | {"status": None})
+    (row,) = quality(load_comparison(tmp_path))
+    assert (row["state_bytes"], row["lr"], row["status"]) == (None, None, "unfinished")
 
 
 def test_a_report_is_made_of_the_lines_of_a_log_that_are_whole(tmp_path: Path) -> None:

@@ -264,6 +264,21 @@ def test_one_bad_file_in_a_folder_is_named(tmp_path: Path, cache: Path) -> None:
         read(root, cache)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path, cache: Path) -> None:
+    root = write(tmp_path / "data", {"a.txt": "good words"})
+    for name in ("b.txt", "b.jsonl", "b.parquet", "b.txt.gz"):
+        os.mkfifo(root / name)
+        with pytest.raises(DataError, match=rf"{name} is a pipe or a device: write .* to a file"):
+            read(root, cache)
+        (root / name).unlink()
+
+
+def test_the_name_of_a_file_is_any_bytes(tmp_path: Path, cache: Path) -> None:
+    root = write(tmp_path / "data", {"a.txt": "some words", os.fsdecode(b"\xff.txt"): "other words"})
+    train, held_out = split_documents(read(root, cache).texts, 0.5)
+    assert sorted(train + held_out) == ["other words", "some words"]
+
+
 def test_a_folder_without_text_says_what_it_left_out(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(DataError, match=r"no documents .*2 other kind of file"):
         read(write(tmp_path / "data", {"a.png": b"1", "b.zip": b"2"}), cache)
