@@ -13,6 +13,7 @@ import math
 import os
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,8 +283,8 @@ def read_record(line: bytes, where: Path | str) -> dict[str, Any] | None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it names the key {_short(next(key for key in keys if keys.count(key) > 1))} twice")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it names the key {_short(twice)} twice")
     return value
 
 

@@ -30,7 +30,7 @@ from .config import ModelConfig, Seq2SeqConfig
 from .inputs import check_count, check_lengths, check_tokens
 from .mixers.cross_attention import Reader
 from .model import Backbone, LanguageModel, LMLoss, LMOutput, read_config, write_pretrained
-from .state import States
+from .state import State, States
 from .weights import built_with
 
 __all__ = ["Seq2Seq", "Seq2SeqConfig", "model_of", "open_pretrained"]
@@ -86,7 +86,7 @@ class Seq2Seq(nn.Module):
         h, _ = self._read(source, source_len)
         return self._state(h, source_len, self.init_state(len(source), max_len, n_source=0))
 
-    def decode(self, target: Tensor, state: States) -> LMOutput:
+    def decode(self, target: Tensor, state: Sequence[State]) -> LMOutput:
         """Logits, (B, T, V), after each of the next target tokens, (B, T), and the state after them.
 
         The state is that of `encode` or of an earlier call: any split of a target gives the logits of the whole.

@@ -1,6 +1,7 @@
 """S4 and S4D against dense float64 state space models, built from their papers' formulas."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_kernel_is_that_of_the_dense_matrices_with_gradients(length: int) ->
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "legs", "real"])
-def test_a_diagonal_kernel_is_the_dense_one_held_between_samples(init: str) -> None:
+def test_a_diagonal_kernel_is_the_dense_one_held_between_samples(init: Any) -> None:
     mixer = S4D(3, S4DConfig(d_state=6, init=init)).double()
     A = torch.complex(-mixer.A_log.exp(), mixer.A_imag).detach()
     C = torch.view_as_complex(mixer.C.detach())

@@ -1,6 +1,7 @@
 """Models of a source and a target: what they see, how they decode, their sizes, and their layers by definition."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def gradients(lm: nn.Module, y: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach()} | dict(zip(names, grads, strict=True))
 
 
-def in_chunks(lm: Seq2Seq, state: list[State], target: Tensor, bounds: list[int]) -> Tensor:
+def in_chunks(lm: Seq2Seq, state: Sequence[State], target: Tensor, bounds: list[int]) -> Tensor:
     ys = []
     for i, j in zip([0, *bounds], [*bounds, target.shape[1]], strict=True):
         logits, after, _ = lm.decode(target[:, i:j], state)
@@ -119,7 +120,7 @@ def test_auxiliary_losses_of_both_sides_add_up() -> None:
     config = Seq2SeqConfig(d_model=8, n_layers=1, vocab_size=11, pattern=("cross_attention+moe",), source=moe)
     lm, (source, target) = build(config), pair()
     h, _, of_source = lm.encoder(lm.decoder.embedding(source))
-    memory: list[State] = [lm.decoder.backbone.blocks[0].mixer.read(h)]  # pyright: ignore[reportCallIssue]
+    memory = [lm.decoder.backbone.blocks[0].mixer.read(h)]  # pyright: ignore[reportCallIssue]
     of_target = lm.decode(target, memory).aux_loss
     assert min(of_source.item(), of_target.item()) > 0
     torch.testing.assert_close(lm.loss(source, target, target)[1], of_source + of_target)

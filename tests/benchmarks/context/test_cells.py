@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.archs import ModelConfig, available, build, configure
+from crossover.archs import LanguageModel, ModelConfig, available, build, configure
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison.compare import bench_context
 from crossover.benchmarks.context import cells as context
 from crossover.benchmarks.context.cell import Cell, read_cells
 from crossover.benchmarks.context.cells import cause_of_death, cell_tasks, measure_cells, reusable_cells
 from crossover.benchmarks.context.jobs import PHASES, ContextJob, context_jobs, default_memory_limit
+from crossover.benchmarks.context.measure import Bench
 from crossover.benchmarks.context.options import ContextConfig, MeasureConfig
-from crossover.benchmarks.context.worker import Bench
 from crossover.benchmarks.harness.folder import append_jsonl
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.harness.progress import Progress, Schedule
 from crossover.benchmarks.harness.sizes import size_arch
-from crossover.train.runtime import Precision
+from crossover.train.runtime import PeakMemory, Precision
 
 from ..scripts import Script
 
@@ -291,7 +291,8 @@ def test_a_comparison_is_extended_by_a_longer_context_with_the_settings_it_has(t
     write(tmp_path, jobs(16, 40, measure=MeasureConfig(memory_limit=2**30))[0].cell("train", status="done"))
     (_, _, longer) = jobs(16, 40, 90)
     assert (longer.measure.tokens_per_batch, longer.measure.memory_limit) == (40, 2**30)
-    bench = Bench(ModelConfig.from_dict(longer.model), 90, longer.measure, device=torch.device("cpu"), precision=FP32)
+    lm, cpu = LanguageModel(ModelConfig.from_dict(longer.model)), torch.device("cpu")
+    bench = Bench.of(lm, 90, longer.measure, device=cpu, precision=FP32, memory=PeakMemory(cpu))
     assert bench.train().batch_size == 1
     with pytest.raises(ValueError, match="another tokens_per_batch; give the same options"):
         jobs(16, 90, measure=MeasureConfig(tokens_per_batch=90))
