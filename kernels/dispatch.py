@@ -111,7 +111,7 @@ def transform() -> str | None:
     """What PyTorch does to functions here that kernels have no part in; None where it does nothing of the kind."""
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives"
-    if torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return "torch.func transforms (grad, vmap, jvp, ...)"
     return None
 

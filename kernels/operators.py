@@ -132,7 +132,9 @@ def opaque(results: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P
                 return function(*by_place(inputs, places, tensors))  # pyright: ignore[reportCallIssue]
 
             with _untraced():
-                outputs, pull = torch.func.vjp(of_those, *(inputs[i].detach() for i in places))
+                outputs, pull = torch.func.vjp(  # pyright: ignore[reportAssignmentType]
+                    of_those, *(inputs[i].detach() for i in places)
+                )
                 found = pull(tuple(grads) if isinstance(outputs, tuple) else grads[0])
                 return [_plain(t).clone() for t in found]
 

@@ -68,7 +68,7 @@ def test_the_wheel_and_a_package_named_kernels_hide_neither_one(site: Path, tmp_
 def test_the_wheel_adds_one_name(site: Path) -> None:
     names = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
     assert names <= {"crossover", "kernels", "bin", "__pycache__"}
-    assert {p.name for p in (site / "crossover").glob("*.py")} == {"__init__.py"}
+    assert {p.name for p in (site / "crossover").glob("*.py")} == {"__init__.py", "files.py", "options.py"}
 
 
 def test_the_wheel_holds_every_module_and_template_and_the_type_marker(site: Path) -> None:

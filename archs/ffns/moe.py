@@ -61,7 +61,7 @@ class MoE(FFN[MoEConfig]):
         gate, up = ops.grouped_mm(tokens[token], self.gate_up_proj, counts).chunk(2, dim=-1)
         y = ops.grouped_mm(ops.swiglu(gate, up), self.down_proj, counts) * weight.flatten()[order, None]
         y = torch.zeros_like(tokens, dtype=y.dtype).index_add(0, token, y)
-        if not len(tokens):  # whose means are no numbers
+        if tokens.shape[0] == 0:  # whose means are no numbers
             return y.to(x.dtype).view_as(x), probs.sum()
         load = counts / counts.sum()
         balance = self.config.balance_weight * self.config.n_experts * (load * probs.mean(0)).sum()

@@ -9,6 +9,7 @@ scores, nor can it be differentiated again: there the plain formula takes its pl
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -121,32 +122,35 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
 
 
 class _Attention(torch.autograd.Function):
-    """PyTorch's attention with its gradient, but for large scores and to be differentiated again."""
+    """PyTorch's attention with its gradient, but for large scores and to be differentiated again.
+
+    It keeps its inputs and nothing else: a graph of its own would be out of reach of those who recompute activations
+    or move them away.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Arguments of `_sdpa`. Keeps its graph."""
-        leaves = [
-            t.detach().requires_grad_(needed) for t, needed in zip(inputs[:3], ctx.needs_input_grad[:3], strict=True)
-        ]
-        with torch.enable_grad():
-            o = _sdpa(*leaves, *inputs[3:])
+        """Takes the arguments of `_sdpa`."""
         ctx.save_for_backward(*inputs[:4])
-        ctx.options, ctx.graph = inputs[4:], (o, leaves)
-        return o.detach()
+        ctx.options = inputs[4:]
+        return _sdpa(*inputs)  # pyright: ignore[reportCallIssue]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        (q, k, v, mask), (o, leaves) = ctx.saved_tensors, ctx.graph
-        again = torch.is_grad_enabled()
-        if again or _largest_score(q, k, ctx.options[1]) > LARGE:
-            leaves = [t.view_as(t) for t in (q, k, v)] if again else leaves  # aliases: they may depend on each other
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                o = _sdpa(*leaves, mask, *ctx.options)
-        wanted = [t for t in leaves if t.requires_grad]
-        grads = iter(torch.autograd.grad(o, wanted, grad, retain_graph=True, create_graph=again))
-        return *(next(grads) if t.requires_grad else None for t in leaves), None, None, None
+        *leaves, mask = ctx.saved_tensors
+        again, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
+        exact = again or _largest_score(*leaves[:2], ctx.options[1]) > LARGE
+        # aliases where they are differentiated again: they may depend on each other
+        leaves = [
+            t.view_as(t) if again else t.detach().requires_grad_(needed)
+            for t, needed in zip(leaves, wanted, strict=True)
+        ]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
+            o = _sdpa(*leaves, mask, *ctx.options)
+        inputs = [t for t, needed in zip(leaves, wanted, strict=True) if needed]
+        found = iter(torch.autograd.grad(o, inputs, grads, create_graph=again))
+        return *(next(found) if needed else None for needed in wanted), None, None, None
 
 
 def _largest_score(q: Tensor, k: Tensor, scale: float | None) -> float:

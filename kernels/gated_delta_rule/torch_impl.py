@@ -40,19 +40,19 @@ def gated_delta_rule(
     (batch, L, H, P), N = v.shape, k.shape[-1]
     S = v.new_zeros(batch, H, P, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     wide_q, wide_k, wide_v, log_decay, beta = (t.to(dtype) for t in (q, k, v, log_decay[..., None], beta[..., None]))
+    spoilt = None
     if starts is not None:
         written = (wide_k, wide_v, log_decay, beta)
-        S, written, wide_q, no_state, no_output = isolated(starts, S, written, wide_q)
+        S, written, wide_q, *spoilt = isolated(starts, S, written, wide_q)
         wide_k, wide_v, log_decay, beta = written
         log_decay = log_decay.masked_fill(starts[..., None, None], -torch.inf)
     # the state and the solve stay in float32, whatever precision autocast has chosen for products
     with torch.autocast(v.device.type, enabled=False):
         o, S = (_step if L == 1 else _scan)(wide_q, wide_k, wide_v, log_decay, beta, S)
-    if starts is not None:
-        o, S = (
-            o.masked_fill(no_output[..., None, None], torch.nan),
-            S.masked_fill(no_state[:, -1, None, None, None], torch.nan),
-        )
+    if spoilt is not None:
+        no_state, no_output = spoilt
+        o = o.masked_fill(no_output[..., None, None], torch.nan)
+        S = S.masked_fill(no_state[:, -1, None, None, None], torch.nan)
     return o.to(v.dtype), S
 
 

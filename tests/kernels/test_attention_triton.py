@@ -23,7 +23,7 @@ TOLERANCE = 5e-5
 they were of size 0.01."""
 
 
-def small_blocks(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+def small_blocks(kernel: str, width: int, dtype: torch.dtype, room: int = 0) -> dict[str, int]:
     m, n = (16, 32) if kernel == "dkdv" else (32, 16)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 2}
 

@@ -168,7 +168,7 @@ def test_the_cpu_path_writes_only_its_own_memory(monkeypatch: pytest.MonkeyPatch
     margin, mark, allocated, empty = 64, 12345.0, [], torch.empty
 
     def guarded(*size: Any, **others: Any) -> Tensor:
-        if others or not all(isinstance(n, int) for n in size):
+        if others != {"dtype": torch.float32} or not all(isinstance(n, int) for n in size):
             return empty(*size, **others)
         memory = torch.full((torch.Size(size).numel() + 2 * margin,), mark)
         allocated.append(memory)
