@@ -138,16 +138,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        *leaves, mask = ctx.saved_tensors
+        q, k, v, mask = ctx.saved_tensors
         again, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[:3]
-        exact = again or _largest_score(*leaves[:2], ctx.options[1]) > LARGE
+        exact = again or _largest_score(q, k, ctx.options[1]) > LARGE
         # aliases where they are differentiated again: they may depend on each other
-        leaves = [
+        q, k, v = leaves = [
             t.view_as(t) if again else t.detach().requires_grad_(needed)
-            for t, needed in zip(leaves, wanted, strict=True)
+            for t, needed in zip((q, k, v), wanted, strict=True)
         ]
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
-            o = _sdpa(*leaves, mask, *ctx.options)
+            o = _sdpa(q, k, v, mask, *ctx.options)
         inputs = [t for t, needed in zip(leaves, wanted, strict=True) if needed]
         found = iter(torch.autograd.grad(o, inputs, grads, create_graph=again))
         return *(next(found) if needed else None for needed in wanted), None, None, None
