@@ -77,9 +77,15 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes one file by rename, so that a reader finds the old file or the new one and never a part.
 
+    A pipe or a device, such as /dev/stdout, is written into: a file must not take its place.
+
     Raises:
         OSError: naming the file, if it cannot be written; the old one is as it was.
     """
+    if path.exists() and not path.is_file():
+        with naming(path):
+            path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:

@@ -52,14 +52,23 @@ def register_mixer(name: str, mixer: type[Mixer]) -> None:
     """Makes `mixer` available to layer patterns under `name`, from outside the package.
 
     Raises:
-        ValueError: if the name is taken by another one, or is no identifier.
+        ValueError: if the name is taken by another one, or is no identifier, or `mixer` is no class of a mixer with a
+            Config that is a dataclass.
     """
+    _check_class("mixer", mixer, Mixer)
     register(MIXERS, "mixer", name, mixer, mixer)
 
 
 def register_ffn(name: str, ffn: type[FFN]) -> None:
     """Makes `ffn` available to layer patterns under `name`, as `register_mixer` does."""
+    _check_class("ffn", ffn, FFN)
     register(FFNS, "ffn", name, ffn, ffn)
+
+
+def _check_class(what: str, given: Any, base: type[Any]) -> None:
+    is_one = isinstance(given, type) and issubclass(given, base)
+    if not is_one or not dataclasses.is_dataclass(getattr(given, "Config", None)):
+        raise ValueError(f"{given!r} is no {what}: a subclass of {base.__name__} with a dataclass Config")
 
 
 def register(registry: dict[str, T], what: str, name: str, entry: T, code: Callable[..., Any]) -> None:

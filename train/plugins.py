@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import read_json
+from ..options import shown
 
 __all__ = ["GROUP", "HELP", "explaining", "imported", "load", "record", "registered", "take", "words"]
 
@@ -40,9 +41,14 @@ def take(command_line: Sequence[str]) -> list[str]:
     """Loads installed plug-ins and the modules of every --import, and returns the other words.
 
     Raises:
-        ValueError: naming the module, or the plug-in and its package, that cannot be loaded.
+        ValueError: naming the module, or the plug-in and its package, that cannot be loaded, or a word that is not
+            text.
     """
     modules, others, given = [], [], iter(command_line)
+    if foreign := next(filter(_has_foreign_bytes, command_line), None):
+        raise ValueError(
+            f"{shown(foreign)} is not text in the encoding of this locale: use a UTF-8 one, such as LC_ALL=C.UTF-8"
+        )
     for word in given:
         option, equals, value = word.partition("=")
         if option != "--import":
@@ -51,6 +57,11 @@ def take(command_line: Sequence[str]) -> list[str]:
             modules.append(value if equals else next(given, ""))
     load(modules)
     return others
+
+
+def _has_foreign_bytes(word: str) -> bool:
+    """Whether a word holds bytes that are no text, which could stand in no file that is written."""
+    return any("\udc80" <= character <= "\udcff" for character in word)
 
 
 def load(modules: Sequence[str] = ()) -> None:
@@ -79,7 +90,7 @@ def load(modules: Sequence[str] = ()) -> None:
 
 
 def _import(module: str) -> None:
-    if not all(part.isidentifier() for part in module.split(".")):
+    if module.endswith(".py") or not all(part.isidentifier() for part in module.split(".")):
         stem = Path(module).stem
         example = stem if stem.isidentifier() else "my_mixer"
         raise ValueError(f"--import {module!r} is not the name of a module, such as {example}")

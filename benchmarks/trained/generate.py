@@ -145,6 +145,8 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ValueError("standard input, which - reads, is closed: give the prompt itself or --prompt-file")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:

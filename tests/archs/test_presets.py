@@ -3,7 +3,7 @@
 import csv
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -233,3 +233,6 @@ def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
         del MIXERS["identity"]
     with pytest.raises(ValueError, match="not an identifier"):
         register_mixer("a+b", identity())
+    for no_mixer in (3, MIXERS["lstm"].Config, Mixer):
+        with pytest.raises(ValueError, match="is no mixer: a subclass of Mixer with a dataclass Config"):
+            register_mixer("sound", cast("Any", no_mixer))

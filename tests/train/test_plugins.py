@@ -60,7 +60,9 @@ def test_a_module_of_the_current_directory_is_imported_once_wherever_the_option_
         (["--import", "broken"], "--import broken failed (RuntimeError: no): python -c 'import broken' shows where"),
         (["--import=leaves"], "--import leaves failed (SystemExit: 3)"),
         (["--import", "./broken.py"], "--import './broken.py' is not the name of a module, such as broken"),
+        (["--import", "broken.py"], "--import 'broken.py' is not the name of a module, such as broken"),
         (["--import"], "--import '' is not the name of a module"),
+        (["--out", "a\udcff"], "'a\\udcff' is not text in the encoding of this locale: use a UTF-8 one"),
     ],
 )
 @pytest.mark.parametrize("command", ["compare", "train", "generate"])

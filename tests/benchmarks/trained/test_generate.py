@@ -241,6 +241,13 @@ def test_values_out_of_range_are_refused(words: list[str], message: str, capsys:
     assert refused(capsys, "folder", "x", *words) == f"crossover: {message}\n"
 
 
+def test_standard_input_that_is_closed_is_no_prompt(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which - reads, is closed" in refused(capsys, save(tmp_path), "-")
+
+
 def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path, capsys: Capture) -> None:
     error = refused(capsys, save(tmp_path, vocab_size=300), "x")
     assert "no tokenizer.json, and 300 tokens are not plain bytes" in error
