@@ -329,6 +329,8 @@ def rows_of(prompt: Prompts, device: torch.device) -> list[Tensor]:
     Raises:
         ValueError: if there is none, or one that is empty or not one row.
     """
+    if not isinstance(prompt, Tensor | list | tuple):
+        raise ValueError(f"prompts must be a tensor, (B, L), or a list of rows of tokens, not {type(prompt).__name__}")
     if not len(prompt):
         raise ValueError("the list of prompts is empty: generation needs at least one")
     return [_row(row, device) for row in prompt]
@@ -336,6 +338,8 @@ def rows_of(prompt: Prompts, device: torch.device) -> list[Tensor]:
 
 def _row(tokens: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """One prompt of a list, (L,) int64."""
+    if isinstance(tokens, str):
+        raise ValueError(f"a prompt must be a row of tokens, not text: encode {tokens[:20]!r} by the tokenizer")
     row = torch.as_tensor(tokens)
     if row.dim() != 1:
         raise ValueError(f"a prompt of a list must be (L,), not {tuple(row.shape)}")

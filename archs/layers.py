@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ class PositionState(State):
     """Index of the first token of the current document, (B,) int64."""
     n_seen: int | Tensor = 0
     """Tokens seen: the index of the next one; (B,) where rows were joined that have seen unlike numbers."""
+
+    def forget(self, rows: Tensor) -> Self:
+        """See State.forget: the next token is the first one of these rows."""
+        return dataclasses.replace(self, first=torch.where(rows, self.n_seen, self.first))
 
     @classmethod
     def cat(cls, states: Sequence[Any]) -> Self:

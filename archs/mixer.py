@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import transform
 from ..options import check
 from .state import State
 
@@ -122,5 +123,5 @@ class Mixer(nn.Module, Generic[C, S]):
         return sum(self.flops_per_token(t) for t in range(seq_len))
 
     def may_write_in_place(self, *tensors: Tensor) -> bool:
-        """Whether a state may be updated in place: not while autograd records any of these tensors."""
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        """Whether a state may be updated in place: not while autograd records any of these, nor under torch.func."""
+        return transform() is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

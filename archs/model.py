@@ -96,11 +96,11 @@ class Backbone(nn.Module):
             starts: (B, L) bool, True at the first token of a document; (1, L) for all rows alike.
             padding_mask: (B, L) bool, True at real tokens, for rows padded at either end with anything; (1, L) for all
                 rows alike. Padding is a document of its own, before whose end all is forgotten, a given state too: a
-                row that is read in parts has its padding in the first. What y holds at padding means nothing.
+                row that is read in parts has its padding in the first ones. What y holds at padding means nothing.
 
         Returns:
             y, (B, L, D), the states after the last token (None in gives None out; under a mask that is the last real
-            token of each row), and the sum of the auxiliary losses, a scalar.
+            token of each row, or nothing where a row has none), and the sum of the auxiliary losses, a scalar.
 
         Raises:
             ValueError: if an input has another shape, dtype or device than the others or the model demand.
@@ -112,15 +112,17 @@ class Backbone(nn.Module):
         if padding_mask is None:
             return self._run(x, state, starts)
         real = marks_of("padding_mask", padding_mask, x)
-        if state is None:
-            return self._run(x, None, _either(starts, starts_of(real)))
+        if state is None or not x.shape[1]:
+            return self._run(x, state, _either(starts, starts_of(real)))
         # rows turned until their padding is at the beginning: then the last token is a real one, and leaves the state
         t, n_after = torch.arange(x.shape[1], device=x.device), real.flip(1).int().argmax(1, keepdim=True)
         turned = (t - n_after) % x.shape[1]
         starts = None if starts is None else starts.gather(1, turned)
         starts = _either(starts, starts_of(real.gather(1, turned)))
         y, after, aux_loss = self._run(x.take_along_dim(turned[..., None], 1), state, starts)
-        return y.take_along_dim(((t + n_after) % x.shape[1])[..., None], 1), after, aux_loss
+        assert after is not None
+        back = ((t + n_after) % x.shape[1])[..., None]
+        return y.take_along_dim(back, 1), after.forget(~real.any(1)), aux_loss
 
     def features(self, x: Tensor, *, starts: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
         """The first thing that `forward` returns, y, (B, L, D): one tensor in, one out.

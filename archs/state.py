@@ -57,6 +57,10 @@ class State:
         """The state of some batch rows, (n,) int64, with repeats allowed: beam search, finished sequences."""
         return self.map(lambda t: t.index_select(0, rows) if t.dim() else t)
 
+    def forget(self, rows: Tensor) -> Self:
+        """The state with nothing before the next token in some rows, (B,) bool: zeros, as `init_state` makes it."""
+        return self.map(lambda t: torch.where(rows.view(-1, *[1] * (t.dim() - 1)), 0, t) if t.dim() else t)
+
     @classmethod
     def cat(cls, states: Sequence[Any]) -> Self:
         """One state of the rows of all: a subclass whose numbers may differ between rows says how.
@@ -123,6 +127,10 @@ class States(list[State]):
         device = next(t for layer in self if layer is not None for t in layer.tensors().values()).device
         index = torch.as_tensor(rows, dtype=torch.int64, device=device)
         return self._map(lambda layer: layer.select(index))
+
+    def forget(self, rows: Tensor) -> Self:
+        """The states with nothing before the next token in some rows, (B,) bool: another text begins there."""
+        return self._map(lambda layer: layer.forget(rows))
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """The states on another device, or in the precision that `init_state(..., dtype=dtype)` has.

@@ -32,6 +32,8 @@ KINDS = {
     "int64": (torch.int64,),
 }
 
+WHOLE: tuple[type[Any], ...] = (int, torch.SymInt)
+
 MAY_BE_EMPTY = ("B", "L", "S", "T")
 """Axes of rows, tokens and keys."""
 
@@ -125,7 +127,9 @@ class Arguments:
                 raise ValueError(f"{self._op}: {name}={value!r}, expected one of {choices}")
         for index, name, axis, default in self._sizes:
             size = args[index] if index < given else kwargs.get(name, default)
-            if size is not None:
+            if size is not None or default is not None:
+                if size is None or isinstance(size, bool) or not isinstance(size, WHOLE):
+                    raise ValueError(f"{self._op}: {name}={size!r}, expected a whole number")
                 least = 0 if axis in MAY_BE_EMPTY else 1
                 if size < least:
                     raise ValueError(f"{self._op}: {name}={size}, expected at least {least}")

@@ -161,8 +161,9 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the reference's signature, on the implementation that the device and `use_backend` pick."""
         arguments: tuple[Any, ...] = args
-        x = next(iter((*args, *kwargs.values())))
-        if self._arguments is not None:
+        if self._arguments is None:
+            x = next(iter((*args, *kwargs.values())))
+        else:
             arguments, sizes, x = self._arguments.check(args, kwargs)
             if self._arguments.is_empty(sizes):
                 return self._arguments.nothing(arguments, kwargs, sizes)

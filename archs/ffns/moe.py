@@ -52,7 +52,7 @@ class MoE(FFN[MoEConfig]):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See FFN.forward. The auxiliary loss is top_k-normalized: 1 times its weight at perfect balance."""
         tokens = x.flatten(0, -2)  # (T, D)
-        probs = self.router(tokens).float().softmax(-1)  # (T, n_experts)
+        probs = self.router(tokens).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)  # (T, n_experts)
         weight, expert = probs.topk(self.config.top_k, dim=-1)  # (T, top_k)
         order = expert.flatten().argsort(stable=True)  # assignments, sorted by expert
         # not bincount, for which the host would wait

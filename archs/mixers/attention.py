@@ -6,6 +6,7 @@ keys, arXiv:2305.13245), Beltagy et al. 2020 (window, arXiv:2004.05150).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -61,6 +62,11 @@ class KVCache(State):
     n_seen: int | Tensor = 0
     """Tokens seen: the position of the next one. A tensor where `length` is one, and (B,) where rows were joined that
     have seen unlike numbers."""
+
+    def forget(self, rows: Tensor) -> Self:
+        """See State.forget: the next key is the first one of these rows."""
+        first_key = torch.where(rows, self.length, 0 if self.first_key is None else self.first_key)
+        return dataclasses.replace(self, first_key=first_key)
 
     @classmethod
     def cat(cls, states: Sequence[Any]) -> Self:

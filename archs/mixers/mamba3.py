@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
+from ...kernels.documents import isolated
 from ...options import Positive, Share, Size, Width
 from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
@@ -100,8 +101,13 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))  # (B, L, H)
         fade = (dt * _rate(A.to(wide)).clamp(min=self.config.A_min)).clamp(min=SMALLEST_FADE)
         # scores see differences of angles only, so they may run on across documents
-        angle = (dt[..., None] * (math.pi * theta.to(wide).tanh())[:, :, None]).cumsum(1)  # (B, L, H, n_angles)
-        angle = angle if state is None else state.angle[:, None] + angle
+        turn = dt[..., None] * (math.pi * theta.to(wide).tanh())[:, :, None]  # (B, L, H, n_angles)
+        if starts is None:
+            angle = turn.cumsum(1) if state is None else state.angle[:, None] + turn.cumsum(1)
+        else:  # but not those that are no numbers
+            before = turn.new_zeros(len(turn), *turn.shape[2:]) if state is None else state.angle
+            before, (turn,), _, _, lost = isolated(starts, before, [turn], turn)
+            angle = (before[:, None] + turn.cumsum(1)).masked_fill(lost[..., None, None], torch.nan)
         cos, sin = angle.cos(), angle.sin()
         B, C = (
             _turned(norm(t).to(wide)[:, :, None] + bias.to(wide), cos, sin)
@@ -141,11 +147,13 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         h, x_before, B_before = (None, None, None) if state is None else (state.ssm, state.x, state.B)
         x_last, B_last = _shifted(x, x_before), _shifted(B, B_before)
         if starts is not None:
-            x_last = x_last.masked_fill(starts[..., None, None], 0)
+            x_last, B_last = (t.masked_fill(starts[..., None, None], 0) for t in (x_last, B_last))
         # ops.ssd has one A of each head: with fade for its dt, A is -1, and the fade that multiplies x is divided out
         drive = torch.exp(-fade) * (_shifted(own, None) + rest) / fade
         A = fade.new_full((self.n_heads,), -1)
         driven, chunk_len = drive[..., None] * x_last, self.config.chunk_len
+        if starts is not None:  # the drive, too, knows the token before
+            driven = driven.masked_fill(starts[..., None, None], 0)
         y, before = ops.ssd(driven, fade, A, B_last, C, initial_state=h, starts=starts, chunk_len=chunk_len)
         y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
         left = (own[:, -1:, :, None] * x[:, -1:])[..., None] * B[:, -1:, :, None]  # of no token: nothing

@@ -149,6 +149,26 @@ def test_rows_padded_at_either_end_are_rows_alone(name: str, lengths: list[tuple
         rows = [torch.cat([tokens[i, b : b + n], more[i]])[None] for i, (b, n) in enumerate(lengths)]
         expected = torch.cat([lm(row).logits[:, -2:] for row in rows])
         torch.testing.assert_close(lm(more, out.state).logits, expected)
+        # a part that holds nothing but padding leaves nothing, and one without tokens leaves all
+        out = lm(
+            tokens, lm.init_state(len(lengths), total + 3), padding_mask=mask & (torch.arange(len(mask)) > 0)[:, None]
+        )
+        out = lm(tokens[:, :0], out.state, padding_mask=mask[:, :0])
+        expected[:1] = lm(more[:1]).logits
+        torch.testing.assert_close(lm(more, out.state).logits, expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", available())
+@torch.no_grad()
+def test_a_document_does_not_see_that_the_one_before_is_no_number(name: str) -> None:
+    lm: LanguageModel = tiny(name)
+    x, starts = lm.embed(torch.randint(V, (2, 9))), marks(2, 9)
+    expected, _, _ = lm.backbone(x[:, 4:])
+    x[:, 1], starts[:, 4] = torch.nan, True
+    torch.testing.assert_close(lm.backbone(x, starts=starts)[0][:, 4:], expected)
+    _, state, _ = lm.backbone(x[:, :4], lm.init_state(2, 9))
+    torch.testing.assert_close(lm.backbone(x[:, 4:], state, starts=starts[:, 4:])[0], expected)
 
 
 @torch.no_grad()

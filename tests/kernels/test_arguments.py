@@ -79,7 +79,10 @@ def test_whatever_does_not_fit_is_refused_in_one_line_before_anything_runs(
         ("causal_conv1d", {"activation": "relu"}),
         ("gated_rms_norm", {"n_groups": 0}),
         ("gated_rms_norm", {"n_groups": 5}),
+        ("gated_rms_norm", {"n_groups": None}),
         ("ssd", {"chunk_len": 0}),
+        ("ssd", {"chunk_len": 2.5}),
+        ("attention", {"window": True}),
         ("ssm_kernel", {"length": -1}),
         ("attention", {"kv_len": 3}),
         ("ssd", {"A": None}),
@@ -105,6 +108,8 @@ def test_what_is_missing_or_too_much_is_a_type_error_as_in_any_call() -> None:
     x = torch.randn(3, 5)
     with pytest.raises(TypeError, match="weight"):
         ops.rms_norm(x)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="without x"):
+        ops.rms_norm()  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="positional"):
         ops.swiglu(x, x, x)  # pyright: ignore[reportCallIssue]
 
