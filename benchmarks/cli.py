@@ -10,7 +10,7 @@ from tyro.conf import arg, subcommand
 
 from ..train.command_line import understand
 from ..train.plugins import take
-from ..train.streams import lasting_streams
+from ..train.streams import lasting_streams, one_line_warnings
 from .comparison.options import CompareConfig, LearningRateConfig
 from .context.options import ContextConfig
 from .operations.options import DoctorConfig, KernelsConfig
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["lm_eval"]:
             return _lm_eval(words)
         parsed = understand(_Command, words, prog="crossover", description=_DESCRIPTION)
-        return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *typed])
+        with one_line_warnings():
+            return _run(parsed.what if isinstance(parsed, _Bench) else parsed, ["crossover", *typed])
     except ValueError as error:
         print(f"crossover: {error}", file=sys.stderr)
         return 2

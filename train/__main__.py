@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from .command_line import parse
 from .config import RunConfig
 from .plugins import explaining, take, words
-from .streams import lasting_streams
+from .streams import lasting_streams, one_line_warnings
 
 __all__ = ["main"]
 
@@ -27,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.tra
         return _refuse(prog, error)
     run = parse(argv, prog)
     try:
-        with _one_line_warnings():
+        with one_line_warnings():
             return _train(run, argv, prog)
     except KeyboardInterrupt:  # before the run has begun, or the second one
         return 130
@@ -57,17 +55,6 @@ def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
 def _refuse(prog: str, error: ValueError | OSError) -> int:
     print(f"{prog}: error: {error}", file=sys.stderr)
     return 2
-
-
-@contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Shows warnings without the source line, which tells a user nothing."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@ that is closed, one that knows no Unicode. Importing it is cheap.
 """
 
 import codecs
+import contextlib
 import errno
 import io
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["lasting_streams"]
+__all__ = ["lasting_streams", "one_line_warnings"]
 
 _PLAIN = {
     "\u2013": "-", "\u2014": "-", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...",
@@ -45,6 +48,17 @@ def lasting_streams() -> None:
         setattr(sys, f"__{name}__", made)
     if 1 in closed:
         _warn("it is closed")
+
+
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Shows warnings without the source line, which tells a user nothing."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _open_closed() -> list[int]:

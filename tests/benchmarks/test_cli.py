@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_report_prints_the_path_of_the_page(tmp_path: Path, capsys: pytest.Captu
     write_run(tmp_path, "mamba")
     assert run("report", str(tmp_path)) == (0, "")
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+
+
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_a_warning_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def show(message: Warning, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    log = write_run(tmp_path, "mamba") / "metrics.jsonl"
+    log.write_text("3\n" + log.read_text())
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"warning: {log}: line 1 is damaged and left out\n"
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_sentence(
