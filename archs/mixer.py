@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import transform
+from ..kernels import ops
 from ..options import check
 from .state import State
 
@@ -124,4 +124,4 @@ class Mixer(nn.Module, Generic[C, S]):
 
     def may_write_in_place(self, *tensors: Tensor) -> bool:
         """Whether a state may be updated in place: not while autograd records any of these, nor under torch.func."""
-        return transform() is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        return ops.transform() is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

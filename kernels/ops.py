@@ -18,6 +18,8 @@ from typing import ParamSpec, TypeVar
 from .attention.reference import attention as _attention
 from .causal_conv1d.reference import causal_conv1d as _causal_conv1d
 from .dispatch import Op, triton_can_run
+from .dispatch import transform as transform
+from .documents import isolated as isolated
 from .dplr.reference import dplr_kernel as _dplr_kernel
 from .dplr.reference import dplr_scan as _dplr_scan
 from .gated_delta_rule.reference import gated_delta_rule as _gated_delta_rule

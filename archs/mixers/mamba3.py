@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import ops
-from ...kernels.documents import isolated
 from ...options import Positive, Share, Size, Width
 from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
@@ -106,7 +105,7 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
             angle = turn.cumsum(1) if state is None else state.angle[:, None] + turn.cumsum(1)
         else:  # but not those that are no numbers
             before = turn.new_zeros(len(turn), *turn.shape[2:]) if state is None else state.angle
-            before, (turn,), _, _, lost = isolated(starts, before, [turn], turn)
+            before, (turn,), _, _, lost = ops.isolated(starts, before, [turn], turn)
             angle = (before[:, None] + turn.cumsum(1)).masked_fill(lost[..., None, None], torch.nan)
         cos, sin = angle.cos(), angle.sin()
         B, C = (
