@@ -176,7 +176,7 @@ def _unknown(family: Family, values: Mapping[str, Any]) -> list[str]:
         elif name in choices:
             fits = isinstance(value, str) and value in choices[name]
         elif name in defaults:
-            fits = _has_type(value, defaults[name], at_least=0 if name in family.default_places else 1)
+            fits = _has_type(value, defaults[name], at_least=0 if name.endswith("_offset") else 1)
         else:
             fits = name in understood or value is None
         if not fits:
