@@ -257,6 +257,7 @@ def _fit(hint: Any, value: Any, path: str, *, plain: bool = False) -> Any:
     if isinstance(hint, type):
         fits = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
         _require(fits, path, value, _words(hint))
+        _require(hint is not int or -(2**63) <= value < 2**64, path, value, "a whole number that 64 bits hold")
     return value
 
 

@@ -154,6 +154,7 @@ class Odd:
         ({"names": "ab"}, "x.names='ab' must be a list"),
         ({"either": 1.5}, "x.either=1.5 must be a whole number or text"),
         ({"table": {"a": 0}}, "x.table.a=0 must be at least 1"),
+        ({"table": {"a": 10**22}}, f"x.table.a={10**22} must be a whole number that 64 bits hold"),
         ({"table": []}, "x.table=[] must be a table"),
         ({"rates": [float("inf")]}, "x.rates[0]=inf must be a finite number"),
         ({"rates": [-1e39]}, "x.rates[0]=-1e+39 must be a number that float32 holds, at most 3e+38"),
