@@ -254,7 +254,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = whole_config(config, {})
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone = Backbone(config)
         # BERT's layer between the backbone and the projection (arXiv:1810.04805, the authors' code)
@@ -565,6 +565,13 @@ def _configured(config: ModelConfig | str, options: Mapping[str, Any]) -> ModelC
         config, options = configure(config, **options), {}
         if config.kind == "seq2seq":
             raise ValueError("an encoder-decoder has two backbones: build the model, and take its encoder or decoder")
+    return whole_config(config, options)
+
+
+def whole_config(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
+    """The config itself; ValueError if it is none, or if there are options beside it."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"a model is built from a name such as 'mamba', or a ModelConfig, not {type(config).__name__}")
     if options:
         raise ValueError(f"options {', '.join(options)} beside a config: put them into it by dataclasses.replace")
     return config

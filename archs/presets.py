@@ -20,7 +20,8 @@ import torch
 from ..options import check_table, nearest
 from .config import KINDS, ModelConfig, Seq2SeqConfig
 from .ffn import default_d_ff
-from .model import LanguageModel
+from .inputs import check_count
+from .model import LanguageModel, whole_config
 from .registry import UnknownName, register
 from .seq2seq import Seq2Seq, model_of
 
@@ -369,6 +370,7 @@ def configure(
 
     if n_params is None:
         return make(**({"d_model": 256, "n_layers": _depth(preset, 4_000_000, 1)} | options))
+    check_count("n_params", n_params, least=1)
     return _size(preset, make, n_params, options)
 
 
@@ -394,7 +396,10 @@ def build(
 
     With device="meta" nothing is allocated: counts and state sizes are exact, weights have no values.
     """
-    config = configure(model, n_params=n_params, **options) if isinstance(model, str) else model
+    if isinstance(model, str):
+        config = configure(model, n_params=n_params, **options)
+    else:
+        config = whole_config(model, options if n_params is None else {"n_params": n_params, **options})
     with torch.device(device or torch.get_default_device()):
         lm = model_of(config)
     return lm if dtype is None else lm.to(dtype)

@@ -236,3 +236,17 @@ def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
     for no_mixer in (3, MIXERS["lstm"].Config, Mixer):
         with pytest.raises(ValueError, match="is no mixer: a subclass of Mixer with a dataclass Config"):
             register_mixer("sound", cast("Any", no_mixer))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: build(configure("mamba", d_model=8, n_layers=1), d_model=16), "options d_model beside a config"),
+        (lambda: build(configure("mamba", d_model=8, n_layers=1), n_params=9_000), "options n_params beside a config"),
+        (lambda: build(None), "from a name such as 'mamba', or a ModelConfig, not NoneType"),
+        (lambda: build("mamba", n_params=-3), "n_params=-3 must be a whole number of at least 1"),
+    ],
+)
+def test_what_no_model_can_be_built_from_is_refused(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
