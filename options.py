@@ -257,7 +257,8 @@ def _fit(hint: Any, value: Any, path: str, *, plain: bool = False) -> Any:
     if isinstance(hint, type):
         fits = isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
         _require(fits, path, value, _words(hint))
-        _require(hint is not int or -(2**63) <= value < 2**64, path, value, "a whole number that 64 bits hold")
+        is_small = not isinstance(value, int) or -(2**63) <= value < 2**64
+        _require(is_small, path, value, "a whole number that 64 bits hold")
     return value
 
 
