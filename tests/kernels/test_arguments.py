@@ -94,6 +94,15 @@ def test_numbers_and_words_that_mean_nothing_are_refused(name: str, wrong: dict[
         ops.OPS[name](**tensors | options | wrong)
 
 
+def test_a_right_call_is_remembered_and_an_equal_number_of_another_type_is_not_it() -> None:
+    tensors, options = example("attention")
+    for _ in range(2):
+        ops.attention(**tensors | options | {"window": 1})
+    for window in (True, 1.0):
+        with pytest.raises(ValueError, match="whole number"):
+            ops.attention(**tensors | options | {"window": window})
+
+
 @pytest.mark.parametrize(("name", "backend"), [pair for pair in IMPLEMENTATIONS if pair[1] in KERNELS])
 def test_kernels_take_neither_double_precision_nor_what_lies_elsewhere(name: str, backend: str) -> None:
     tensors, options = example(name)
