@@ -95,12 +95,12 @@ def test_numbers_and_words_that_mean_nothing_are_refused(name: str, wrong: dict[
 
 
 def test_a_right_call_is_remembered_and_an_equal_number_of_another_type_is_not_it() -> None:
-    tensors, options = example("attention")
+    op, (tensors, options) = ops.OPS["attention"], example("attention")
     for _ in range(2):
-        ops.attention(**tensors | options | {"window": 1})
+        op(**tensors | options | {"window": 1})
     for window in (True, 1.0):
         with pytest.raises(ValueError, match="whole number"):
-            ops.attention(**tensors | options | {"window": window})
+            op(**tensors | options | {"window": window})
 
 
 @pytest.mark.parametrize(("name", "backend"), [pair for pair in IMPLEMENTATIONS if pair[1] in KERNELS])
