@@ -84,8 +84,10 @@ def register_preset(
         kind: "decoder", "encoder" or "seq2seq".
 
     Raises:
-        ValueError: if the name is taken or no identifier, or a number cannot be.
+        ValueError: if the name is taken or no identifier, `make` is no function, or a number cannot be.
     """
+    if not callable(make):
+        raise ValueError(f"{make!r} of the preset {name!r} is no function that gives fields of a ModelConfig")
     if name == "custom":
         raise ValueError("a preset cannot be named 'custom', which stands for models that give their own pattern")
     for what, value in (("learning_rate", learning_rate), ("n_layers_at_1m", n_layers_at_1m)):

@@ -55,18 +55,19 @@ def register_mixer(name: str, mixer: type[Mixer]) -> None:
         ValueError: if the name is taken by another one, or is no identifier, or `mixer` is no class of a mixer with a
             Config that is a dataclass.
     """
-    _check_class("mixer", mixer, Mixer)
+    check_class("mixer", mixer, Mixer)
     register(MIXERS, "mixer", name, mixer, mixer)
 
 
 def register_ffn(name: str, ffn: type[FFN]) -> None:
     """Makes `ffn` available to layer patterns under `name`, as `register_mixer` does."""
-    _check_class("ffn", ffn, FFN)
+    check_class("ffn", ffn, FFN)
     register(FFNS, "ffn", name, ffn, ffn)
 
 
-def _check_class(what: str, given: Any, base: type[Any]) -> None:
-    is_one = isinstance(given, type) and issubclass(given, base)
+def check_class(what: str, given: Any, base: type[Any]) -> None:
+    """ValueError unless `given` is a class that can be registered as a `what`, whose base is given."""
+    is_one = isinstance(given, type) and issubclass(given, base) and given is not base
     if not is_one or not dataclasses.is_dataclass(getattr(given, "Config", None)):
         raise ValueError(f"{given!r} is no {what}: a subclass of {base.__name__} with a dataclass Config")
 

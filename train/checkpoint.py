@@ -122,7 +122,9 @@ def newest(root: Path) -> Path | None:
         return path
     if damaged:
         reasons = "; ".join(map(str, damaged.values()))
-        raise CheckpointError(f"{reasons}: remove the run directory or choose another --name to start again")
+        raise CheckpointError(
+            f"{reasons}: no checkpoint is whole; to train again, remove the run directory or choose another --name"
+        )
     return None
 
 

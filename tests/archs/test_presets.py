@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from crossover.archs import PUBLISHED, Mixer, ModelConfig, available, build, configure, presets, register_mixer
-from crossover.archs.presets import PRESETS, TOLERANCE, count_params, find
+from crossover.archs.presets import PRESETS, TOLERANCE, count_params, find, register_preset
 from crossover.archs.registry import MIXERS
 
 everything = pytest.mark.parametrize("name", [*available(), *available("encoder")])
@@ -236,6 +236,8 @@ def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
     for no_mixer in (3, MIXERS["lstm"].Config, Mixer):
         with pytest.raises(ValueError, match="is no mixer: a subclass of Mixer with a dataclass Config"):
             register_mixer("sound", cast("Any", no_mixer))
+    with pytest.raises(ValueError, match="is no function that gives fields of a ModelConfig"):
+        register_preset("sound", cast("Any", {"pattern": ("lstm",)}))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_a_registered_mixer_can_stand_in_a_pattern() -> None:
     [
         (lambda: build(configure("mamba", d_model=8, n_layers=1), d_model=16), "options d_model beside a config"),
         (lambda: build(configure("mamba", d_model=8, n_layers=1), n_params=9_000), "options n_params beside a config"),
-        (lambda: build(None), "from a name such as 'mamba', or a ModelConfig, not NoneType"),
+        (lambda: build(cast("Any", None)), "from a name such as 'mamba', or a ModelConfig, not NoneType"),
         (lambda: build("mamba", n_params=-3), "n_params=-3 must be a whole number of at least 1"),
     ],
 )

@@ -4,11 +4,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from crossover.archs import build
 from crossover.benchmarks.cli import main
-from crossover.train import plugins
+from crossover.train import plugins, register_objective
+from crossover.train.objective import Objective
+from crossover.train.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.quick
 
@@ -129,3 +132,10 @@ def test_an_unknown_part_of_a_saved_model_asks_for_its_module(
     saved_model(folder, "mine", **provenance)
     assert main(["generate", "run", "x"]) == 2
     assert "a part of your own needs the --import MODULE that registers it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("no_objective", [3, None, Objective, dict])
+def test_what_is_no_objective_is_not_registered(no_objective: Any) -> None:
+    with pytest.raises(ValueError, match="is no objective: a subclass of Objective"):
+        register_objective("sound", no_objective)
+    assert "sound" not in OBJECTIVES

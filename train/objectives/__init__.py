@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...archs.registry import UnknownName, register
+from ...archs.registry import UnknownName, check_class, register
 from ...options import from_plain, nearest
 from ..config import RunConfig
 from ..objective import Objective
@@ -23,8 +23,10 @@ def register_objective(name: str, objective: type[Objective[Any, Any]]) -> None:
     """Makes an objective available to `--objective` under `name`, from outside the package.
 
     Raises:
-        ValueError: if the name is taken by another one, or is no identifier.
+        ValueError: if the name is taken by another one, or is no identifier, or `objective` is no class of an objective
+            with a Config that is a dataclass.
     """
+    check_class("objective", objective, Objective)
     register(OBJECTIVES, "objective", name, objective, objective)
 
 
