@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..harness.format import count
+from ..harness.format import count, number
 from .crossovers import Crossover
 from .results import METRICS, Check, Comparison, Metric, tokens_per_step
 
@@ -335,13 +335,14 @@ def _python_sentence(comparison: Comparison) -> str:
                 shares.setdefault(arch, []).append((needed / step, step))
     if not shares:
         return ""
-    steps = [step for several in shares.values() for _, step in several]
+    steps = [1e3 * step for several in shares.values() for _, step in several]
     most = max(share for several in shares.values() for share, _ in several)
+    shortest, longest = number(min(steps)), number(max(steps))
+    span = shortest if shortest == longest else f"{shortest} to {longest}"
     return (
         f" Decode speeds of {and_list([comparison.label(arch) for arch in shares])} measure Python more than the "
         "architecture: arithmetic (as fast as in prefill) and reading weights and state explain at most "
-        f"{100 * most:.0f} % of a step of {1e3 * min(steps):.2g} to {1e3 * max(steps):.2g} ms, and the rest is the "
-        "calling of one small operation after another."
+        f"{100 * most:.0f} % of a step of {span} ms, and the rest is the calling of one small operation after another."
     )
 
 

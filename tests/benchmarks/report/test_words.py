@@ -126,4 +126,4 @@ def test_decode_that_measures_python_is_said_to(tokens_per_second: float, says: 
     said = of_comparison(tmp_path)
     assert ("Decode speeds of Mamba measure Python more than the architecture" in said) == says
     if says:  # 1/74,400 s of arithmetic, and 4 MB of weights and 98 kB of state at 5 GB/s, of 10 ms
-        assert "explain at most 8 % of a step of 10 to 10 ms" in said
+        assert "explain at most 8 % of a step of 10 ms" in said
