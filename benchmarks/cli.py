@@ -94,6 +94,8 @@ def _lm_eval(words: list[str]) -> int:
         raise ValueError("lm_eval is the Language Model Evaluation Harness: pip install lm-eval")
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
+    from .trained import lm_eval  # noqa: F401  # registers --model crossover
+
     sys.argv = words
     cli_evaluate()
     return 0

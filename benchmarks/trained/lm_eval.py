@@ -1,7 +1,6 @@
 """Our trained models in the Language Model Evaluation Harness; needs the extra [eval].
 
-    python -m crossover.benchmarks.trained.lm_eval --model crossover --model_args folder=runs/compare/mamba-s0 \
-        --tasks piqa
+    crossover lm_eval --model crossover --model_args folder=runs/compare/mamba-s0 --tasks piqa
 
 takes all options of the `lm_eval` command (`--device cpu` where there is no GPU), and `--import MODULE`; in Python it
 is `lm_eval.simple_evaluate(model=CrossoverLM(folder), ...)`.

@@ -4,6 +4,9 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +157,24 @@ def test_without_the_harness_its_command_says_how_to_get_it(
         error = capsys.readouterr().err
         assert error.startswith("crossover: lm_eval is the Language Model Evaluation Harness: pip install lm-eval")
         assert error.count("\n") == 1
+
+
+def test_the_command_of_the_harness_knows_our_models(tmp_path: Path) -> None:
+    stand_in = {
+        "__init__.py": "",
+        "__main__.py": "import sys\nfrom .api.registry import known\n"
+        "def cli_evaluate(): print(sys.argv, {name: cls.__name__ for name, cls in known.items()})\n",
+        "api/__init__.py": "",
+        "api/model.py": "class LM: pass\n",
+        "api/registry.py": "known = {}\ndef register_model(name): return lambda cls: known.setdefault(name, cls)\n",
+    }
+    for name, code in stand_in.items():
+        path = tmp_path / "lm_eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    command = [sys.executable, "-m", "crossover.benchmarks.cli", "lm_eval", "--tasks", "piqa"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "['lm_eval', '--tasks', 'piqa'] {'crossover': 'CrossoverLM'}", done.stderr
 
 
 @pytest.fixture
