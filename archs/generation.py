@@ -28,16 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NO_TOKEN",
-    "PREFILL_CHUNK",
     "DecodeGraph",
     "OnToken",
     "Prompts",
     "Sampling",
     "Until",
+    "default_chunk_len",
     "extend",
     "filled",
     "generate",
-    "read",
     "rows_of",
     "step_in_place",
     "takes_sampling",
@@ -46,8 +45,9 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PREFILL_CHUNK = 2048
-"""Tokens of each prompt read at once unless told otherwise: enough to keep a device busy, at bounded memory."""
+CHUNK_LEN, TOKENS_AT_ONCE, LEAST_CHUNK_LEN = 2048, 8192, 256
+"""Tokens of one prompt, and of all together, that keep a device busy at bounded memory; and the fewest of one that
+repay what a mixer does once for a chunk."""
 
 _Count = Annotated[int, Range(1)]
 
@@ -82,7 +82,8 @@ class Sampling:
         stop_tokens: tokens that end the row in which they are drawn.
         until: called after every step with the number of each row that has not ended and the tokens drawn for it so
             far, (n,) int64; the row ends where it returns True.
-        prefill_chunk: tokens of each prompt read at once, which bounds the memory of activations; None means 2048.
+        prefill_chunk: tokens of each prompt read at once, which bounds the memory of activations; None means 2048, and
+            fewer of more than 4 prompts.
         on_token: called after every step with its number, from 0, and the token of each row, (B,) int64: -1 in rows
             that had ended before.
 
@@ -225,7 +226,7 @@ def extend(
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
     are_numbers = torch.ones((), dtype=torch.bool, device=unread.device)
     for n in range(max_new_tokens):
-        logits, state = read(lm, unread, state, starts=starts, chunk=sampling.prefill_chunk)
+        logits, state = lm.prefill(unread, state, starts=starts, chunk_len=sampling.prefill_chunk)
         are_numbers = are_numbers & logits.amax(-1).isfinite().all()  # tokens may be impossible, but not all
         if logits.device.type == "cpu":  # where the host need not wait
             _require_numbers(are_numbers)
@@ -277,33 +278,9 @@ def without_padding(new: Tensor) -> list[Tensor]:
     return [row[row != NO_TOKEN] for row in new]
 
 
-def read(
-    lm: LanguageModel, tokens: Tensor, state: States, *, starts: Tensor | None = None, chunk: int | None = None
-) -> tuple[Tensor, States]:
-    """Reads tokens into a state, some at a time, and makes logits of the last one only.
-
-    Args:
-        lm: a decoder.
-        tokens: (B, L) int64.
-        state: as `init_state` and this function return it.
-        starts: (B, L) bool, True at the first token of a document.
-        chunk: tokens of each row read at once, which bounds the memory of activations; None means PREFILL_CHUNK.
-
-    Returns:
-        Logits after the last token, (B, V), and the state after it.
-    """
-    chunk = PREFILL_CHUNK if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"a prompt cannot be read in chunks of {chunk} tokens: use at least 1")
-    x, after = None, state
-    for i in range(0, tokens.shape[1], chunk):
-        marks = None if starts is None else starts[:, i : i + chunk]
-        if marks is not None and not marks.any():  # without starts some mixers have a faster way
-            marks = None
-        x, after, _ = lm.hidden(tokens[:, i : i + chunk], after, starts=marks)
-    assert x is not None
-    assert after is not None
-    return lm.logits(x[:, -1]), after
+def default_chunk_len(n_rows: int) -> int:
+    """Tokens of each row that are read at once unless told otherwise: 2048, and fewer of more than 4 rows."""
+    return min(CHUNK_LEN, max(LEAST_CHUNK_LEN, TOKENS_AT_ONCE // max(1, n_rows)))
 
 
 def _batch(prompt: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -365,7 +342,7 @@ class DecodeGraph:
     may depend on numbers that the host knows, so the state's plain numbers become tensors. Attention then computes over
     the whole cache, whatever is in it: `max_len` should be no larger than needed.
 
-        logits, state = read(lm, prompt, lm.init_state(B, max_len))
+        logits, state = lm.prefill(prompt, lm.init_state(B, max_len))
         decode = DecodeGraph(lm, state)
         logits = decode(logits.argmax(-1))
 

@@ -23,10 +23,12 @@ __all__ = [
     "check_lengths",
     "check_targets",
     "check_tokens",
-    "marks_of",
-    "starts_of",
     "kept",
+    "marks_of",
+    "n_padding_after",
+    "starts_of",
     "taken",
+    "turned",
 ]
 
 
@@ -98,6 +100,17 @@ def starts_of(padding_mask: Tensor) -> Tensor:
     starts = torch.zeros_like(padding_mask)
     starts[:, 1:] = padding_mask[:, 1:] != padding_mask[:, :-1]
     return starts
+
+
+def n_padding_after(padding_mask: Tensor) -> Tensor:
+    """The padding at the end of each row of a mask, (B, L) bool, that is True at real tokens: (B, 1) int64."""
+    return padding_mask.flip(1).int().argmax(1, keepdim=True)
+
+
+def turned(t: Tensor, n: Tensor) -> Tensor:
+    """Each row of t, (B, L, ...), turned by n, (B, 1), places to the right: what leaves at its end enters before it."""
+    index = (torch.arange(t.shape[1], device=t.device) - n) % t.shape[1]
+    return t.take_along_dim(index.view(*index.shape, *[1] * (t.dim() - 2)), 1)
 
 
 def taken(state: Sequence[Any], mixers: Sequence[Any], x: Tensor) -> list[Any]:

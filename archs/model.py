@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
@@ -17,7 +18,18 @@ from ..kernels import ops
 from . import generation
 from .config import ModelConfig
 from .ffn import FFN
-from .inputs import check_count, check_features, check_targets, check_tokens, kept, marks_of, starts_of, taken
+from .inputs import (
+    check_count,
+    check_features,
+    check_targets,
+    check_tokens,
+    kept,
+    marks_of,
+    n_padding_after,
+    starts_of,
+    taken,
+    turned,
+)
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 from .state import States
@@ -114,15 +126,12 @@ class Backbone(nn.Module):
         real = marks_of("padding_mask", padding_mask, x)
         if state is None or not x.shape[1]:
             return self._run(x, state, _either(starts, starts_of(real)))
-        # rows turned until their padding is at the beginning: then the last token is a real one, and leaves the state
-        t, n_after = torch.arange(x.shape[1], device=x.device), real.flip(1).int().argmax(1, keepdim=True)
-        turned = (t - n_after) % x.shape[1]
-        starts = None if starts is None else starts.gather(1, turned)
-        starts = _either(starts, starts_of(real.gather(1, turned)))
-        y, after, aux_loss = self._run(x.take_along_dim(turned[..., None], 1), state, starts)
+        # padding at the beginning: then the last token is a real one, and leaves the state
+        n_after = n_padding_after(real)
+        starts = _either(None if starts is None else turned(starts, n_after), starts_of(turned(real, n_after)))
+        y, after, aux_loss = self._run(turned(x, n_after), state, starts)
         assert after is not None
-        back = ((t + n_after) % x.shape[1])[..., None]
-        return y.take_along_dim(back, 1), after.forget(~real.any(1)), aux_loss
+        return turned(y, -n_after), after.forget(~real.any(1)), aux_loss
 
     def features(self, x: Tensor, *, starts: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
         """The first thing that `forward` returns, y, (B, L, D): one tensor in, one out.
@@ -315,6 +324,77 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, States | None, Tensor]:
         """Runs the backbone over tokens, (B, L) int64: x, (B, L, D), the state after them, and the auxiliary loss."""
         return self.backbone(self.embed(tokens, segments), state, starts=starts, padding_mask=padding_mask)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        tokens: Tensor,
+        state: Sequence[State | None],
+        *,
+        starts: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        chunk_len: int | None = None,
+    ) -> tuple[Tensor, States]:
+        """Reads a prompt into a state in chunks, so that no more memory is used than for one, however long it is.
+
+            logits, state = lm.prefill(tokens, lm.init_state(len(tokens), max_len))
+
+        No gradients are recorded.
+
+        Args:
+            tokens: (B, L) int64, L at least 1.
+            state: what came before them, as `init_state` or an earlier call gave it.
+            starts: as in `forward`.
+            padding_mask: as in `forward`, for rows of different lengths.
+            segments: as in `forward`.
+            chunk_len: tokens of each row read at once; None means `generation.default_chunk_len`.
+
+        Returns:
+            The logits after the last token of each row, (B, V), under a mask after its last real one, and the state
+            after it.
+
+        Raises:
+            ValueError: as in `forward`, if there are no tokens, or more than the state has room for.
+        """
+        check_tokens(tokens)
+        real = None if padding_mask is None else marks_of("padding_mask", padding_mask, tokens)
+        if real is not None:  # padding at the beginning: then the last token is a real one, in the last chunk
+            n_after = n_padding_after(real)
+            tokens, segments = turned(tokens, n_after), None if segments is None else turned(segments, n_after)
+            starts = None if starts is None else turned(marks_of("starts", starts, tokens), n_after)
+            starts = _either(starts, starts_of(turned(real, n_after)))
+        chunks = self.hidden_in_chunks(tokens, state, starts=starts, segments=segments, chunk_len=chunk_len)
+        last = collections.deque(chunks, maxlen=1)
+        if not last:
+            raise ValueError("there are no tokens to read, and so no logits after the last one: give at least 1")
+        x, after = last.pop()
+        return self.logits(x[:, -1]), after if real is None else after.forget(~real.any(1))
+
+    def hidden_in_chunks(
+        self,
+        tokens: Tensor,
+        state: Sequence[State | None],
+        *,
+        starts: Tensor | None = None,
+        segments: Tensor | None = None,
+        chunk_len: int | None = None,
+    ) -> Iterator[tuple[Tensor, States]]:
+        """As `hidden`, chunk by chunk: the x of each, (B, C, D), and the state after it; arguments as in `prefill`."""
+        chunk_len = generation.default_chunk_len(len(tokens)) if chunk_len is None else chunk_len
+        check_count("chunk_len", chunk_len, least=1)
+        if starts is not None:
+            starts = marks_of("starts", starts, tokens)
+        before: Sequence[State | None] = state
+        for i in range(0, tokens.shape[1], chunk_len):
+            part = slice(i, i + chunk_len)
+            # without starts some mixers have a faster way
+            marks = None if starts is None or not starts[:, part].any() else starts[:, part]
+            kinds = None if segments is None else segments[:, part]
+            x, after, _ = self.hidden(tokens[:, part], before, starts=marks, segments=kinds)
+            assert after is not None
+            yield x, after
+            before = after
 
     def embed(self, tokens: Tensor, segments: Tensor | None = None, *, name: str = "tokens") -> Tensor:
         """Vectors of tokens, (B, L) int64: (B, L, D), with those of their segments, (B, L) int64, if the model has any.

@@ -93,6 +93,10 @@ class Seq2Seq(nn.Module):
         """
         return self.decoder(target, state)
 
+    def prefill(self, target: Tensor, state: Sequence[State], *, chunk_len: int | None = None) -> tuple[Tensor, States]:
+        """Reads the given beginning of a target, (B, T), into a state of `encode`, as LanguageModel.prefill does."""
+        return self.decoder.prefill(target, state, chunk_len=chunk_len)
+
     def init_state(
         self,
         batch_size: int,

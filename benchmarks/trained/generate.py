@@ -69,7 +69,9 @@ _Opened = tuple[list[str], Callable[..., object]]
 """The text printed before each continuation, and the model's `generate`, which lacks only what all models share."""
 
 
-def _sources(lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int) -> _Opened:
+def _sources(
+    lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int | None
+) -> _Opened:
     if not texts:
         raise ValueError("this model writes a target for a source: give a source as PROMPT or with --prompt-file")
     # a source ends and a target begins as in training (train/objectives/pairs.py)
@@ -79,7 +81,9 @@ def _sources(lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Token
     return [""] * len(texts), functools.partial(lm.generate, sources, **own)
 
 
-def _prompts_of(lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int) -> _Opened:
+def _prompts_of(
+    lm: LanguageModel | Seq2Seq, texts: Sequence[str], tokenizer: Tokenizer, prefill_chunk: int | None
+) -> _Opened:
     texts, end = texts or [""], tokenizer.separator
     # an empty prompt is the start of a document
     prompts = [torch.from_numpy(tokenizer.encode(text)) if text else torch.tensor([end]) for text in texts]

@@ -68,8 +68,9 @@ class GenerateConfig:
     stop_at_end: bool = True
     """Whether a continuation ends where the model ends the document, and a target where the model ends it."""
 
-    prefill_chunk: Length = 2048
-    """Tokens of each prompt that are read at once; fewer need less memory. A source is always read whole."""
+    prefill_chunk: Length | None = None
+    """Tokens of each prompt that are read at once; fewer need less memory. When not given, 2048, and fewer of more than
+    4 prompts. A source is always read whole."""
 
     seed: Annotated[int, Range(0, below=2**63)] = 0
     """Seed of the sampling."""

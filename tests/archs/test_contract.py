@@ -23,6 +23,7 @@ from crossover.train.objectives import OBJECTIVES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # Options that change how a mixer runs; every other mixer is tested with its defaults.
 VARIANTS = {
@@ -370,9 +371,14 @@ DOCUMENTS = {"lengths": st.lists(st.integers(1, 7), min_size=1, max_size=3), "pa
 @pytest.mark.quick
 @pytest.mark.parametrize("name", available())
 @settings(max_examples=6)
-@given(cuts=st.sets(st.integers(1, LENGTH), max_size=3), **DOCUMENTS)
+@given(
+    cuts=st.sets(st.integers(1, LENGTH), max_size=3),
+    extra=st.integers(0, 4),
+    chunk_len=st.integers(1, LENGTH),
+    **DOCUMENTS,
+)
 def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
-    name: str, cuts: set[int], lengths: list[int], padding: int, seed: int
+    name: str, cuts: set[int], extra: int, chunk_len: int, lengths: list[int], padding: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     lm = build(name, d_model=24, n_layers=len(configure(name).pattern), vocab_size=11).double()
@@ -394,6 +400,19 @@ def test_a_decoder_reads_packed_padded_chunks_as_documents_apart(
     assert_same(logits_and_gradients(lm, in_chunks()), expected, 1e-6)  # the router of experts is in float32
     with torch.no_grad():
         torch.testing.assert_close(in_chunks(), expected["logits"], rtol=1e-5, atol=1e-6)
+
+        # padded after the first row and before the second, beside what `rows` has put before the documents
+        spare = torch.zeros(2, extra, dtype=torch.int64)
+        padded = torch.stack([torch.cat([tokens[0], spare[0]]), torch.cat([spare[1], tokens[1]])])
+        real = torch.ones(2, total + extra, dtype=torch.bool)
+        real[0, total:] = real[1, :extra] = False
+        marks = torch.stack([torch.cat([starts[0], spare[0] > 0]), torch.cat([spare[1] > 0, starts[1]])])
+        once = lm(padded, lm.init_state(2, total + extra), starts=marks, padding_mask=real)
+        logits, state = lm.prefill(
+            padded, lm.init_state(2, total + extra), starts=marks, padding_mask=real, chunk_len=chunk_len
+        )
+    torch.testing.assert_close(logits, expected["logits"][:, -1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tree_leaves(state), tree_leaves(once.state), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.quick

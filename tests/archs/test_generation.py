@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from crossover.archs import LanguageModel, Seq2Seq, available, build
-from crossover.archs.generation import NO_TOKEN, DecodeGraph, Sampling, read, step_in_place
+from crossover.archs.generation import NO_TOKEN, DecodeGraph, Sampling, default_chunk_len, step_in_place
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,15 +61,21 @@ def test_greedy_tokens_are_those_of_full_passes_alone_and_in_a_batch_of_differen
         assert torch.equal(row, together)
 
 
-@every_decoder
+def test_a_chunk_has_fewer_tokens_of_more_rows_but_never_few() -> None:
+    assert [default_chunk_len(n) for n in (0, 1, 4, 5, 32, 1000)] == [2048, 2048, 2048, 1638, 256, 256]
+
+
 @torch.no_grad()
-def test_reading_in_chunks_gives_the_logits_of_a_full_pass(name: str) -> None:
-    lm, tokens = tiny(name), torch.randint(V, (2, 11))
-    for chunk in (1, 4, 11, None):
-        logits, state = read(lm, tokens, lm.init_state(2, 12), chunk=chunk)
-        torch.testing.assert_close(logits, lm(tokens).logits[:, -1])
-        longer = torch.cat([tokens, tokens[:, :1]], dim=1)
-        torch.testing.assert_close(lm(tokens[:, :1], state).logits[:, 0], lm(longer).logits[:, -1])
+def test_a_prefill_refuses_what_it_cannot_read() -> None:
+    lm, tokens = tiny("transformer"), torch.randint(V, (2, 5))
+    with pytest.raises(ValueError, match="chunk_len=0 must be a whole number of at least 1"):
+        lm.prefill(tokens, lm.init_state(2, 5), chunk_len=0)
+    with pytest.raises(ValueError, match="no tokens to read"):
+        lm.prefill(tokens[:, :0], lm.init_state(2, 5))
+    with pytest.raises(ValueError, match="made for max_len=4 tokens and would hold 5"):
+        lm.prefill(tokens, lm.init_state(2, 4), chunk_len=2)
+    with pytest.raises(ValueError, match=r"padding_mask must be \(2, 5\)"):
+        lm.prefill(tokens, lm.init_state(2, 5), padding_mask=torch.ones(2, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", ["samba", "mamba2", "gpt2"])
@@ -347,7 +353,7 @@ def test_prompts_that_are_none_are_refused(prompt: object, message: str) -> None
 @torch.no_grad()
 def test_a_graphs_steps_give_the_logits_of_a_full_pass(name: str) -> None:
     lm, tokens = tiny(name), torch.randint(V, (3, 12))
-    logits, state = read(lm, tokens[:, :5], lm.init_state(3, 12))
+    logits, state = lm.prefill(tokens[:, :5], lm.init_state(3, 12))
     decode = DecodeGraph(lm, state)
     full = lm(tokens).logits
     torch.testing.assert_close(logits, full[:, 4])
@@ -361,7 +367,7 @@ def test_a_graphs_steps_continue_rows_that_begin_apart(window: int | None) -> No
     lm, tokens = tiny("transformer", window=window), torch.randint(V, (2, 12))
     starts = torch.zeros(2, 6, dtype=torch.bool)
     starts[1, 4] = True
-    _, state = read(lm, tokens[:, :6], lm.init_state(2, 12), starts=starts)
+    _, state = lm.prefill(tokens[:, :6], lm.init_state(2, 12), starts=starts)
     decode = DecodeGraph(lm, state)
     full = lm(tokens[:1]).logits[0], lm(tokens[1:, 4:]).logits[0]
     for t in range(6, 12):
@@ -393,7 +399,7 @@ def test_a_step_reads_nothing_back_and_takes_nothing_from_the_host(
 @torch.inference_mode()
 def test_a_step_compiles_once_for_all_steps() -> None:
     lm, tokens = tiny("samba", window=3), torch.randint(V, (2, 10))
-    _, state = read(lm, tokens[:, :4], lm.init_state(2, 10))
+    _, state = lm.prefill(tokens[:, :4], lm.init_state(2, 10))
     held = DecodeGraph(lm, state)._state
     addresses = [t.data_ptr() for layer in held for t in layer.tensors().values()]
     compiled = torch.compile(step_in_place, fullgraph=True, backend="eager", dynamic=False)

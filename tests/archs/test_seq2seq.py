@@ -82,6 +82,8 @@ def test_any_split_of_the_target_gives_the_full_pass(name: str, options: dict[st
     with torch.no_grad():  # where caches are written in place
         y = in_chunks(lm, lm.encode(source, source_len, max_len=9), target, bounds)
     torch.testing.assert_close(y, expected["y"])
+    logits, _ = lm.prefill(target, lm.encode(source, source_len, max_len=9), chunk_len=max(1, bounds[0]))
+    torch.testing.assert_close(logits, expected["y"][:, -1])
 
 
 @every_variant

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from crossover.archs import LanguageModel, Seq2Seq, States, available, build
-from crossover.archs.generation import read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -122,7 +121,7 @@ def test_a_state_may_have_a_precision_of_its_own_and_keeps_it(name: str, dtype: 
     states = lm.init_state(2, 7, dtype=dtype)
     moved = lm.init_state(2, 7).to(dtype)
     assert [t.dtype for t in leaves(moved)] == [t.dtype for t in leaves(states)]
-    _, after = read(lm, tokens[:, :5], states)
+    _, after = lm.prefill(tokens[:, :5], states)
     out = lm(tokens[:, 5:6], after)
     out = lm(tokens[:, 6:], out.state)
     assert [t.dtype for t in leaves(out.state)] == [t.dtype for t in leaves(moved)]
