@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from ..options import check
+from .step import Step
 
 C = TypeVar("C")
 
@@ -27,6 +28,13 @@ class FFN(nn.Module, Generic[C]):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) -> (B, L, D), and an auxiliary loss to be added to the model's, a scalar, or None."""
+        raise NotImplementedError
+
+    def describe_step(self, step: Step, x: Tensor) -> Tensor:
+        """Describes `forward` of one token for a compiled program (see step.py): x and y are (n_rows, D).
+
+        A class that has none, and a subclass that does not say it again, is decoded by its forward pass.
+        """
         raise NotImplementedError
 
     def flops_per_token(self) -> float:

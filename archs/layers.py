@@ -16,6 +16,7 @@ from ..kernels import ops
 from ..options import Positive
 from .mixer import State, Zeros
 from .state import joined_numbers, per_row
+from .step import Step
 
 
 def linear(d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0) -> nn.Linear:
@@ -60,6 +61,11 @@ def step_bias(n: int, dt_min: float, dt_max: float) -> nn.Parameter:
     return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
 
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), in float32 at least."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
 def default_head_dim(width: int, *, n_groups: int = 1) -> int:
     """The largest power of two up to 64 that leaves at least three heads, in equal groups; 1 where there is none."""
     least = max(3, n_groups)
@@ -82,6 +88,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def describe_step(self, step: Step, x: Tensor) -> Tensor:
+        """`forward` for one token, (n_rows, width), or of equal groups of channels, (n_rows, groups width)."""
+        return step.rms_norm(x, self.weight, self.eps)
 
 
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
@@ -141,6 +151,12 @@ class LearnedPositions(nn.Module):
         if state is None or not x.shape[1]:
             return y, state
         return y, PositionState(first[:, -1].clone(), n_seen + x.shape[1])
+
+    def describe_step(self, step: Step, x: Tensor, state: PositionState) -> Tensor:
+        """`forward` for one token, (n_rows, D)."""
+        first, n_seen = step.state(state.first), step.counted(state, "n_seen")
+        step.n_left = min(step.n_left, len(self.weight) - int((n_seen - first).max()))
+        return step.lookup(self.weight, n_seen, less=first, into=x)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None) -> PositionState:
         """The state before the first of at most `max_len` tokens; ValueError where max_positions is less."""

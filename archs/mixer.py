@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..kernels import ops
 from ..options import check
 from .state import State
+from .step import Step
 
 __all__ = ["Mixer", "State", "Zeros"]
 
@@ -90,6 +91,13 @@ class Mixer(nn.Module, Generic[C, S]):
         """Runs one token: x and y are (B, D). Equals forward at length 1."""
         y, after = self(x[:, None], state)
         return y[:, 0], after
+
+    def describe_step(self, step: Step, x: Tensor, state: S) -> Tensor:
+        """Describes `step` for a compiled program (see step.py): x and y are (n_rows, D), `state` changes in place.
+
+        A class that has none, and a subclass that does not say it again, is decoded by its forward pass.
+        """
+        raise NotImplementedError
 
     def init_state(
         self,

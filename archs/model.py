@@ -33,6 +33,7 @@ from .inputs import (
 from .layers import NORMS, LearnedPositions, linear, linear_flops
 from .mixer import Mixer, State
 from .state import States
+from .step import Step
 from .weights import built_with, check_described
 
 
@@ -63,6 +64,15 @@ class Block(nn.Module):
             return x, state, None
         y, aux = self.ffn(self.ffn_norm(x) if self.prenorm else x)
         return x + y if self.prenorm else self.ffn_norm(x + y), state, aux
+
+    def describe_step(self, step: Step, x: Tensor, state: State) -> Tensor:
+        """`forward` for one token, (n_rows, D)."""
+        y = step.through(self.mixer, step.norm(self.mixer_norm, x) if self.prenorm else x, state)
+        x = step.add(x, y) if self.prenorm else step.norm(self.mixer_norm, step.add(x, y))
+        if self.ffn is None:
+            return x
+        y = step.through(self.ffn, step.norm(self.ffn_norm, x) if self.prenorm else x)
+        return step.add(x, y) if self.prenorm else step.norm(self.ffn_norm, step.add(x, y))
 
 
 class Backbone(nn.Module):
@@ -161,6 +171,16 @@ class Backbone(nn.Module):
         x = self.norm(x) if self.config.prenorm else x
         return x, None if given is None else kept(after, mixers, given), aux_loss
 
+    def describe_step(self, step: Step, x: Tensor, state: Sequence[Any]) -> Tensor:
+        """`forward` for one token, (n_rows, D)."""
+        if self.positions is not None:
+            x = step.through(self.positions, x, state[-1])
+        if not self.config.prenorm:
+            x = step.norm(self.norm, x)
+        for block, held in zip(self.blocks, state, strict=False):  # the state of positions comes last
+            x = step.through(block, x, held)
+        return step.norm(self.norm, x) if self.config.prenorm else x
+
     def init_state(
         self,
         batch_size: int,
@@ -252,6 +272,10 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """(..., D) -> (..., V), for weight (V, D)."""
         return F.linear(x, weight, self.bias)
+
+    def describe_step(self, step: Step, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` for one token, (n_rows, D)."""
+        return step.product(x, weight, self.bias)
 
 
 class LanguageModel(nn.Module):
@@ -423,6 +447,18 @@ class LanguageModel(nn.Module):
         """Makes logits of the x of `hidden`, or of some of its positions: (..., D) -> (..., V)."""
         x = self.transform(x)
         return self.head(x, self.embedding.weight) if isinstance(self.head, TiedHead) else self.head(x)
+
+    def describe_step(self, step: Step, state: Sequence[State]) -> Tensor:
+        """`forward` for one token: its logits, (n_rows, V)."""
+        x = step.row(self.embedding, step.tokens)
+        if self.segments is not None:
+            x = step.add(x, self.segments.weight[0])
+        x = step.through(self.backbone, x, state)
+        if type(self.transform) is not nn.Identity:
+            raise ops.Unsupported("there is a layer before the output projection")
+        if isinstance(self.head, TiedHead):
+            return step.through(self.head, x, self.embedding.weight)
+        return step.linear(self.head, x)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets, (B, L) int64, given the x of `hidden`, (B, L, D); -100 is not counted.

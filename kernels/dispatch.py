@@ -102,6 +102,12 @@ def record_backends() -> Iterator[dict[str, tuple[str, ...]]]:
         _record = previous
 
 
+def note(op: str, backend: str) -> None:
+    """Tells `record_backends` which backend ran for an operation."""
+    if _record is not None and backend not in (seen := _record.get(op, ())):
+        _record[op] = tuple(sorted((*seen, backend)))
+
+
 def no_kernel(name: str, wanted: str) -> str:
     """The message that kernels cannot do something, and what can."""
     return f'{name}: kernels have no {wanted}; run this under `with use_backend("reference"):`'
@@ -199,6 +205,5 @@ class Op(Generic[P, R]):
 
     def _run(self, name: str, *args: Any, **kwargs: Any) -> R:
         result = self._implementations[name](*args, **kwargs)
-        if _record is not None and name not in (seen := _record.get(self.__name__, ())):
-            _record[self.__name__] = tuple(sorted((*seen, name)))
+        note(self.__name__, name)
         return result

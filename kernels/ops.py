@@ -18,6 +18,10 @@ from typing import ParamSpec, TypeVar
 from .attention.reference import attention as _attention
 from .causal_conv1d.reference import causal_conv1d as _causal_conv1d
 from .dispatch import Op, triton_can_run
+from .dispatch import Unsupported as Unsupported
+from .dispatch import forced_backend as forced_backend
+from .dispatch import note as note
+from .dispatch import switched_off as switched_off
 from .dispatch import transform as transform
 from .documents import isolated as isolated
 from .dplr.reference import dplr_kernel as _dplr_kernel
@@ -35,6 +39,7 @@ from .rotary.reference import rotary as _rotary
 from .selective_scan.reference import selective_scan as _selective_scan
 from .ssd.reference import ssd as _ssd
 from .state_update.reference import state_update as _state_update
+from .step.program import Program as Program
 from .swiglu.reference import swiglu as _swiglu
 
 P = ParamSpec("P")

@@ -44,9 +44,14 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
         kernel(0, n_tasks, *arguments)
         return
     bounds = [i * n_tasks // n_threads for i in range(n_threads + 1)]
+    at_once(n_threads, lambda i: kernel(*bounds[i : i + 2], *arguments))
+
+
+def at_once(n_threads: int, work: Callable[[int], None]) -> None:
+    """Calls work(i) for i from 0 to n_threads - 1, each on a thread of its own."""
     threads = _threads(os.getpid(), n_threads)
-    others = [threads.submit(kernel, *bounds[i : i + 2], *arguments) for i in range(1, n_threads)]
-    kernel(0, bounds[1], *arguments)
+    others = [threads.submit(work, i) for i in range(1, n_threads)]
+    work(0)
     for other in others:
         other.result()
 

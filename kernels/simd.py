@@ -192,14 +192,19 @@ def _add(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _address(context: Any, builder: Any, sig: Any, args: Sequence[Any], width: int) -> Any:
-    """A pointer to `width` floats at args[0][args[1]], where args[1] is an index or a tuple of them."""
+    """A pointer to `width` numbers at args[0][args[1]], where args[1] is an index or a tuple of them."""
     array_type, index_type = sig.args[:2]
     array = context.make_array(array_type)(context, builder, args[0])
     axes: Any = index_type if isinstance(index_type, types.BaseTuple) else (index_type,)
     values = cgutils.unpack_tuple(builder, args[1]) if axes is index_type else [args[1]]
     index = [context.cast(builder, i, t, types.intp) for i, t in zip(values, axes, strict=True)]
     pointer = cgutils.get_item_pointer(context, builder, array_type, array, index)
-    return builder.bitcast(pointer, _floats(width).as_pointer())
+    return builder.bitcast(pointer, ir.VectorType(_number(array_type), width).as_pointer())
+
+
+def _number(array_type: Any) -> ir.Type:
+    """What an array holds: floats, or where it is of uint16 bfloat16."""
+    return ir.FloatType() if array_type.dtype == types.float32 else ir.IntType(16)
 
 
 def _if_whole(builder: Any, n: Any) -> Any:
@@ -213,10 +218,11 @@ _operation = cast(Callable[[Callable[..., Any]], Callable[..., Any]], intrinsic)
 
 @_operation
 def load(typing_context, array, index):
-    """Reads the vector that begins at array[index]."""
+    """Reads the vector that begins at array[index]; an array of uint16 holds bfloat16."""
 
     def generate(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig, args, LANES), align=4)
+        start = _address(context, builder, sig, args, LANES)
+        return _wide(builder, builder.load(start, align=_bytes(array)))
 
     return _vector(array, index), generate
 
@@ -242,6 +248,16 @@ def load_pair(typing_context, array, index):
 
 
 @_operation
+def load_few(typing_context, array, index):
+    """Reads STATES values from array[index] on, as many as `total` gives."""
+
+    def generate(context, builder, sig, args):
+        return builder.load(_address(context, builder, sig, args, STATES), align=4)
+
+    return Vector(STATES)(array, index), generate
+
+
+@_operation
 def store(typing_context, array, index, value):
     """Writes a vector, a pair or a tile to array[index] and what follows it."""
 
@@ -258,14 +274,15 @@ def load_first(typing_context, array, index, n):
 
     def generate(context, builder, sig, args):
         source = _address(context, builder, sig, args, LANES)
-        result = cgutils.alloca_once(builder, _floats(LANES))
+        vector = ir.VectorType(_number(array), LANES)
+        result = cgutils.alloca_once(builder, vector)
         with _if_whole(builder, args[2]) as (whole, tail):
             with whole:
-                builder.store(builder.load(source, align=4), result)
+                builder.store(builder.load(source, align=_bytes(array)), result)
             with tail:
-                builder.store(ir.Constant(_floats(LANES), None), result)
-                cgutils.raw_memcpy(builder, result, source, args[2], 4)
-        return builder.load(result)
+                builder.store(ir.Constant(vector, None), result)
+                cgutils.raw_memcpy(builder, result, source, args[2], _bytes(array))
+        return _wide(builder, builder.load(result))
 
     return _vector(array, index, types.intp), generate
 
@@ -275,17 +292,157 @@ def store_first(typing_context, array, index, value, n):
     """Writes the first `n` values of a vector to array[index] and what follows it."""
 
     def generate(context, builder, sig, args):
-        target = _address(context, builder, sig, args, LANES)
+        target, value = _address(context, builder, sig, args, LANES), args[2]
+        if array.dtype != types.float32:
+            value = _halves(builder, value)
         with _if_whole(builder, args[3]) as (whole, tail):
             with whole:
-                builder.store(args[2], target, align=4)
+                builder.store(value, target, align=_bytes(array))
             with tail:
-                source = cgutils.alloca_once(builder, _floats(LANES))
-                builder.store(args[2], source)
-                cgutils.raw_memcpy(builder, target, source, args[3], 4)
+                source = cgutils.alloca_once(builder, value.type)
+                builder.store(value, source)
+                cgutils.raw_memcpy(builder, target, source, args[3], _bytes(array))
         return context.get_dummy_value()
 
     return types.void(array, index, value, types.intp), generate
+
+
+@_operation
+def load_rows(typing_context, array, index, stride):
+    """Reads STATES vectors side by side, a tile, the first from array[index] and each `stride` after the one before.
+
+    An array of uint16 holds bfloat16.
+    """
+
+    def generate(context, builder, sig, args):
+        starts = _row_starts(context, builder, sig, args)
+        return _beside(builder, [_wide(builder, builder.load(p, align=2)) for p in starts])
+
+    return _tile(array, types.intp, types.intp), generate
+
+
+@_operation
+def load_rows_first(typing_context, array, index, stride, n):
+    """`load_rows`, but only the first `n` values of each row exist; zeros stand for the others."""
+
+    def generate(context, builder, sig, args):
+        rows = []
+        for start in _row_starts(context, builder, sig, args):
+            held = cgutils.alloca_once(builder, start.type.pointee)
+            builder.store(ir.Constant(start.type.pointee, None), held)
+            cgutils.raw_memcpy(builder, held, start, args[3], _bytes(array))
+            rows.append(_wide(builder, builder.load(held)))
+        return _beside(builder, rows)
+
+    return _tile(array, types.intp, types.intp, types.intp), generate
+
+
+@_operation
+def store_rows(typing_context, array, index, stride, tile):
+    """Writes the vectors of a tile, as `load_rows` reads them."""
+
+    def generate(context, builder, sig, args):
+        for i, start in enumerate(_row_starts(context, builder, sig, args)):
+            row = _shuffle(builder, args[3], range(i * LANES, (i + 1) * LANES))
+            builder.store(row, start, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, tile), generate
+
+
+@_operation
+def store_rows_first(typing_context, array, index, stride, tile, n):
+    """Writes the first `n` values of each vector of a tile."""
+
+    def generate(context, builder, sig, args):
+        for i, start in enumerate(_row_starts(context, builder, sig, args)):
+            held = cgutils.alloca_once(builder, _floats(LANES))
+            builder.store(_shuffle(builder, args[3], range(i * LANES, (i + 1) * LANES)), held)
+            cgutils.raw_memcpy(builder, start, held, args[4], 4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, tile, types.intp), generate
+
+
+def _row_starts(context: Any, builder: Any, sig: Any, args: Sequence[Any]) -> list[Any]:
+    """Pointers to the STATES vectors that begin at args[0][args[1] + i * args[2]]."""
+    array_type, vector = sig.args[0], ir.VectorType(_number(sig.args[0]), LANES)
+    data = context.make_array(array_type)(context, builder, args[0]).data
+    starts = []
+    for i in range(STATES):
+        index = builder.add(args[1], builder.mul(args[2], args[2].type(i)))
+        starts.append(builder.bitcast(builder.gep(data, [index]), vector.as_pointer()))
+    return starts
+
+
+def _bytes(array_type: Any) -> int:
+    """Bytes of one of an array's numbers."""
+    return array_type.dtype.bitwidth // 8
+
+
+def _wide(builder: Any, value: Any) -> Any:
+    """A vector as float32: bfloat16 is its upper half."""
+    if value.type.element == ir.FloatType():
+        return value
+    width = value.type.count
+    bits = builder.zext(value, ir.VectorType(ir.IntType(32), width))
+    return builder.bitcast(builder.shl(bits, _ints([16] * width)), _floats(width))
+
+
+def _halves(builder: Any, value: Any) -> Any:
+    """A vector rounded to bfloat16, to the nearest and to even; what is no number stays none."""
+    width = value.type.count
+    bits = builder.bitcast(value, ir.VectorType(ir.IntType(32), width))
+    upper = builder.lshr(bits, _ints([16] * width))
+    rounded = builder.add(builder.add(bits, _ints([0x7FFF] * width)), builder.and_(upper, _ints([1] * width)))
+    quiet = builder.or_(upper, _ints([0x40] * width))
+    result = builder.select(
+        builder.fcmp_unordered("uno", value, value), quiet, builder.lshr(rounded, _ints([16] * width))
+    )
+    return builder.trunc(result, ir.VectorType(ir.IntType(16), width))
+
+
+def _beside(builder: Any, vectors: Sequence[Any]) -> Any:
+    """Vectors side by side, as one."""
+    while len(vectors) > 1:
+        n = vectors[0].type.count
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.shuffle_vector(a, b, _ints(range(2 * n))) for a, b in pairs]
+    return vectors[0]
+
+
+# Memory that is known by its address
+
+
+@_operation
+def _pointer(typing_context, address, dtype):
+    number = dtype.dtype
+
+    def generate(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(number).as_pointer())
+
+    return types.CPointer(number)(types.int64, dtype), generate
+
+
+_ENDLESS = 1 << 40
+
+
+@inline
+def floats_at(address):
+    """The float32 numbers at an address, as an array without an end."""
+    return numba.carray(_pointer(address, np.float32), (_ENDLESS,))
+
+
+@inline
+def halves_at(address):
+    """The bfloat16 numbers at an address, as an array of uint16 without an end."""
+    return numba.carray(_pointer(address, np.uint16), (_ENDLESS,))
+
+
+@inline
+def ints_at(address):
+    """The int64 numbers at an address, as an array without an end."""
+    return numba.carray(_pointer(address, np.int64), (_ENDLESS,))
 
 
 # Between scalars, vectors and tiles
@@ -346,6 +503,45 @@ def total(typing_context, tile):
         return value
 
     return Vector(STATES)(_tile), generate
+
+
+@_operation
+def sum_of(typing_context, vector):
+    """The sum of a vector's values, pairwise."""
+
+    def generate(context, builder, sig, args):
+        value, width = args[0], LANES
+        while width > 1:
+            left, right = (_shuffle(builder, value, range(i, i + width // 2)) for i in (0, width // 2))
+            value, width = _add(builder, left, right), width // 2
+        return builder.extract_element(value, ir.IntType(32)(0))
+
+    return types.float32(_vector), generate
+
+
+@_operation
+def exchanged(typing_context, tile):
+    """Neighbours exchanged: values 1, 0, 3, 2, ... of a vector or tile, such as the parts of complex numbers."""
+
+    def generate(context, builder, sig, args):
+        return _shuffle(builder, args[0], [i ^ 1 for i in range(tile.width)])
+
+    return tile(tile), generate
+
+
+@_operation
+def without_first(typing_context, vector, n):
+    """A vector whose first `n` values are zeros."""
+
+    def generate(context, builder, sig, args):
+        places, zeros = _ints(range(LANES)), ir.Constant(_floats(LANES), None)
+        count = builder.trunc(args[1], ir.IntType(32))
+        counts = builder.insert_element(
+            ir.Constant(ir.VectorType(ir.IntType(32), 1), ir.Undefined), count, ir.IntType(32)(0)
+        )
+        return builder.select(builder.icmp_signed("<", places, _shuffle(builder, counts, [0] * LANES)), zeros, args[0])
+
+    return _vector(_vector, types.intp), generate
 
 
 # Arithmetic

@@ -14,6 +14,7 @@ from ...kernels import ops
 from ...options import Size
 from ..ffn import FFN, default_d_ff
 from ..layers import linear, linear_flops
+from ..step import Step
 
 GATED = "swiglu"
 UNGATED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,6 +56,15 @@ class MLP(FFN[MLPConfig]):
         if self.is_gated:
             return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x))), None
         return self.down_proj(UNGATED[self.config.activation](self.up_proj(x))), None
+
+    def describe_step(self, step: Step, x: Tensor) -> Tensor:
+        """See FFN.describe_step."""
+        y = step.linear(self.up_proj, x)
+        if self.is_gated:
+            y = step.swiglu(step.linear(self.gate_proj, x), y)
+        else:
+            y = step.gelu(y, by_tanh=self.config.activation == "gelu_tanh")
+        return step.linear(self.down_proj, y)
 
     def flops_per_token(self) -> float:
         """FLOPs of the two or three projections."""

@@ -15,6 +15,7 @@ from ...kernels import ops
 from ...options import Range, Size
 from ..ffn import FFN, default_d_ff
 from ..layers import linear, linear_flops
+from ..step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ class MoE(FFN[MoEConfig]):
         load = counts / counts.sum()
         balance = self.config.balance_weight * self.config.n_experts * (load * probs.mean(0)).sum()
         return y.to(x.dtype).view_as(x), balance
+
+    def describe_step(self, step: Step, x: Tensor) -> Tensor:
+        """See FFN.describe_step."""
+        scores = step.linear(self.router, x)
+        return step.experts(x, scores, self.gate_up_proj, self.down_proj, self.config.top_k)
 
     def flops_per_token(self) -> float:
         """FLOPs of the router and of top_k experts."""

@@ -21,6 +21,7 @@ from ...options import Length, Positive, Size
 from ..layers import linear, linear_flops
 from ..mixer import Mixer, State, Zeros
 from ..state import joined_numbers, per_row
+from ..step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +208,23 @@ class Attention(Mixer[AttentionConfig, KVCache]):
         if first_key is not None:
             first_key = (first_key - dropped).clamp(min=0)
         return keys, values, KVCache(kept[0], kept[1], first_key, length - dropped, state.n_seen + L)
+
+    def describe_step(self, step: Step, x: Tensor, state: KVCache) -> Tensor:
+        """See Mixer.describe_step."""
+        q, k, v = (step.linear(proj, x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        n_seen, slides = step.counted(state, "n_seen"), self.config.window is not None
+        if self.config.rope:
+            for t in (q, k):
+                step.rotate(t, n_seen, self.config.rope_theta, self.head_dim)
+        room = state.k.shape[1]
+        if self.config.window is not None:  # joined rows may have brought room for more
+            room = min(room, self.config.window - 1)
+        length = step.counted(state, "length", most=room if slides else None)
+        o = step.attend(
+            q, k, v, state.k, state.v, length,
+            first_key=state.first_key, room=room, slides=slides, scale=self.head_dim**-0.5,
+        )  # fmt: skip
+        return step.linear(self.out_proj, o)
 
     def _check_causal(self) -> None:
         if not self.config.causal:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...options import Size, Width
-from ..layers import RMSNorm, StepSizes, linear, linear_flops, step_bias
+from ..layers import RMSNorm, StepSizes, decay_rates, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 CHUNK = 64
 """Tokens that a sequence is computed in chunks of, for the count of FLOPs."""
@@ -98,12 +99,24 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
     def _log_decay(self, dt: Tensor) -> Tensor:
         """log a, (B, L, H), in float32: in bfloat16 the bias would lose the smallest step sizes."""
         dtype = torch.promote_types(dt.dtype, torch.float32)
-        return -self.A_log.to(dtype).exp() * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        return decay_rates(self.A_log).to(dtype) * F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
 
     def _writing_strength(self, b: Tensor) -> Tensor:
         """b, (B, L, H), in float32, as log a."""
         dtype = torch.promote_types(b.dtype, torch.float32)
         return torch.sigmoid(b.to(dtype)) * (2 if self.config.negative_eigenvalues else 1)
+
+    def describe_step(self, step: Step, x: Tensor, state: GatedDeltaNetState) -> Tensor:
+        """See Mixer.describe_step."""
+        H, N, P = self.n_heads, self.d_state, self.head_dim
+        qkv, z, dt, b = step.linear(self.in_proj, x).split([self.d_qkv, H * P, H, H], dim=-1)
+        qkv = step.convolve(qkv, self.conv_weight, None, state.conv, "silu")
+        q, k, v = qkv.split([H * N, H * N, H * P], dim=-1)
+        q, k = (step.rms_norm(t, torch.full((N,), length * N**-0.5), 1e-6 / N) for length, t in ((N**-0.5, q), (1, k)))
+        _, decay = step.decays(dt, self.dt_bias, step.derived(decay_rates, self.A_log))
+        beta = step.sigmoid(b, times=2 if self.config.negative_eigenvalues else 1)
+        o = step.norm(self.norm, step.delta_rule(q, k, v, decay, beta, state.memory))
+        return step.linear(self.out_proj, step.swiglu(z, o))
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

@@ -11,6 +11,7 @@ from ...kernels import ops
 from ...options import Width
 from ..layers import inner_width, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class LSTM(Mixer[LSTMConfig, LSTMState]):
         """See Mixer.forward."""
         y, lstm = ops.lstm_scan(self.in_proj(x), self.weight, None if state is None else state.lstm, starts)
         return self.out_proj(y), None if state is None else LSTMState(lstm)
+
+    def describe_step(self, step: Step, x: Tensor, state: LSTMState) -> Tensor:
+        """See Mixer.describe_step."""
+        y = step.lstm_cell(step.linear(self.in_proj, x), self.weight, state.lstm)
+        return step.linear(self.out_proj, y)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

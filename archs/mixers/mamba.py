@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...options import Size, Width
-from ..layers import RMSNorm, StepSizes, inner_width, linear, linear_flops, step_bias
+from ..layers import RMSNorm, StepSizes, decay_rates, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +75,25 @@ class Mamba(Mixer[MambaConfig, MambaState]):
         delta, B, C = self.x_proj(x).split([self.dt_rank, self.config.d_state, self.config.d_state], dim=-1)
         if self.config.inner_norm:
             delta, B, C = self.dt_norm(delta), self.B_norm(B), self.C_norm(C)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        A = decay_rates(self.A_log)
         # the bias goes to the scan, which adds it in float32: in bfloat16 it would lose the smallest step sizes
         y, ssm = ops.selective_scan(
             x, self.dt_proj(delta), A, B, C, self.D, z,
             delta_bias=self.dt_bias, delta_softplus=True, initial_state=ssm, starts=starts,
         )  # fmt: skip
         return self.out_proj(y), None if state is None else MambaState(conv, ssm)
+
+    def describe_step(self, step: Step, x: Tensor, state: MambaState) -> Tensor:
+        """See Mixer.describe_step."""
+        N = self.config.d_state
+        x, z = step.linear(self.in_proj, x).chunk(2, dim=-1)
+        x = step.convolve(x, self.conv_weight, self.conv_bias, state.conv, "silu")
+        dt, B, C = step.linear(self.x_proj, x).split([self.dt_rank, N, N], dim=-1)
+        if self.config.inner_norm:
+            dt, B, C = step.norm(self.dt_norm, dt), step.norm(self.B_norm, B), step.norm(self.C_norm, C)
+        A = step.derived(decay_rates, self.A_log)
+        y = step.selective_scan(x, step.linear(self.dt_proj, dt), A, B, C, self.D, z, self.dt_bias, state.ssm)
+        return step.linear(self.out_proj, y)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

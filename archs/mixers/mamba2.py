@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ...options import Size, Width
-from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
+from ..layers import RMSNorm, StepSizes, decay_rates, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
     ) -> tuple[Tensor, Mamba2State | None]:
         """See Mixer.forward."""
         z, xBC, dt = self.in_proj(x).split([self.d_inner, self.d_xBC, self.n_heads], dim=-1)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        A = decay_rates(self.A_log)
         if state is not None and starts is None and x.shape[1] == 1:
             y, state = self._one_token(xBC, dt, A, state)
         else:
@@ -105,6 +106,17 @@ class Mamba2(Mixer[Mamba2Config, Mamba2State]):
         )  # fmt: skip
         y, conv, ssm = ops.state_update(*inputs, in_place=self.may_write_in_place(*inputs))
         return y[:, None], Mamba2State(conv, ssm)
+
+    def describe_step(self, step: Step, x: Tensor, state: Mamba2State) -> Tensor:
+        """See Mixer.describe_step."""
+        bc = self.config.n_groups * self.config.d_state
+        z, xBC, dt = step.linear(self.in_proj, x).split([self.d_inner, self.d_xBC, self.n_heads], dim=-1)
+        xBC = step.convolve(xBC, self.conv_weight, self.conv_bias, state.conv, "silu")
+        x, B, C = xBC.split([self.d_inner, bc, bc], dim=-1)
+        dt, decay = step.decays(dt, self.dt_bias, step.derived(decay_rates, self.A_log))
+        y = step.heads_scan(x, dt, decay, B, C, self.D, state.ssm)
+        y = step.rms_norm(y, self.norm.weight, self.norm.eps, gate=z, n_groups=self.config.n_groups)
+        return step.linear(self.out_proj, y)
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...kernels import ops
 from ..layers import StepSizes, linear_flops
-from .s4d import S4D, S4DConfig, StateSize, legs_normal_form, parameter
+from ..step import Step
+from .s4d import S4D, S4DConfig, S4DState, StateSize, legs_normal_form, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,12 @@ class S4(S4D):
     def scan(self, x: Tensor, h: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """See S4D.scan."""
         return ops.dplr_scan(x, *self._scaled(), self.D, h, starts)
+
+    def describe_step(self, step: Step, x: Tensor, state: S4DState) -> Tensor:
+        """See Mixer.describe_step."""
+        weights = self.log_dt, self.A_log, self.A_imag, self.P, self.B, self.C
+        y = step.dplr_scan(x, lambda *_: self._scaled(), weights, self.D, state.ssm)
+        return step.glu(step.linear(self.out_proj, step.gelu(y)))
 
     def _scaled(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt A, sqrt(dt) P, dt B and C, (D, N) complex each: the same system with steps of one."""

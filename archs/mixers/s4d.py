@@ -18,6 +18,7 @@ from ...kernels import ops
 from ...options import Range
 from ..layers import StepSizes, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 StateSize = Annotated[int, Range(2, 2**10)]
 """Real states per channel, in pairs; HiPPO's matrix of more would take minutes to diagonalise."""
@@ -153,6 +154,12 @@ class S4D(Mixer[S4DConfig, S4DState]):
             y, ssm = self.scan(x, None if state is None else state.ssm, starts)
             state = None if state is None else S4DState(ssm)
         return F.glu(self.out_proj(F.gelu(y))), state
+
+    def describe_step(self, step: Step, x: Tensor, state: S4DState) -> Tensor:
+        """See Mixer.describe_step."""
+        weights = self.log_dt, self.A_log, self.A_imag, self.C
+        y = step.diagonal_scan(x, discretize, weights, self.D, state.ssm)
+        return step.glu(step.linear(self.out_proj, step.gelu(y)))
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""

@@ -1,0 +1,112 @@
+"""Decodes one token after another, by a compiled step where the model and the machine allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from .state import State, States
+from .step import Step, bypassed
+
+if TYPE_CHECKING:
+    from .model import LanguageModel
+
+__all__ = ["COMPILED", "MODULES", "Decoder"]
+
+COMPILED, MODULES = "compiled", "modules"
+"""How a token is decoded: by one call of a compiled program, or by calling the model's modules."""
+
+
+class Decoder:
+    """Takes a state further, one token of each row at a time.
+
+        logits, state = lm.prefill(prompt, lm.init_state(1, max_len))
+        decoder = Decoder(lm, state)
+        logits = decoder(logits.argmax(-1))
+
+    On the CPU, where the model's matrices are read faster than Python calls its modules, the step is compiled
+    (step.py): the weights stay where they are, and what training writes into them is seen. Where something would be
+    bypassed, or is not known to the compiled step, the modules run, and `why` says so. Logits are the same to rounding.
+    Nothing is recorded for autograd by a compiled step, so it is used without gradients only.
+    """
+
+    def __init__(self, lm: LanguageModel, state: Sequence[State]) -> None:
+        """Takes a state over, as `init_state` or reading a prompt gave it."""
+        self._lm, self._state = lm, state if isinstance(state, States) else States(state)
+        self._step: Step | None = None
+        self._logits = torch.empty(0)
+        self.why: str | None = None
+        """Why modules run; None where they do not, or before the first token."""
+        self._is_recorded = False
+
+    @property
+    def how(self) -> str:
+        """COMPILED or MODULES: how the last token was decoded."""
+        return MODULES if self._step is None else COMPILED
+
+    @property
+    def state(self) -> States:
+        """The state after the last token."""
+        if self._step is not None:
+            self._step.write_numbers()
+        return self._state
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with some rows, (n,) int64, with repeats allowed."""
+        self._state = self.state.select(rows)
+        self._is_recorded, self._step = False, None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits after one token more of each row: (B,) int64 -> (B, V).
+
+        Raises:
+            ValueError: as LanguageModel.forward.
+        """
+        if not self._is_recorded or (self._step is not None and not self._step.is_current()):
+            self._record()
+        step = self._step
+        if step is None or step.n_left < 1 or not self._are_known(tokens):
+            return self._by_modules(tokens)
+        ops.note("decode", COMPILED)
+        step.tokens.copy_(tokens)
+        step.run()
+        return self._logits.to(self._lm.embedding.weight.dtype, copy=True)
+
+    def _record(self) -> None:
+        state = self.state
+        self._step, self._is_recorded = None, True
+        self.why = _why_modules(self._lm)
+        if self.why is None:
+            try:
+                step = Step(state.n_rows)
+                self._logits = step.through(self._lm, state)
+                self._step = step
+            except ops.Unsupported as error:
+                self.why = str(error)
+
+    def _are_known(self, tokens: Tensor) -> bool:
+        least, most = tokens.aminmax()
+        return tokens.dim() == 1 and int(least) >= 0 and int(most) < self._lm.config.vocab_size
+
+    def _by_modules(self, tokens: Tensor) -> Tensor:
+        ops.note("decode", MODULES)
+        state, self._is_recorded = self.state, self._step is None
+        self._step = None
+        out = self._lm(tokens[:, None], state)
+        self._state = out.state
+        return out.logits[:, 0]
+
+
+def _why_modules(lm: LanguageModel) -> str | None:
+    """Why the model's modules must run, whatever they are; None where they need not."""
+    if torch.is_grad_enabled() and any(p.requires_grad for p in lm.parameters()):
+        return "gradients are recorded"
+    if lm.embedding.weight.device.type != "cpu":
+        return f"the model is on {lm.embedding.weight.device}"
+    if (backend := ops.forced_backend()) not in (None, "cpu"):
+        return f"the {backend} backend is asked for"
+    return ops.switched_off().get(("decode", "cpu")) or bypassed()

@@ -1,0 +1,495 @@
+"""Records one token's way through a model as a list of instructions, and runs the whole list in one call.
+
+Between two operations on one token Python takes longer than the operation: a small model decodes ten times slower than
+its matrices can be read. So a model describes its step once, layer by layer, with the methods below, which read like
+its forward pass; nothing is computed then. `Program.run` computes it, each time for the next token.
+
+Weights and states are not copied: instructions hold their addresses. What training writes into a weight is seen by the
+next run, and so is a weight that has moved, which is found by `is_current` and must be recorded anew.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import Unsupported
+from ..parallel import at_once
+
+__all__ = ["MANY_ROWS", "Program"]
+
+MANY_ROWS = 16
+"""Rows of a batch up to which a program is faster than matrix products of the whole batch."""
+
+LARGE = 1 << 24
+"""Bytes of weights from which a program runs on several threads, which wait for each other after every instruction."""
+
+_NUMBERS = (torch.float32, torch.bfloat16)
+
+_lock = threading.Lock()
+"""Held while threads wait for each other: they must all have begun."""
+
+T = TypeVar("T", bound=Tensor | Sequence[Tensor])
+
+
+class Program:
+    """One token of `n_rows` sequences as a list of instructions.
+
+    Activations are tensors (n_rows, n), float32, that hold nothing until `run`: they may be split and sliced along n.
+    Every method that computes returns a new one. What a program cannot do is `Unsupported`, with the reason.
+    """
+
+    def __init__(self, n_rows: int) -> None:
+        if n_rows > MANY_ROWS:
+            raise Unsupported(f"a batch of {n_rows} rows is faster by matrix products")
+        self.n_rows = n_rows
+        self.n_left = math.inf
+        """Tokens for which there is still room in all states."""
+        self.tokens = torch.zeros(n_rows, dtype=torch.int64)
+        """What is run next, (n_rows,) int64."""
+        self.n_bytes = 0
+        """Bytes of the weights and states that one run reads."""
+        self._words: list[list[int]] = []
+        self._kept: list[Tensor] = []
+        self._weights: dict[int, tuple[Tensor, int]] = {}
+        self._derived: list[_Derived] = []
+        self._counts: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._turns: dict[tuple[int, float, int], tuple[Tensor, Tensor]] = {}
+        self._table: Tensor | None = None
+        self._counter = torch.zeros(1, dtype=torch.int64)
+
+    # Recording: memory
+
+    def new(self, n: int) -> Tensor:
+        """An activation of n numbers."""
+        return torch.zeros(self.n_rows, n)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """A weight as float32: itself, or a copy that is made anew when it has changed."""
+        return self._known(t) if t.dtype == torch.float32 and t.is_contiguous() else self.derived(_as_floats, t)
+
+    def derived(self, function: Callable[..., T], *weights: Tensor) -> T:
+        """What a function makes of some weights, before the first run and again when they have changed."""
+        derived = _Derived(function, [self._plain(w) for w in weights])
+        self._derived.append(derived)
+        return derived.value  # pyright: ignore[reportReturnType]
+
+    def count(self, number: int | Tensor, *, most: int | None = None) -> Tensor:
+        """A number that grows by one with every run, up to `most`: (n_rows,) int64."""
+        values = number.tolist() if isinstance(number, Tensor) else [number] * self.n_rows
+        key = tuple(values), 2**62 if most is None else most
+        if key not in self._counts:  # layers that have seen as much as each other share it
+            self._counts[key] = torch.tensor(values, dtype=torch.int64)
+        return self._counts[key]
+
+    def state(self, t: Tensor) -> Tensor:
+        """A tensor of a state, which is updated in place; complex numbers as pairs of floats."""
+        if t.requires_grad:
+            raise Unsupported("autograd records the state")
+        if not t.is_contiguous():
+            raise Unsupported("a tensor of the state is not contiguous")
+        t = torch.view_as_real(t) if t.is_complex() else t
+        if t.dtype not in (*_NUMBERS, torch.int64):
+            raise Unsupported(f"a state is in {_short(t.dtype)}")
+        return t
+
+    def _plain(self, t: Tensor) -> Tensor:
+        if type(t) not in (Tensor, nn.Parameter):
+            raise Unsupported(f"a weight is a {type(t).__name__}")
+        if t.device.type != "cpu":
+            raise Unsupported(f"a weight is on {t.device}")
+        if t.dtype not in _NUMBERS:
+            raise Unsupported(f"a weight is in {_short(t.dtype)}")
+        self._weights[id(t)] = (t, t.data_ptr())
+        return t
+
+    def _known(self, t: Tensor) -> Tensor:
+        if not self._plain(t).is_contiguous():
+            raise Unsupported("a weight is not contiguous")
+        return t
+
+    def _emit(self, name: str, *words: Tensor | int | float | None) -> None:
+        from .instruction import WORDS
+        from .instructions import address_of
+
+        row = [address_of(name)]
+        for word in words:
+            if isinstance(word, Tensor):
+                self._kept.append(word)
+                row.append(word.data_ptr())
+            else:
+                row.append(struct.unpack("q", struct.pack("d", word))[0] if isinstance(word, float) else int(word or 0))
+        assert len(row) <= WORDS, f"{name} has {len(row)} words"
+        self._words.append(row + [0] * (WORDS - len(row)))
+
+    def _emit_for(self, name: str, t: Tensor, *words: Tensor | int | float | None) -> None:
+        """Emits an instruction that comes in two kinds, for float32 and bfloat16 in its first tensor."""
+        self._emit(name if t.dtype == torch.float32 else f"{name}_bfloat16", t, *words)
+
+    # Recording: products
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, into: Tensor | None = None) -> Tensor:
+        """weight x + bias, or `into` plus it, in place: weight (n, k), bias (n,)."""
+        n, k = weight.shape
+        y = self.new(n) if into is None else into
+        self.n_bytes += weight.nbytes
+        offsets = None if bias is None else self.weight(bias)
+        words = (x, x.stride(0), y, y.stride(0), offsets, n, k, self.n_rows, into is not None)
+        self._emit_for("linear", self._known(weight), *words)
+        return y
+
+    def experts(self, x: Tensor, scores: Tensor, up: Tensor, down: Tensor, top_k: int) -> Tensor:
+        """The sum over the top_k largest of p = softmax(scores) of p down (silu(g) u), where g, u = up x.
+
+        x (n_rows, D) · scores (n_rows, n_experts), used up · up (n_experts, 2 F, D) · down (n_experts, D, F).
+        """
+        n_experts, width, D = up.shape
+        F, y = width // 2, self.new(D)
+        choice, shares = torch.zeros(self.n_rows, top_k, dtype=torch.int64), self.new(top_k)
+        gate_up, inner, outer = self.new(top_k * width), self.new(top_k * F), self.new(top_k * D)
+        self._emit("route", scores, choice, shares, n_experts, self.n_rows, top_k)
+        self._emit_for(
+            "chosen", self._known(up), choice, x, x.stride(0), gate_up, width, D, self.n_rows, top_k, True
+        )  # fmt: skip
+        rows = gate_up.view(-1, width)
+        self._pointwise("SWIGLU", rows[:, :F], rows[:, F:], inner.view(-1, F))
+        self._emit_for("chosen", self._known(down), choice, inner, F, outer, D, F, self.n_rows, top_k, False)
+        self._emit("mix", outer, shares, y, y.stride(0), D, self.n_rows, top_k)
+        self.n_bytes += (up.nbytes + down.nbytes) // n_experts * top_k * self.n_rows
+        return y
+
+    def lookup(self, table: Tensor, index: Tensor, *, less: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+        """table[index - less], or `into` plus it, in place: table (m, n), index and less (n_rows,) int64."""
+        y = self.new(table.shape[1]) if into is None else into
+        words = (index, less, y, y.stride(0), table.shape[1], self.n_rows, into is not None)
+        self._emit_for("lookup", self._known(table), *words)
+        return y
+
+    # Recording: single numbers
+
+    def _pointwise(self, function: str, a: Tensor, b: Tensor, y: Tensor | None = None) -> Tensor:
+        from . import pointwise
+
+        y = self.new(a.shape[1]) if y is None else y
+        words = (getattr(pointwise, function), a, a.stride(0), b, b.stride(0), y, y.stride(0), *reversed(a.shape))
+        self._emit("pointwise", *words)
+        return y
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b, where b may be a weight (n,)."""
+        return self._pointwise("ADD", a, self.weight(b).expand_as(a) if b.dim() == 1 else b)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b."""
+        return self._pointwise("MULTIPLY", a, b)
+
+    def swiglu(self, gate: Tensor, x: Tensor) -> Tensor:
+        """silu(gate) x."""
+        return self._pointwise("SWIGLU", gate, x)
+
+    def glu(self, x: Tensor) -> Tensor:
+        """a sigmoid(b) of the halves a and b of x."""
+        a, b = x.chunk(2, dim=-1)
+        return self._pointwise("GLU", a, b)
+
+    def gelu(self, x: Tensor, *, by_tanh: bool = False) -> Tensor:
+        """GELU, or its approximation by tanh."""
+        return self._pointwise("GELU_TANH" if by_tanh else "GELU", x, x)
+
+    def sigmoid(self, x: Tensor, *, times: float = 1.0) -> Tensor:
+        """times sigmoid(x)."""
+        factor = torch.full((1, x.shape[1]), float(times))
+        return self._pointwise("SIGMOID", x, factor.expand_as(x))
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, gate: Tensor | None = None, n_groups: int | None = None
+    ) -> Tensor:
+        """weight x / rms(x) in equal groups of channels, of x silu(gate) where there is a gate.
+
+        The weight is of all channels, or of one group for all alike.
+        """
+        width = x.shape[1]
+        n = width // n_groups if n_groups else len(weight)
+        y = self.new(width)
+        gates = (None, 0) if gate is None else (gate, gate.stride(0))
+        words = (self.weight(weight), len(weight) == width, y, y.stride(0), n, width // n, self.n_rows, float(eps))
+        self._emit("rms_norm", x, x.stride(0), *gates, *words)
+        return y
+
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """weight (x - mean) / sqrt(variance + eps) + bias."""
+        scale, offsets = (None if t is None else self.weight(t) for t in (weight, bias))
+        y = self.new(x.shape[1])
+        words = (scale, offsets, y, y.stride(0), x.shape[1], self.n_rows, float(eps))
+        self._emit("layer_norm", x, x.stride(0), *words)
+        return y
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, activation: str | None = None
+    ) -> Tensor:
+        """ops.causal_conv1d of one token: weight (E, K), bias (E,), window (n_rows, K-1, E), in place."""
+        y, window = self.new(x.shape[1]), self.state(window)
+        taps, offsets = self.derived(_taps, weight), None if bias is None else self.weight(bias)
+        n_past = window.shape[1]
+        words = (x, x.stride(0), taps, offsets, y, x.shape[1], n_past, self.n_rows, activation == "silu")
+        self._emit_for("convolve", window, *words)
+        self.n_bytes += window.nbytes + taps.nbytes
+        return y
+
+    def decays(self, dt: Tensor, bias: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """step = softplus(dt + bias) and exp(A step): bias and A (n,), A as `derived` gives it."""
+        step, decay = self.new(dt.shape[1]), self.new(dt.shape[1])
+        words = (self.weight(bias), A, step, decay, dt.shape[1], self.n_rows)
+        self._emit("decays", dt, dt.stride(0), *words)
+        return step, decay
+
+    # Recording: recurrences
+
+    def selective_scan(
+        self,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor,
+        dt_bias: Tensor,
+        state: Tensor,
+    ) -> Tensor:
+        """ops.selective_scan of one token, with softplus: A (E, N) as `derived` gives it, state (n_rows, E, N)."""
+        h, (E, N), y, scratch = self._recurrent(state), A.shape, self.new(u.shape[1]), self.new(2 * u.shape[1])
+        given = (h, u, u.stride(0), dt, dt.stride(0), self.weight(dt_bias), A, B, B.stride(0), C, C.stride(0))
+        self._emit("selective_scan", *given, self.weight(D), z, z.stride(0), scratch, y, E, N, self.n_rows)
+        self.n_bytes += A.nbytes
+        return y
+
+    def heads_scan(
+        self, x: Tensor, step: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    ) -> Tensor:
+        """h = decay h + step x B^T and y = h C + D x per head: ops.ssd of one token.
+
+        x (n_rows, H P) · step, decay (n_rows, H) · B, C (n_rows, G N) · D (H,) · state (n_rows, H, P, N).
+        """
+        h, (_, H, P, N), y = self._recurrent(state), state.shape, self.new(x.shape[1])
+        given = (h, x, x.stride(0), step, decay, B, B.stride(0), C, C.stride(0), self.weight(D))
+        self._emit("heads_scan", *given, y, H, P, N, B.shape[1] // N, self.n_rows)
+        return y
+
+    def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+        """ops.gated_delta_rule of one token: q, k (n_rows, H N), v (n_rows, H P), state (n_rows, H, P, N)."""
+        S, (_, H, P, N), o = self._recurrent(state), state.shape, self.new(v.shape[1])
+        given = (S, q, q.stride(0), k, k.stride(0), v, v.stride(0), decay, beta)
+        self._emit("delta_rule", *given, o, H, P, N, self.n_rows)
+        return o
+
+    def lstm_cell(self, gates: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+        """ops.lstm_scan of one token: gates (n_rows, 4 E), weight (4 E, E), state (n_rows, 2, E)."""
+        held, E = self._recurrent(state), state.shape[2]
+        gates = self.product(held[:, 0], weight, into=gates)
+        y = self.new(E)
+        self._emit("lstm_cell", gates, held, y, E, self.n_rows)
+        return y
+
+    def diagonal_scan(
+        self,
+        u: Tensor,
+        system: Callable[..., tuple[Tensor, Tensor]],
+        weights: Sequence[Tensor],
+        D: Tensor,
+        state: Tensor,
+    ) -> Tensor:
+        """ops.ssm_scan of one token: system(*weights) gives A and C as it takes them; state (n_rows, E, N) complex."""
+
+        def arranged(*weights: Tensor) -> tuple[Tensor, ...]:
+            A, C = system(*weights)
+            return *_factor(torch.exp(A)), _real_part(2 * C)
+
+        h, y = self._recurrent(state), self.new(u.shape[1])
+        real, imag, C = self.derived(arranged, *weights)
+        E, n = real.shape
+        ones = torch.tensor([1.0, 0.0]).repeat(n // 2)
+        self._emit(
+            "diagonal_scan", h, u, u.stride(0), real, imag, C, ones, self.weight(D), y, E, n, self.n_rows
+        )  # fmt: skip
+        self.n_bytes += 3 * real.nbytes
+        return y
+
+    def dplr_scan(
+        self,
+        u: Tensor,
+        system: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+        weights: Sequence[Tensor],
+        D: Tensor,
+        state: Tensor,
+    ) -> Tensor:
+        """ops.dplr_scan of one token: system(*weights) gives A, P, B and C as it takes them."""
+
+        def arranged(*weights: Tensor) -> tuple[Tensor, ...]:
+            A, P, B, C = system(*weights)
+            M = 1 / (1 - A / 2)
+            w = P.conj() * M / (1 + (P.conj() * M * P).sum(-1, keepdim=True).real)
+            return *_factor(M), _real_part(w), _numbers(M * P), _numbers(B), _real_part(2 * C)
+
+        h, y = self._recurrent(state), self.new(u.shape[1])
+        real, imag, w, Q, B, C = self.derived(arranged, *weights)
+        E, n = real.shape
+        words = (real, imag, w, Q, B, C, self.weight(D), y, E, n, self.n_rows)
+        self._emit("dplr_scan", h, u, u.stride(0), *words)
+        self.n_bytes += 6 * real.nbytes
+        return y
+
+    def _recurrent(self, state: Tensor) -> Tensor:
+        h = self.state(state)
+        if h.dtype != torch.float32:
+            raise Unsupported(f"the state of a recurrence is in {_short(state.dtype)}")
+        self.n_bytes += h.nbytes
+        return h
+
+    # Recording: attention
+
+    def rotate(self, x: Tensor, position: Tensor, theta: float, head_dim: int) -> None:
+        """ops.rotary of one token, in place: x (n_rows, H P), position (n_rows,) as `count` gives it."""
+        half, key = head_dim // 2, (id(position), theta, head_dim)
+        if key not in self._turns:  # layers share them
+            frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+            self._turns[key] = self.new(half), self.new(half)
+            self._emit("angles", position, frequency, *self._turns[key], half, self.n_rows)
+        self._emit("rotate", x, x.stride(0), *self._turns[key], x.shape[1] // head_dim, half, self.n_rows)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        *,
+        first_key: Tensor | None,
+        room: int,
+        slides: bool,
+        scale: float,
+    ) -> Tensor:
+        """ops.attention of one token that sees the keys held and itself, and then joins them.
+
+        Args:
+            q: queries, (n_rows, H P).
+            k: its key, (n_rows, G P).
+            v: its value, alike.
+            keys: those held, (n_rows, capacity, G, P), in place.
+            values: alike.
+            length: how many are held, as `count` gives it.
+            first_key: the first that is seen, (n_rows,) int64; None means all are.
+            room: most that may be held.
+            slides: whether the oldest then leaves; otherwise there is no room for more tokens.
+            scale: factor on the scores.
+        """
+        keys, values = self.state(keys), self.state(values)
+        _, capacity, G, P = keys.shape
+        H, o = q.shape[1] // P, self.new(q.shape[1])
+        held = int(length.max())
+        scratch = torch.zeros(self.n_rows, H, capacity + 1)
+        first = None if first_key is None else self.state(first_key)
+        given = (q, q.stride(0), k, k.stride(0), v, v.stride(0), keys, values, length, first, scratch, o)
+        kind = "attend" if keys.dtype == torch.float32 else "attend_bfloat16"
+        self._emit(kind, *given, H, G, P, capacity, room, keys.stride(0), self.n_rows, float(scale))
+        if not slides:
+            self.n_left = min(self.n_left, room - held)
+        elif first is not None:
+            self._emit("slide", first, length, room, self.n_rows)
+        if capacity:
+            self.n_bytes += (keys.nbytes + values.nbytes) * held // capacity
+        return o
+
+    # Running
+
+    def is_current(self) -> bool:
+        """Whether all weights are still where they were when they were recorded."""
+        return all(t.data_ptr() == address for t, address in self._weights.values())
+
+    def run(self) -> None:
+        """Computes the step for `tokens`, and advances all states by one token."""
+        from .instruction import WORDS, run
+        from .instructions import address_of
+
+        if self._table is None:
+            for (_, most), numbers in self._counts.items():
+                self._words.append([address_of("advance"), numbers.data_ptr(), self.n_rows, most, *[0] * (WORDS - 4)])
+            self._table = torch.tensor(self._words, dtype=torch.int64)
+        for derived in self._derived:
+            derived.refresh()
+        code, n = self._table.data_ptr(), len(self._table)
+        n_threads = torch.get_num_threads() if self.n_bytes >= LARGE else 1
+        # where another thread runs a program on several threads, this one must not wait for it in their middle
+        if n_threads > 1 and _lock.acquire(blocking=False):
+            try:
+                counter = self._counter.zero_().data_ptr()
+                at_once(n_threads, lambda rank: run(code, n, WORDS, rank, n_threads, counter))
+            finally:
+                _lock.release()
+        else:
+            run(code, n, WORDS, 0, 1, 0)
+        self.n_left -= 1
+
+
+class _Derived:
+    """Tensors that a function makes of weights, kept at one address and made anew when a weight has changed."""
+
+    def __init__(self, function: Callable[..., Tensor | Sequence[Tensor]], weights: Sequence[Tensor]) -> None:
+        self._function, self._weights = function, weights
+        self._versions = self._seen()
+        self.value = self._made()
+
+    @torch.no_grad()
+    def _made(self) -> Tensor | tuple[Tensor, ...]:
+        value = self._function(*self._weights)
+        # of its own memory: where nothing had to be done it would be the weight itself
+        return value.clone() if isinstance(value, Tensor) else tuple([t.contiguous() for t in value])
+
+    def _seen(self) -> list[int]:
+        return [0 if w.is_inference() else w._version for w in self._weights]
+
+    def refresh(self) -> None:
+        """Makes them anew if a weight has changed."""
+        if (seen := self._seen()) == self._versions:
+            return
+        new, self._versions = self._made(), seen
+        pairs = [(self.value, new)] if isinstance(new, Tensor) else zip(self.value, new, strict=True)
+        for old, tensor in pairs:
+            old.copy_(tensor)
+
+
+def _as_floats(weight: Tensor) -> Tensor:
+    return weight.float().contiguous()
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(E, K) -> (K, E)."""
+    return weight.float().T.contiguous()
+
+
+def _numbers(z: Tensor) -> Tensor:
+    """Complex numbers, (E, N), as real and imaginary parts in turn, (E, 2 N)."""
+    return torch.view_as_real(z.to(torch.complex64).resolve_conj().contiguous()).flatten(1)
+
+
+def _real_part(z: Tensor) -> Tensor:
+    """What numbers h in turn are multiplied with and summed to give Re sum(z h)."""
+    return _numbers(z.conj())
+
+
+def _factor(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z as the recurrences multiply by it: its real parts, each twice, and its imaginary parts b as (-b, b)."""
+    real, imag = z.real.float(), z.imag.float()
+    return torch.stack([real, real], -1).flatten(1), torch.stack([-imag, imag], -1).flatten(1)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
