@@ -39,14 +39,14 @@ class Decoder:
         self._lm, self._state = lm, state if isinstance(state, States) else States(state)
         self._step: Step | None = None
         self._logits = torch.empty(0)
+        self._unsupported: str | None = None
         self.why: str | None = None
-        """Why modules run; None where they do not, or before the first token."""
-        self._is_recorded = False
+        """Why the model's modules ran for the last token; None where they did not."""
 
     @property
     def how(self) -> str:
         """COMPILED or MODULES: how the last token was decoded."""
-        return MODULES if self._step is None else COMPILED
+        return COMPILED if self.why is None else MODULES
 
     @property
     def state(self) -> States:
@@ -57,8 +57,7 @@ class Decoder:
 
     def select(self, rows: Tensor) -> None:
         """Goes on with some rows, (n,) int64, with repeats allowed."""
-        self._state = self.state.select(rows)
-        self._is_recorded, self._step = False, None
+        self._state, self._step, self._unsupported = self.state.select(rows), None, None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits after one token more of each row: (B,) int64 -> (B, V).
@@ -66,38 +65,41 @@ class Decoder:
         Raises:
             ValueError: as LanguageModel.forward.
         """
-        if not self._is_recorded or (self._step is not None and not self._step.is_current()):
-            self._record()
+        self.prepare()
         step = self._step
-        if step is None or step.n_left < 1 or not self._are_known(tokens):
+        if step is None or not self._fits(step, tokens):
             return self._by_modules(tokens)
         ops.note("decode", COMPILED)
         step.tokens.copy_(tokens)
         step.run()
         return self._logits.to(self._lm.embedding.weight.dtype, copy=True)
 
-    def _record(self) -> None:
-        state = self.state
-        self._step, self._is_recorded = None, True
-        self.why = _why_modules(self._lm)
-        if self.why is None:
+    def prepare(self) -> None:
+        """Compiles the step, as the next token would do: unless it is compiled and nothing has moved."""
+        self.why = _why_modules(self._lm) or self._unsupported
+        if self.why is not None:
+            self._state, self._step = self.state, None
+        elif self._step is None or not self._step.is_current():
+            state = self.state
             try:
                 step = Step(state.n_rows)
                 self._logits = step.through(self._lm, state)
                 self._step = step
             except ops.Unsupported as error:
-                self.why = str(error)
+                self.why = self._unsupported = str(error)
+                self._step = None
 
-    def _are_known(self, tokens: Tensor) -> bool:
+    def _fits(self, step: Step, tokens: Tensor) -> bool:
+        """Whether there is room for these tokens, and they are of the vocabulary; if not, modules say what is wrong."""
+        if step.n_left < 1 or tokens.shape != step.tokens.shape:
+            return False
         least, most = tokens.aminmax()
-        return tokens.dim() == 1 and int(least) >= 0 and int(most) < self._lm.config.vocab_size
+        return int(least) >= 0 and int(most) < self._lm.config.vocab_size
 
     def _by_modules(self, tokens: Tensor) -> Tensor:
         ops.note("decode", MODULES)
-        state, self._is_recorded = self.state, self._step is None
-        self._step = None
-        out = self._lm(tokens[:, None], state)
-        self._state = out.state
+        out = self._lm(tokens[:, None], self.state)
+        self._state, self._step = out.state, None
         return out.logits[:, 0]
 
 

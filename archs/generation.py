@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import Positive, Range, check
+from .decoding import Decoder
 from .inputs import check_count
 from .registry import nearest
 from .state import State, States
@@ -225,12 +226,15 @@ def extend(
     rows = torch.arange(len(unread), device=unread.device)  # numbers of the rows in the batch
     new = unread.new_full((len(unread), max_new_tokens), NO_TOKEN)
     are_numbers = torch.ones((), dtype=torch.bool, device=unread.device)
+    logits, state = lm.prefill(unread, state, starts=starts, chunk_len=sampling.prefill_chunk)
+    decoder, step = Decoder(lm, state), unread[:, -1]
     for n in range(max_new_tokens):
-        logits, state = lm.prefill(unread, state, starts=starts, chunk_len=sampling.prefill_chunk)
+        if n:
+            logits = decoder(step)
         are_numbers = are_numbers & logits.amax(-1).isfinite().all()  # tokens may be impossible, but not all
         if logits.device.type == "cpu":  # where the host need not wait
             _require_numbers(are_numbers)
-        step, starts = sampling.draw(logits, seen), None
+        step = sampling.draw(logits, seen)
         new[rows, n] = step
         if sampling.on_token is not None:
             sampling.on_token(n, new[:, n])
@@ -243,8 +247,7 @@ def extend(
                 new = new[:, : n + 1]
                 break
             rows, step, seen = rows[left], step[left], None if seen is None else seen[left]
-            state = state.select(left)
-        unread = step[:, None]
+            decoder.select(left)
     _require_numbers(are_numbers)
     return new
 

@@ -452,7 +452,7 @@ class LanguageModel(nn.Module):
         """`forward` for one token: its logits, (n_rows, V)."""
         x = step.row(self.embedding, step.tokens)
         if self.segments is not None:
-            x = step.add(x, self.segments.weight[0])
+            x = step.add(x, step.row(self.segments, torch.zeros_like(step.tokens)))
         x = step.through(self.backbone, x, state)
         if type(self.transform) is not nn.Identity:
             raise ops.Unsupported("there is a layer before the output projection")

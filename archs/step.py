@@ -42,10 +42,14 @@ class Step(ops.Program):
 
     def linear(self, module: nn.Module, x: Tensor) -> Tensor:
         """What an nn.Linear gives."""
+        return self.product(x, *self.parameters_of(module))
+
+    def parameters_of(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of an nn.Linear, for a step that does not call it by itself."""
         if type(module) is not nn.Linear:
             raise ops.Unsupported(f"a projection is a {type(module).__name__}")
         _require_bare(module)
-        return self.product(x, module.weight, module.bias)
+        return module.weight, module.bias
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """What an RMSNorm or an nn.LayerNorm over the last axis gives; an RMSNorm may be narrower than x, in groups."""

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ...options import Size
 from ..layers import linear, linear_flops
 from ..mixer import C, Mixer, State, Zeros
+from ..step import Step
 from .attention import Attention, AttentionConfig
 
 CHUNK_NUMBERS = 1 << 24
@@ -146,6 +147,12 @@ class CrossAttention(Reader[CrossAttentionConfig]):
         o = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.n_heads != self.n_kv_heads)
         return self.out_proj(rearrange(o, "b h l p -> b l (h p)"))
 
+    def describe_step(self, step: Step, x: Tensor, state: Memory) -> Tensor:
+        """See Mixer.describe_step."""
+        q, scale = step.linear(self.q_proj, x), self.head_dim**-0.5
+        o = step.read(q, state.k, state.v, state.source_len, scale=scale, head_dim=self.head_dim)
+        return step.linear(self.out_proj, o)
+
     def flops_per_pair(self) -> float:
         """FLOPs of a score and a weighted value."""
         return 4 * self.n_heads * self.head_dim
@@ -192,6 +199,11 @@ class AdditiveAttention(Reader[AdditiveAttentionConfig]):
         if visible is not None:
             scores = scores.masked_fill(~visible[:, None], float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
+
+    def describe_step(self, step: Step, x: Tensor, state: Memory) -> Tensor:
+        """See Mixer.describe_step."""
+        q = step.linear(self.q_proj, x)
+        return step.compare(q, state.k, state.v, state.source_len, *step.parameters_of(self.score))
 
     def flops_per_token(self, context_len: float) -> float:
         """The query: what is applied to a pair of tokens is in `flops_per_pair`."""

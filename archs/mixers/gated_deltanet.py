@@ -112,7 +112,7 @@ class GatedDeltaNet(Mixer[GatedDeltaNetConfig, GatedDeltaNetState]):
         qkv, z, dt, b = step.linear(self.in_proj, x).split([self.d_qkv, H * P, H, H], dim=-1)
         qkv = step.convolve(qkv, self.conv_weight, None, state.conv, "silu")
         q, k, v = qkv.split([H * N, H * N, H * P], dim=-1)
-        q, k = (step.rms_norm(t, torch.full((N,), length * N**-0.5), 1e-6 / N) for length, t in ((N**-0.5, q), (1, k)))
+        q, k = (step.rms_norm(t, scale, 1e-6 / N, n_groups=H) for t, scale in ((q, 1 / N), (k, N**-0.5)))
         _, decay = step.decays(dt, self.dt_bias, step.derived(decay_rates, self.A_log))
         beta = step.sigmoid(b, times=2 if self.config.negative_eigenvalues else 1)
         o = step.norm(self.norm, step.delta_rule(q, k, v, decay, beta, state.memory))

@@ -18,6 +18,7 @@ from ...kernels import ops
 from ...options import Size
 from ..layers import StepSizes, linear, linear_flops
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 from .s4d import Init, StateSize, discretize, initial_poles, parameter
 
 
@@ -82,6 +83,14 @@ class H3(Mixer[H3Config, H3State]):
         y = (rearrange(q, "b l (h i) -> b i 1 l h", i=P) * kv).sum(1)
         y = self.out_proj(rearrange(y, "b j l h -> b l (h j)"))
         return y, None if state is None or ssm is None else H3State(conv, ssm)
+
+    def describe_step(self, step: Step, x: Tensor, state: H3State) -> Tensor:
+        """See Mixer.describe_step."""
+        P, weights = self.config.head_dim, (self.log_dt, self.A_log, self.A_imag, self.C)
+        q, k, v = step.linear(self.in_proj, x).chunk(3, dim=-1)
+        k = step.convolve(k, self.shift_weight, None, state.conv)
+        kv = step.diagonal_scan(step.outer(k, v, P), discretize, weights, self.D, state.ssm)
+        return step.linear(self.out_proj, step.inner(q, kv, P))
 
     def _remember(self, kv: Tensor, h: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The diagonal SSM on (B, P, P, L, H), and its state (B, P, P, H, N) where it is given one or starts.

@@ -23,6 +23,7 @@ from ...kernels import ops
 from ...options import Positive, Share, Size, Width
 from ..layers import RMSNorm, StepSizes, default_head_dim, inner_width, linear, linear_flops, step_bias
 from ..mixer import Mixer, State, Zeros
+from ..step import Step
 
 SMALLEST_FADE = 1e-9
 """-A dt stops here, where exp(A dt) has long been one in float32: the scan's input is divided by it."""
@@ -122,6 +123,22 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
             return out, state
         # clones: the state must not keep whole sequences alive
         return out, Mamba3State(ssm, x[:, -1].clone(), B[:, -1].clone(), angle[:, -1].remainder(2 * math.pi))
+
+    def describe_step(self, step: Step, x: Tensor, state: Mamba3State) -> Tensor:
+        """See Mixer.describe_step."""
+        z, x, B, C, dt, A, mix, theta = step.linear(self.in_proj, x).split(self.widths, dim=-1)
+        y = step.trapezoid_scan(
+            x,
+            (dt, A, mix, theta),
+            self.dt_bias,
+            (step.norm(self.B_norm, B), self.B_bias),
+            (step.norm(self.C_norm, C), self.C_bias),
+            self.D,
+            (state.ssm, state.x, state.B, state.angle),
+            A_min=self.config.A_min,
+            least=SMALLEST_FADE,
+        )
+        return step.linear(self.out_proj, step.swiglu(z, y))
 
     def _scan(
         self,

@@ -188,3 +188,24 @@ def decays(words: int, rank: int, n_ranks: int) -> None:
             size = softplus(load_first(dts, row * dt_stride + i, n - i) + load_first(offsets, i, n - i))
             store_first(steps, row * n + i, size, n - i)
             store_first(results, row * n + i, exp(size * load_first(As, i, n - i)), n - i)
+
+
+@called
+def _save(y, words, rank):
+    _, x, x_stride, n, rows = unpack(words, 5)
+    xs = floats_at(x)
+    if rank:
+        return
+    for row in range(rows):
+        for i in range(0, n, LANES):
+            store_first(y, row * n + i, load_first(xs, row * x_stride + i, n - i), n - i)
+
+
+def save(words: int, rank: int, n_ranks: int) -> None:
+    """y = x: both (rows, n)."""
+    _save(floats_at(ints_at(words)[0]), words, rank)
+
+
+def save_bfloat16(words: int, rank: int, n_ranks: int) -> None:
+    """`save` as bfloat16."""
+    _save(halves_at(ints_at(words)[0]), words, rank)

@@ -100,7 +100,7 @@ class Program:
         return t
 
     def _plain(self, t: Tensor) -> Tensor:
-        if type(t) not in (Tensor, nn.Parameter):
+        if type(t) is not nn.Parameter:
             raise Unsupported(f"a weight is a {type(t).__name__}")
         if t.device.type != "cpu":
             raise Unsupported(f"a weight is on {t.device}")
@@ -130,7 +130,7 @@ class Program:
 
     def _emit_for(self, name: str, t: Tensor, *words: Tensor | int | float | None) -> None:
         """Emits an instruction that comes in two kinds, for float32 and bfloat16 in its first tensor."""
-        self._emit(name if t.dtype == torch.float32 else f"{name}_bfloat16", t, *words)
+        self._emit(_kind(name, t), t, *words)
 
     # Recording: products
 
@@ -182,8 +182,8 @@ class Program:
         return y
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """a + b, where b may be a weight (n,)."""
-        return self._pointwise("ADD", a, self.weight(b).expand_as(a) if b.dim() == 1 else b)
+        """a + b."""
+        return self._pointwise("ADD", a, b)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a b."""
@@ -208,17 +208,18 @@ class Program:
         return self._pointwise("SIGMOID", x, factor.expand_as(x))
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, *, gate: Tensor | None = None, n_groups: int | None = None
+        self, x: Tensor, weight: Tensor | float, eps: float, *, gate: Tensor | None = None, n_groups: int | None = None
     ) -> Tensor:
         """weight x / rms(x) in equal groups of channels, of x silu(gate) where there is a gate.
 
-        The weight is of all channels, or of one group for all alike.
+        The weight is of all channels, of one group for all alike, or a number.
         """
         width = x.shape[1]
-        n = width // n_groups if n_groups else len(weight)
+        n = width // n_groups if n_groups else width if isinstance(weight, float) else len(weight)
+        scale = torch.full((n,), weight) if isinstance(weight, float) else self.weight(weight)
         y = self.new(width)
         gates = (None, 0) if gate is None else (gate, gate.stride(0))
-        words = (self.weight(weight), len(weight) == width, y, y.stride(0), n, width // n, self.n_rows, float(eps))
+        words = (scale, len(scale) == width, y, y.stride(0), n, width // n, self.n_rows, float(eps))
         self._emit("rms_norm", x, x.stride(0), *gates, *words)
         return y
 
@@ -289,6 +290,50 @@ class Program:
         self._emit("delta_rule", *given, o, H, P, N, self.n_rows)
         return o
 
+    def trapezoid_scan(
+        self,
+        x: Tensor,
+        gates: tuple[Tensor, Tensor, Tensor, Tensor],
+        dt_bias: Tensor,
+        B: tuple[Tensor, Tensor],
+        C: tuple[Tensor, Tensor],
+        D: Tensor,
+        state: tuple[Tensor, Tensor, Tensor, Tensor],
+        *,
+        A_min: float,
+        least: float,
+    ) -> Tensor:
+        """The recurrence of Mamba-3 for one token (arXiv:2603.15569).
+
+        Args:
+            x: (n_rows, H P).
+            gates: dt, A and mix, (n_rows, H), and theta, (n_rows, n_angles), all parts of one projection.
+            dt_bias: (H,).
+            B: (n_rows, N), and its bias, (H, N).
+            C: alike.
+            D: (H,).
+            state: h, (n_rows, H, P, N), the last x, (n_rows, H, P), the last B, (n_rows, H, N), and the angles,
+                (n_rows, H, n_angles), all in place.
+            A_min: smallest -A.
+            least: smallest -A dt.
+        """
+        h, last_B, angle = (self._recurrent(state[i]) for i in (0, 2, 3))
+        (_, H, P, N), last_x = h.shape, self.state(state[1]).flatten(1)
+        factors, turned_B, turned_C = torch.zeros(3, self.n_rows, H), self.new(H * N), self.new(H * N)
+        given = (*gates, gates[0].stride(0), self.weight(dt_bias), B[0], B[0].stride(0), C[0], C[0].stride(0))
+        made = (self.weight(B[1]), self.weight(C[1]), angle, factors, turned_B, turned_C, H, angle.shape[2], N)
+        self._emit("trapezoid_inputs", *given, *made, self.n_rows, float(A_min), float(least))
+        old_x = last_x
+        if last_x.dtype != torch.float32:
+            old_x = self.new(H * P)
+            self._emit_for("lookup", last_x, torch.arange(self.n_rows), None, old_x, H * P, H * P, self.n_rows, False)
+        y = self.new(H * P)
+        words = (h, x, x.stride(0), old_x, factors, turned_B, last_B, turned_C, self.weight(D), y, H, P, N, self.n_rows)
+        self._emit("trapezoid_scan", *words)
+        if last_x is not old_x:
+            self._emit_for("save", last_x, old_x, H * P, H * P, self.n_rows)
+        return y
+
     def lstm_cell(self, gates: Tensor, weight: Tensor, state: Tensor) -> Tensor:
         """ops.lstm_scan of one token: gates (n_rows, 4 E), weight (4 E, E), state (n_rows, 2, E)."""
         held, E = self._recurrent(state), state.shape[2]
@@ -305,20 +350,33 @@ class Program:
         D: Tensor,
         state: Tensor,
     ) -> Tensor:
-        """ops.ssm_scan of one token: system(*weights) gives A and C as it takes them; state (n_rows, E, N) complex."""
+        """ops.ssm_scan of one token: system(*weights) gives A and C as it takes them; state (n_rows, E, N) complex.
+
+        There may be more rows than in the batch, as many of u and y as of the state.
+        """
 
         def arranged(*weights: Tensor) -> tuple[Tensor, ...]:
             A, C = system(*weights)
             return *_factor(torch.exp(A)), _real_part(2 * C)
 
-        h, y = self._recurrent(state), self.new(u.shape[1])
+        h, y = self._recurrent(state), torch.zeros_like(u)
         real, imag, C = self.derived(arranged, *weights)
         E, n = real.shape
         ones = torch.tensor([1.0, 0.0]).repeat(n // 2)
-        self._emit(
-            "diagonal_scan", h, u, u.stride(0), real, imag, C, ones, self.weight(D), y, E, n, self.n_rows
-        )  # fmt: skip
+        self._emit("diagonal_scan", h, u, u.stride(0), real, imag, C, ones, self.weight(D), y, E, n, len(u))
         self.n_bytes += 3 * real.nbytes
+        return y
+
+    def outer(self, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
+        """k[h, i] v[h, j] for the pairs of channels of each head, (n_rows P P, H): k and v (n_rows, H P)."""
+        y = torch.zeros(self.n_rows * head_dim**2, k.shape[1] // head_dim)
+        self._emit("outer", k, k.stride(0), v, v.stride(0), y, y.shape[1], head_dim, self.n_rows)
+        return y
+
+    def inner(self, q: Tensor, pairs: Tensor, head_dim: int) -> Tensor:
+        """sum over i of q[h, i] pairs[i, j, h], (n_rows, H P), for q (n_rows, H P) and pairs as `outer` makes them."""
+        y = self.new(q.shape[1])
+        self._emit("inner", q, q.stride(0), pairs, y, pairs.shape[1], head_dim, self.n_rows)
         return y
 
     def dplr_scan(
@@ -392,14 +450,10 @@ class Program:
             scale: factor on the scores.
         """
         keys, values = self.state(keys), self.state(values)
-        _, capacity, G, P = keys.shape
-        H, o = q.shape[1] // P, self.new(q.shape[1])
+        capacity, o = keys.shape[1], self.new(q.shape[1])
         held = int(length.max())
-        scratch = torch.zeros(self.n_rows, H, capacity + 1)
         first = None if first_key is None else self.state(first_key)
-        given = (q, q.stride(0), k, k.stride(0), v, v.stride(0), keys, values, length, first, scratch, o)
-        kind = "attend" if keys.dtype == torch.float32 else "attend_bfloat16"
-        self._emit(kind, *given, H, G, P, capacity, room, keys.stride(0), self.n_rows, float(scale))
+        self._attend(q, (k, k.stride(0), v, v.stride(0)), keys, values, length, first, o, room, scale)
         if not slides:
             self.n_left = min(self.n_left, room - held)
         elif first is not None:
@@ -407,6 +461,57 @@ class Program:
         if capacity:
             self.n_bytes += (keys.nbytes + values.nbytes) * held // capacity
         return o
+
+    def read(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor | None,
+        *,
+        scale: float,
+        head_dim: int,
+    ) -> Tensor:
+        """Attention to keys and values, (n_rows, S, G P), of which each row has the first `length`, (n_rows,) int64."""
+        keys, values = (self.state(t).unflatten(-1, (-1, head_dim)) for t in (keys, values))
+        o = self.new(q.shape[1])
+        self._attend(q, (None, 0, None, 0), keys, values, self._lengths(keys, length), None, o, 0, scale)
+        self.n_bytes += keys.nbytes + values.nbytes
+        return o
+
+    def compare(
+        self, q: Tensor, keys: Tensor, values: Tensor, length: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """sum over t of a[t] v[t], a = softmax of weight tanh(q + k[t]) + bias: weight (1, d_key), as `read`."""
+        keys, values = self.state(keys), self.state(values)
+        _, S, d_key = keys.shape
+        d_value, scratch = values.shape[2], torch.zeros(self.n_rows, S)
+        y, offset = self.new(d_value), None if bias is None else self.weight(bias)
+        given = (q, q.stride(0), keys, values, self._lengths(keys, length), self.weight(weight), offset, scratch, y)
+        self._emit(_kind("compare", keys, values), *given, S, d_key, d_value, self.n_rows)
+        self.n_bytes += keys.nbytes + values.nbytes
+        return y
+
+    def _attend(
+        self,
+        q: Tensor,
+        new: tuple[Tensor | None, int, Tensor | None, int],
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        first_key: Tensor | None,
+        o: Tensor,
+        room: int,
+        scale: float,
+    ) -> None:
+        _, capacity, G, P = keys.shape
+        H = q.shape[1] // P
+        scratch = torch.zeros(self.n_rows, H, capacity + 1)
+        given = (q, q.stride(0), *new, keys, values, length, first_key, scratch, o)
+        self._emit(_kind("attend", keys, values), *given, H, G, P, capacity, room, self.n_rows, float(scale))
+
+    def _lengths(self, keys: Tensor, length: Tensor | None) -> Tensor:
+        return torch.full((self.n_rows,), keys.shape[1]) if length is None else self.state(length)
 
     # Running
 
@@ -464,6 +569,12 @@ class _Derived:
         pairs = [(self.value, new)] if isinstance(new, Tensor) else zip(self.value, new, strict=True)
         for old, tensor in pairs:
             old.copy_(tensor)
+
+
+def _kind(name: str, *tensors: Tensor) -> str:
+    """The name of an instruction for the numbers of some tensors, all alike."""
+    (dtype,) = {t.dtype for t in tensors}
+    return name if dtype == torch.float32 else f"{name}_bfloat16"
 
 
 def _as_floats(weight: Tensor) -> Tensor:

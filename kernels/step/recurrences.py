@@ -9,6 +9,7 @@ import numpy as np
 from ..simd import (
     LANES,
     STATES,
+    called,
     exchanged,
     exp,
     floats_at,
@@ -29,7 +30,7 @@ from ..simd import (
     tanh,
     total,
 )
-from .instruction import share, unpack
+from .instruction import float_of, share, unpack
 
 
 @inline
@@ -281,3 +282,113 @@ def dplr_scan(words: int, rank: int, n_ranks: int) -> None:
                 hs[at + n], hs[at + n + 1] = re, im
                 value += re * Cs[weight + n] + im * Cs[weight + n + 1]
             ys[row * E + e] = value
+
+
+def outer(words: int, rank: int, n_ranks: int) -> None:
+    """y[i, j, h] = k[h, i] v[h, j]: k, v (rows, H P) · y (rows, P, P, H)."""
+    k, k_stride, v, v_stride, y, H, P, rows = unpack(words, 8)
+    ks, vs, ys = floats_at(k), floats_at(v), floats_at(y)
+    first, last = share(rows * P, rank, n_ranks)
+    for task in range(first, last):
+        row, i = task // P, task % P
+        for j in range(P):
+            for h in range(H):
+                ys[(task * P + j) * H + h] = ks[row * k_stride + h * P + i] * vs[row * v_stride + h * P + j]
+
+
+def inner(words: int, rank: int, n_ranks: int) -> None:
+    """y[h, j] = sum over i of q[h, i] x[i, j, h]: q, y (rows, H P) · x (rows, P, P, H)."""
+    q, q_stride, x, y, H, P, rows = unpack(words, 7)
+    qs, xs, ys = floats_at(q), floats_at(x), floats_at(y)
+    first, last = share(rows * P, rank, n_ranks)
+    for task in range(first, last):
+        row, j = task // P, task % P
+        for h in range(H):
+            value = np.float32(0.0)
+            for i in range(P):
+                value += qs[row * q_stride + h * P + i] * xs[((row * P + i) * P + j) * H + h]
+            ys[row * H * P + h * P + j] = value
+
+
+def trapezoid_inputs(words: int, rank: int, n_ranks: int) -> None:
+    """What trapezoid_scan reads, per head, and the angles after this token (arXiv:2603.15569).
+
+    With t = softplus(dt + bias) and r = 1 + A for A >= 0, 1 / (1 - A) below: decay = exp(-t r), where r is at least
+    A_min and t r at least least; own = t sigmoid(mix) and rest = t sigmoid(-mix). angle += t pi tanh(theta), in [0, 2
+    pi), by which the pairs of B + B_bias and C + C_bias are turned.
+
+    dt, A, mix (rows, H), theta (rows, n_angles): with one stride · bias (H,) · B, C (rows, N) · B_bias, C_bias (H, N) ·
+    angle (rows, H, n_angles), in place · decay, own, rest (rows, H), one after the other · turned_B, turned_C (rows, H,
+    N).
+    """
+    (dt, A, mix, theta, stride, bias, B, B_stride, C, C_stride, B_bias, C_bias, angle, factors, turned_B, turned_C, H,
+     n_angles, N, rows, A_min, least) = unpack(words, 22)  # fmt: skip
+    dts, As, mixes, thetas, offsets = floats_at(dt), floats_at(A), floats_at(mix), floats_at(theta), floats_at(bias)
+    held, scales = floats_at(angle), floats_at(factors)
+    first, last = share(rows * H, rank, n_ranks)
+    for task in range(first, last):
+        row, head = task // H, task % H
+        at = row * stride
+        size = np.float64(dts[at + head]) + offsets[head]
+        size = max(size, 0.0) + math.log1p(math.exp(-abs(size)))
+        a = np.float64(As[at + head])
+        rate = 1.0 + a if a >= 0 else 1.0 / (1.0 - a)
+        own = 1.0 / (1.0 + math.exp(-np.float64(mixes[at + head])))
+        scales[task] = math.exp(-max(size * max(rate, float_of(A_min)), float_of(least)))
+        scales[rows * H + task] = size * own
+        scales[2 * rows * H + task] = size * (1.0 - own)
+        for i in range(n_angles):
+            angle_now = held[task * n_angles + i] + size * math.pi * math.tanh(thetas[at + i])
+            held[task * n_angles + i] = angle_now % (2 * math.pi)
+        _turn(B, row * B_stride, B_bias, head * N, held, task * n_angles, n_angles, turned_B, task * N, N)
+        _turn(C, row * C_stride, C_bias, head * N, held, task * n_angles, n_angles, turned_C, task * N, N)
+
+
+@called
+def _turn(vector, at, bias, bias_at, angles, angles_at, n_angles, turned, to, N):
+    """turned = vector + bias, whose pairs (2 i, 2 i + 1) are turned by angle i."""
+    values, offsets, results = floats_at(vector), floats_at(bias), floats_at(turned)
+    for n in range(N):
+        results[to + n] = values[at + n] + offsets[bias_at + n]
+    for i in range(n_angles):
+        angle = np.float64(angles[angles_at + i])
+        c, s = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+        a, b = results[to + 2 * i], results[to + 2 * i + 1]
+        results[to + 2 * i], results[to + 2 * i + 1] = a * c - b * s, a * s + b * c
+
+
+def trapezoid_scan(words: int, rank: int, n_ranks: int) -> None:
+    """h = decay (h + rest x' B'^T) + own x B^T and y = h C + D x per head; then B' = B and x' = x.
+
+    h (rows, H, P, N) · x, x', y (rows, H P) · decay, own, rest (rows, H), one after the other · B, B', C (rows, H, N) ·
+    D (H,).
+    """
+    h, x, x_stride, x_last, factors, B, B_last, C, D, y, H, P, N, rows = unpack(words, 14)
+    hs, xs, old_xs, scales = floats_at(h), floats_at(x), floats_at(x_last), floats_at(factors)
+    Bs, old_Bs, Cs, Ds, ys = floats_at(B), floats_at(B_last), floats_at(C), floats_at(D), floats_at(y)
+    first, last = share(rows * H, rank, n_ranks)
+    for task in range(first, last):
+        row, head, vectors = task // H, task % H, task * N
+        fade, own, skip = scales[task], scales[rows * H + task], Ds[head]
+        rest = fade * scales[2 * rows * H + task]
+        for p in range(0, P - STATES + 1, STATES):
+            x_at, at = row * x_stride + head * P + p, (task * P + p) * N
+            sums, drive, late = repeat(full(0.0)), own * spread(xs, x_at), rest * spread(old_xs, task * P + p)
+            for n in range(0, N, LANES):
+                left = N - n
+                value = fade * _rows_of(hs, at + n, N, left) + late * repeat(load_first(old_Bs, vectors + n, left))
+                value = value + drive * repeat(load_first(Bs, vectors + n, left))
+                _write_rows(hs, at + n, N, value, left)
+                sums = sums + value * repeat(load_first(Cs, vectors + n, left))
+            store(ys, task * P + p, total(sums) + skip * load_few(xs, x_at))
+        for p in range(P - P % STATES, P):
+            x_at, at, value = row * x_stride + head * P + p, (task * P + p) * N, np.float32(0.0)
+            for n in range(N):
+                driven = rest * old_xs[task * P + p] * old_Bs[vectors + n] + own * xs[x_at] * Bs[vectors + n]
+                hs[at + n] = fade * hs[at + n] + driven
+                value += hs[at + n] * Cs[vectors + n]
+            ys[task * P + p] = value + skip * xs[x_at]
+        for n in range(N):
+            old_Bs[vectors + n] = Bs[vectors + n]
+        for p in range(P):
+            old_xs[task * P + p] = xs[row * x_stride + head * P + p]
