@@ -62,6 +62,11 @@ class Cell:
         return self.arch, self.phase, self.context_len
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether tokens were decoded by a compiled step, and not by calling the model's modules."""
+        return list(self.backend.get("decode", ())) == ["compiled"]
+
+    @property
     def done(self) -> bool:
         """Whether the cell was measured."""
         return self.status == "done"

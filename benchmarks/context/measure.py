@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...archs import LanguageModel, LMLoss, Seq2Seq
+from ...archs.decoding import Decoder
 from ...archs.mixer import State
 from ...kernels.dispatch import record_backends
 from ...train.config import OptimConfig
@@ -171,8 +172,12 @@ class _Driver:
         """Reads prompts (B, L), up to the logits of the last position; returns the state, if any."""
         _logits(self.model(tokens))
 
-    def step(self, tokens: Tensor, state: Any) -> Any:
-        """Reads one more token of each, (B, 1); returns the next state."""
+    def stored_in(self, dtype: torch.dtype) -> Self:
+        """The same for a copy of the model with its weights in another precision."""
+        return type(self)(copy.deepcopy(self.model).to(dtype))
+
+    def decoder(self, state: Any) -> Callable[[Tensor], object]:
+        """A function that reads one more token of each, (B, 1), with every call; it takes the state over."""
         raise AssertionError("refused by _driver")
 
     def copied(self, state: Any) -> Any:
@@ -202,8 +207,10 @@ class _Ours(_Driver):
         assert after is not None
         return after
 
-    def step(self, tokens: Tensor, state: list[State]) -> Any:
-        return self.model(tokens, state).state
+    def decoder(self, state: list[State]) -> Callable[[Tensor], object]:
+        decoder = Decoder(self.model, state)
+        decoder.prepare()
+        return lambda tokens: decoder(tokens[:, 0])
 
     def copied(self, state: Sequence[State]) -> list[State]:
         return [layer.clone() for layer in state]
@@ -231,12 +238,15 @@ class _Transformers(_Driver):
     def read(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> Any:
         return self._call(tokens)
 
-    def step(self, tokens: Tensor, state: Any) -> Any:
-        assert self._cache is not None
-        after = self._call(tokens, **{self._cache: state})
-        if after is None:
-            raise ValueError(f"{type(self.model).__name__} gives no cache back, without which it cannot decode")
-        return after
+    def decoder(self, state: Any) -> Callable[[Tensor], object]:
+        def step(tokens: Tensor) -> None:
+            nonlocal state
+            assert self._cache is not None
+            state = self._call(tokens, **{self._cache: state})
+            if state is None:
+                raise ValueError(f"{type(self.model).__name__} gives no cache back, without which it cannot decode")
+
+        return step
 
     def _call(self, tokens: Tensor, **options: Any) -> Any:
         if self._cache is None:
@@ -401,27 +411,33 @@ class Bench:
 
     @torch.no_grad()
     def decode(self) -> Measurement:
-        """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt."""
+        """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt.
+
+        In bf16 the weights are stored so, as those of a model that is in use: autocast would convert all of them for
+        every token.
+        """
         batch_size, n_tokens = self.batch_size["decode"], self.settings.decode_tokens
-        tokens = self._tokens(batch_size, n_tokens)
-        self.driver.model.eval()
-        snapshot = self._prefilled(self._tokens(batch_size, self.context_len), self.context_len + n_tokens)
-        n_bytes = self.driver.n_bytes(snapshot)
+        tokens, driver, spare_bytes = self._tokens(batch_size, n_tokens), self.driver, 0
+        if self.precision.name == "bf16":
+            driver = driver.stored_in(torch.bfloat16)
+            spare_bytes = sum(parameter.nbytes for parameter in self.driver.model.parameters())
+        driver.model.eval()
+        prompts = self._tokens(batch_size, self.context_len)
+        snapshot = driver.read(prompts, self.context_len + n_tokens, self.state_dtype)
+        n_bytes = driver.n_bytes(snapshot)
         if n_bytes is None:
-            raise ValueError(f"{type(self.driver.model).__name__} gives no cache back, without which it cannot decode")
+            raise ValueError(f"{type(driver.model).__name__} gives no cache back, without which it cannot decode")
 
         def generate() -> float:
-            state = self.driver.copied(snapshot)
+            step = driver.decoder(driver.copied(snapshot))
 
             def go() -> None:
-                nonlocal state
-                with self.precision.autocast(self.device):
-                    for i in range(n_tokens):
-                        state = self.driver.step(tokens[:, i : i + 1], state)
+                for i in range(n_tokens):
+                    step(tokens[:, i : i + 1])
 
             return timed(self.device, go)
 
-        found = self._measure(generate, batch_size, batch_size * n_tokens, spare_bytes=n_bytes)
+        found = self._measure(generate, batch_size, batch_size * n_tokens, spare_bytes=n_bytes + spare_bytes)
         return _with_state(found, n_bytes)
 
     def _prefilled(self, tokens: Tensor, max_len: int) -> Any:

@@ -356,8 +356,8 @@ def position_figure(comparison: Comparison) -> Figure | None:
 
 def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     """Draws a metric against the context length, with crosses at lengths that could not run; None without cells."""
-    archs = [arch for arch in comparison.archs if comparison.cells_of(arch, metric.phase)]
-    cells = {arch: comparison.cells_of(arch, metric.phase) for arch in archs}
+    archs = [arch for arch in comparison.archs if comparison.ranked_cells(arch, metric)]
+    cells = {arch: comparison.ranked_cells(arch, metric) for arch in archs}
     lengths = sorted({cell.context_len for several in cells.values() for cell in several})
     done = {arch: [cell for cell in several if cell.done] for arch, several in cells.items()}
     if not any(done.values()):

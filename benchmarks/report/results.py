@@ -281,6 +281,22 @@ class Comparison:
         """Runs of one architecture by seed."""
         return sorted((run for run in self.runs if run.arch == arch), key=lambda run: run.seed)
 
+    def ranked_cells(self, arch: str, metric: Metric) -> list[Cell]:
+        """Cells of one architecture that a metric compares, by length.
+
+        Decode speeds are those of compiled steps where any model has one: beside them, what calls modules for every
+        token measures Python.
+        """
+        cells = self.cells_of(arch, metric.phase)
+        if metric.phase == "decode" and metric.key == "tokens_per_second" and self.decodes_compiled:
+            return [cell for cell in cells if cell.is_compiled or not cell.done]
+        return cells
+
+    @property
+    def decodes_compiled(self) -> bool:
+        """Whether any model was decoded by a compiled step."""
+        return any(cell.is_compiled for cell in self.cells if cell.phase == "decode")
+
     def cells_of(self, arch: str, phase: str) -> list[Cell]:
         """Cells of one architecture and phase by length."""
         cells = (cell for cell in self.cells if cell.arch == arch and cell.phase == phase)
@@ -409,7 +425,7 @@ def crossovers_of(comparison: Comparison) -> list[Crossover]:
     """Crossovers of every metric and ordered pair of architectures, from the context cells."""
     found = []
     for metric in METRICS:
-        curves = {arch: _curve(comparison.cells_of(arch, metric.phase), metric) for arch in comparison.archs}
+        curves = {arch: _curve(comparison.ranked_cells(arch, metric), metric) for arch in comparison.archs}
         found += all_crossovers(metric.name, {arch: curve for arch, curve in curves.items() if curve}, metric.direction)
     return found
 

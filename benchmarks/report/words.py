@@ -217,7 +217,7 @@ def _crossover_sentence(
 def _lengths_of(comparison: Comparison, metric: Metric, a: str, b: str) -> list[int]:
     """Lengths at which both were measured, if only to run out of memory or time."""
     of_each = (
-        {cell.context_len for cell in comparison.cells_of(arch, metric.phase) if cell.status != "failed"}
+        {cell.context_len for cell in comparison.ranked_cells(arch, metric) if cell.status != "failed"}
         for arch in (a, b)
     )
     return sorted(set.intersection(*of_each))
@@ -269,7 +269,8 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
             if len(lengths) > 1
             else f"One length was measured, {lengths[0]:,} tokens of context on this machine; others are unknown."
         )
-        paragraphs.append(measured + _positions_sentence(comparison) + _python_sentence(comparison))
+        decoding = _python_sentence(comparison) + _compiled_sentence(comparison)
+        paragraphs.append(measured + _positions_sentence(comparison) + decoding)
     if missing := missing_parts(comparison):
         more = f" and {len(missing) - _MOST_MISSING} more" if len(missing) > _MOST_MISSING else ""
         paragraphs.append(f"Not in these statements: {'; '.join(missing[:_MOST_MISSING])}{more}.")
@@ -307,6 +308,19 @@ def missing_parts(comparison: Comparison) -> list[str]:
 
 def _reason(error: str | None) -> str:
     return f" ({error})" if error else ""
+
+
+def _compiled_sentence(comparison: Comparison) -> str:
+    """Says which models a compiled step decoded where not all were; empty elsewhere."""
+    cells = [cell for cell in comparison.cells if cell.phase == "decode" and cell.done]
+    others = [arch for arch in comparison.archs if any(c.arch == arch and not c.is_compiled for c in cells)]
+    if not comparison.decodes_compiled or not others:
+        return ""
+    names = and_list([comparison.label(arch) for arch in others])
+    return (
+        f" {names} {'were' if len(others) > 1 else 'was'} decoded by calling modules and the others by a compiled step:"
+        " their decode speeds are not compared."
+    )
 
 
 _READING = 5e9

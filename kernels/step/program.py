@@ -215,8 +215,12 @@ class Program:
         The weight is of all channels, of one group for all alike, or a number.
         """
         width = x.shape[1]
-        n = width // n_groups if n_groups else width if isinstance(weight, float) else len(weight)
-        scale = torch.full((n,), weight) if isinstance(weight, float) else self.weight(weight)
+        if isinstance(weight, Tensor):
+            scale = self.weight(weight)
+            n = width // n_groups if n_groups else len(scale)
+        else:
+            n = width // n_groups if n_groups else width
+            scale = torch.full((n,), weight)
         y = self.new(width)
         gates = (None, 0) if gate is None else (gate, gate.stride(0))
         words = (scale, len(scale) == width, y, y.stride(0), n, width // n, self.n_rows, float(eps))
@@ -565,10 +569,13 @@ class _Derived:
         """Makes them anew if a weight has changed."""
         if (seen := self._seen()) == self._versions:
             return
-        new, self._versions = self._made(), seen
-        pairs = [(self.value, new)] if isinstance(new, Tensor) else zip(self.value, new, strict=True)
-        for old, tensor in pairs:
-            old.copy_(tensor)
+        self._versions = seen
+        for old, new in zip(_listed(self.value), _listed(self._made()), strict=True):
+            old.copy_(new)
+
+
+def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
 
 
 def _kind(name: str, *tensors: Tensor) -> str:

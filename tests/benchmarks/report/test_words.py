@@ -127,3 +127,20 @@ def test_decode_that_measures_python_is_said_to(tokens_per_second: float, says: 
     assert ("Decode speeds of Mamba measure Python more than the architecture" in said) == says
     if says:  # 1/74,400 s of arithmetic, and 4 MB of weights and 98 kB of state at 5 GB/s, of 10 ms
         assert "explain at most 8 % of a step of 10 ms" in said
+
+
+def test_a_decode_speed_by_modules_is_not_compared_with_compiled_ones(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, context=[128])
+    compiled, modules = {"decode": ["compiled"]}, {"decode": ["modules"]}
+    append_cells(
+        tmp_path,
+        cell("mamba", "decode", 128, tokens_per_second=9000.0, backend=compiled),
+        cell("transformer", "decode", 128, tokens_per_second=5000.0, backend=modules),
+    )
+    said = of_comparison(tmp_path)
+    assert "Transformer was decoded by calling modules and the others by a compiled step" in said
+    assert "generates faster" not in said
+    append_cells(tmp_path, cell("transformer", "decode", 128, tokens_per_second=5000.0, backend=compiled))
+    said = of_comparison(tmp_path)
+    assert "a compiled step" not in said
+    assert "Mamba generates faster than Transformer" in said
