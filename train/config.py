@@ -278,7 +278,8 @@ class TrainConfig:
     grad_accumulation: Count = 1
     """Number of equal parts in which a batch is computed: the same update in less memory."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of matrix products; auto: bf16 where the processor has it. Parameters always stay float32."""
+    """Arithmetic of matrix products; auto: bf16 where it pays, which a CPU with instructions for it measures, and which
+    a run keeps when it is resumed. Parameters, states and sums always stay float32."""
     eval_every: CountOrNone = 250
     """Steps between two validations; 0 validates only at the end."""
     eval_tokens: Count = 65_536

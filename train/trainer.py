@@ -7,6 +7,7 @@ Everything a run leaves is in its directory OUT/NAME; benchmarks read nothing el
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from .run_directory import ResumeError, RunDirectory, RunState
 from .runtime import (
     Interrupted,
     PeakMemory,
+    Precision,
     Stopwatch,
     check_memory,
     choose_device,
@@ -96,7 +98,6 @@ class Trainer:
         self.objective = objective
         self.peak_lr = run.peak_learning_rate()
         self.device = choose_device(run.train.device)
-        self.precision = choose_precision(run.train.precision, self.device)
         self._directory = RunDirectory(run)
         self._command, self._clock = command, clock
         self._state, self._watch, self._first_step = RunState(), Stopwatch(clock=clock), 0
@@ -114,6 +115,14 @@ class Trainer:
             "flops_per_token": objective.flops_per_token(sketch),
             "state_bytes": sum(state.nbytes for state in states if state is not None),
         }
+
+    @functools.cached_property
+    def precision(self) -> Precision:
+        """What is asked for, or "auto" as this run has decided it at its start; nothing is measured anew."""
+        setting, stretches = self.run.train.precision, self._state.stretches
+        if setting == "auto" and stretches and stretches[-1].get("precision"):
+            return Precision(stretches[-1]["precision"], "as this run began")
+        return choose_precision(setting, self.device, d_model=self.model_config.d_model)
 
     def fit(self) -> Outcome:
         """Trains to the last step, evaluates, and leaves result.json, whatever happens.
@@ -340,6 +349,7 @@ class Trainer:
             **provenance(self.device, self._command),
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
+            "bf16_speedup": self.precision.speedup,
             "peak_memory_method": PeakMemory.method_on(self.device),
         }
         stretch = {"from_step": self._first_step, **{key: origin[key] for key in ("started", "command", *_CONDITIONS)}}

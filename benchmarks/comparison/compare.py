@@ -19,6 +19,7 @@ from ..context.jobs import ContextJob, context_jobs
 from ..context.options import ContextConfig
 from ..harness.folder import folder_for
 from ..harness.format import format_bytes
+from ..harness.precision import decide_precision
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch
@@ -28,6 +29,7 @@ from .runs import arguments, check_resumable, share_threads, train_runs, trainin
 
 if TYPE_CHECKING:
     from ...train.objective import Objective
+    from ...train.runtime import Precision
 
 __all__ = ["bench_context", "check_archs", "compare", "open_objective", "print_table", "run_configs", "sizes_of"]
 
@@ -43,6 +45,8 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
         print_sizes(list(sizes.values()))
+        precision = decide_precision(config, [sized.config.d_model for sized in sizes.values()])
+        config = dataclasses.replace(config, precision=precision.name)
         n_runs = len(config.archs) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
         runs = run_configs(config, sizes, longest=objective.data.n_tokens[1] - 1, threads=threads)
@@ -54,7 +58,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print(f"  {shlex.join(module_command('crossover.train', *words(), *arguments(runs[0])))}\n", flush=True)
 
         labels = {sized.arch: sized.label for sized in sizes.values()}
-        record = {"config": plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        record = _record(config, precision, labels, provenance)
         write_json(config.out / "compare.json", record)
         tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
@@ -87,11 +91,13 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
             size_arch(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
             for arch in config.archs
         ]
+        precision = decide_precision(config, [sized.config.d_model for sized in sizes])
+        config = dataclasses.replace(config, precision=precision.name)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
         labels = {sized.arch: sized.label for sized in sizes}
-        record = {"config": plain(config), "labels": labels, "provenance": provenance, "failures": {}}
+        record = _record(config, precision, labels, provenance)
         write_json(config.out / "compare.json", record)
         progress = Progress(Schedule(cell_tasks(jobs), known=frozenset({"cell"})))
         try:
@@ -262,6 +268,22 @@ def _print_headline(out: Path) -> None:
 def _print_failures(failed: Sequence[Failure]) -> None:
     for cell in failed:
         print(f"crossover: {cell.name}: failed: {cell.reason} (log: {cell.log})", file=sys.stderr)
+
+
+def _record(
+    config: CompareConfig | ContextConfig,
+    precision: "Precision",
+    labels: Mapping[str, str],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What compare.json holds before anything has run."""
+    return {
+        "config": plain(config),
+        "precision": vars(precision),
+        "labels": labels,
+        "provenance": provenance,
+        "failures": {},
+    }
 
 
 def _provenance(config: CompareConfig | ContextConfig, command: Sequence[str]) -> dict[str, Any]:

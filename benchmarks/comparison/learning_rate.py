@@ -13,6 +13,7 @@ from ...train.config import ModelSpec, RunConfig, TrainConfig
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE, Score
 from ..harness.folder import folder_for
+from ..harness.precision import decide_precision
 from ..harness.progress import Progress, Schedule
 from ..report.results import load_run
 from .compare import check_archs, open_objective, print_table, sizes_of
@@ -32,6 +33,8 @@ def bench_lr(config: LearningRateConfig, *, command: Sequence[str]) -> int:
     with folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes, score = sizes_of(config, objective), objective.score
+        precision = decide_precision(config, [sized.config.d_model for sized in sizes.values()])
+        config = replace(config, precision=precision.name)
         n_runs = len(config.archs) * len(config.rates) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
         runs = rate_runs(config, threads)

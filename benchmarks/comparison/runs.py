@@ -82,7 +82,11 @@ def check_resumable(runs: Sequence[RunConfig], digest: str) -> None:
             continue
         found = load_run(run.directory)
         check_table(found.info, {"config": Mapping, "corpus.digest": str}, run.directory / "run.json")
-        differing = differences(run, found.info["config"])
+        config, train = found.info["config"], found.info["config"].get("train")
+        resolved = found.info.get("provenance", {}).get("precision")
+        if isinstance(train, Mapping) and train.get("precision") == "auto" and resolved is not None:
+            config = {**config, "train": {**train, "precision": resolved}}
+        differing = differences(run, config)
         if found.info["corpus"]["digest"] != digest:
             differing.append(f"data with digest {found.info['corpus']['digest'][:12]} instead of {digest[:12]}")
         if differing:

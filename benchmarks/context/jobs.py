@@ -109,8 +109,8 @@ def context_jobs(
         lengths: context lengths in tokens.
         measure: settings. What they leave open is as in the cells `before`; of a new comparison, a training step has
             as many tokens as the longest length, and memory is limited to what `default_memory_limit` says.
-        precision: arithmetic; 'auto' is resolved on this machine.
-        device: where models run; 'auto' is resolved likewise.
+        precision: arithmetic, fp32 or bf16.
+        device: where models run; 'auto' is resolved on this machine.
         threads: CPU threads; all cores where None.
         provenance: machine and versions, of which cells keep cpu, device, torch and git_commit.
         before: cells of the comparison that these jobs extend.
@@ -126,7 +126,7 @@ def context_jobs(
             )
     import torch
 
-    from ...train.runtime import choose_device, choose_precision
+    from ...train.runtime import choose_device
 
     chosen = choose_device(device)
     pinned = before[0].settings if before else {}
@@ -144,7 +144,7 @@ def context_jobs(
             n_params=sized.n_params,
             n_active_params=sized.n_active_params,
             measure=measure,
-            precision=choose_precision(precision, chosen).name,
+            precision=precision,
             device=str(chosen),
             threads=threads if threads is not None else torch.get_num_threads(),
             provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},

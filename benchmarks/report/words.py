@@ -426,6 +426,9 @@ def title(comparison: Comparison, checks: Sequence[Check]) -> tuple[str, str]:
     corpus = comparison.corpus
     if corpus:
         parts.append(f"trained on {corpus['name']} ({count(corpus['train_bytes'])}B)")
+    precisions = {run.info["provenance"].get("precision") for run in comparison.runs}
+    if "bf16" in precisions | {cell.dtype for cell in comparison.cells}:
+        parts.append("products in bfloat16")
     provenance = comparison.provenance
     if provenance:
         parts.append(f"{provenance.get('cpu') if provenance.get('device') == 'cpu' else provenance.get('device')}")

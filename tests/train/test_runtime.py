@@ -14,6 +14,7 @@ from crossover.train.runtime import (
     MemoryKills,
     PeakMemory,
     Stopwatch,
+    bf16_speedup,
     check_memory,
     choose_device,
     choose_precision,
@@ -94,16 +95,29 @@ def test_a_step_that_raises_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512", "expected"), [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")]
+    ("amx", "avx512", "speedup", "expected"),
+    [(False, False, 9.0, "fp32"), (True, False, 1.3, "bf16"), (False, True, 1.3, "bf16"), (False, True, 1.1, "fp32")],
 )
-def test_the_cpu_takes_bf16_only_where_it_has_instructions_for_it(
-    amx: bool, avx512: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_the_cpu_takes_bf16_only_where_it_has_instructions_for_it_that_pay(
+    amx: bool, avx512: bool, speedup: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    chosen = choose_precision("auto", CPU)
+    monkeypatch.setattr(runtime, "bf16_speedup", {140: speedup}.__getitem__)
+    chosen = choose_precision("auto", CPU, d_model=140)
     assert chosen.name == expected
-    assert "bf16 instructions" in chosen.reason
+    assert chosen.speedup == (speedup if amx or avx512 else None)
+    assert "bf16 instructions" in chosen.reason or f"products of width 140 run {speedup:.2f} times" in chosen.reason
+
+
+def test_the_speed_of_bf16_is_measured_once_and_leaves_no_trace() -> None:
+    random, threads = torch.get_rng_state(), torch.get_num_threads()
+    with torch.no_grad():
+        speedup = bf16_speedup(24)
+    assert speedup > 0
+    assert bf16_speedup(24) is speedup
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.quick

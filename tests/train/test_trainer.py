@@ -665,8 +665,11 @@ def test_a_resume_under_other_conditions_says_which_and_run_json_lists_them(
     monkeypatch.setattr(trainer, "provenance", lambda *told: provenance(*told) | {"torch": "9.9"})
     with pytest.warns(RuntimeWarning, match=rf"\(precision fp32 -> bf16, torch {TORCH} -> 9\.9\); run.json lists"):
         fit(changed(run, precision="bf16", steps=3), corpus)
+    monkeypatch.setattr(trainer, "choose_precision", None)  # what a run has decided is not decided again
+    fit(changed(run, precision="auto", steps=4), corpus)
     stretches = read_json(run.directory / "run.json")["stretches"]
-    assert [(entry["from_step"], entry["precision"]) for entry in stretches] == [(0, "fp32"), (1, "fp32"), (2, "bf16")]
+    found = [(entry["from_step"], entry["precision"]) for entry in stretches]
+    assert found == [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 
 
 @pytest.mark.parametrize("kept", [0, 3])

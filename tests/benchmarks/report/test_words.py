@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from crossover.benchmarks.report.crossovers import Point, crossover
 from crossover.benchmarks.report.results import crossovers_of, load_comparison, quality
-from crossover.benchmarks.report.words import Span, and_list, headline, span_of
+from crossover.benchmarks.report.words import Span, and_list, headline, span_of, title
 
 from ..fake_runs import append_cells, cell, write_comparison
 
@@ -144,3 +144,10 @@ def test_a_decode_speed_by_modules_is_not_compared_with_compiled_ones(tmp_path: 
     said = of_comparison(tmp_path)
     assert "a compiled step" not in said
     assert "Mamba generates faster than Transformer" in said
+
+
+def test_the_title_says_when_products_are_not_in_float32(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["mamba"], seeds=1, context=[128])
+    assert "bfloat16" not in title(load_comparison(tmp_path), [])[1]
+    append_cells(tmp_path, cell("mamba", "decode", 128, dtype="bf16"))
+    assert "products in bfloat16" in title(load_comparison(tmp_path), [])[1]
