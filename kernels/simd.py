@@ -72,7 +72,7 @@ _vector, _pair, _tile = Vector(LANES), Vector(PAIR), Vector(TILE)
 
 # numba's cache notices a change of the kernel's own file only. What shared files add to a kernel goes into the key too.
 # LANES need not: TARGET is part of numba's key, so code for several processors lies side by side and is never mixed up.
-_SHARED = [Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "blocks.py")]
+_SHARED = [Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "blocks.py", "products.py")]
 _VERSION = hashlib.sha256(b"".join(_SHARED)).hexdigest()
 
 

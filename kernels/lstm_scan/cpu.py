@@ -44,8 +44,7 @@ def forward(
     y, state = floats(batch, L, E), floats(batch, 2, E)
     activated, cells = floats(kept, L, 4, E), floats(kept, L, E)
     inputs = (gates.unflatten(2, (4, E)), _by_cells(weight), initial_state, never_if_none(starts, gates))
-    n_tasks = -(-batch // cpu_kernels.ROWS)
-    run(cpu_kernels.forward, n_tasks, *inputs, y, state, activated, cells)
+    run(cpu_kernels.forward, batch, *inputs, y, state, activated, cells)
     return y, state, activated, cells
 
 
@@ -68,8 +67,7 @@ def backward(
     batch, L, E = y.shape
     grad_gates, grad_initial_state = floats(batch, L, 4, E), floats(batch, 2, E)
     inputs = (grad_y, grad_state, _by_gates(weight), initial_state, never_if_none(starts, y), activated, cells)
-    n_tasks = -(-batch // cpu_kernels.ROWS)
-    run(cpu_kernels.backward, n_tasks, *inputs, grad_gates, grad_initial_state)
+    run(cpu_kernels.backward, batch, *inputs, grad_gates, grad_initial_state)
     grad_gates = grad_gates.flatten(2)
     return grad_gates, weight_gradient(grad_gates, y, initial_state, starts), grad_initial_state
 
@@ -81,18 +79,19 @@ register_gradients(_scan, _scan_backward)
 
 
 def _by_cells(weight: Tensor) -> Tensor:
-    """The weight as forward takes it: (blocks of LANES cells, E, 4 LANES), zero for cells that do not exist."""
+    """The weight as forward takes it, packed: four gates of LANES cells side by side, zero where there is no cell."""
+    from ..products import packed
     from ..simd import LANES
 
     gates = weight.unflatten(0, (4, -1))  # (4, E, E)
     gates = F.pad(gates, (0, 0, 0, -gates.shape[1] % LANES)).unflatten(1, (-1, LANES))
-    return gates.permute(1, 3, 0, 2).flatten(2).contiguous()
+    return packed(gates.transpose(0, 1).flatten(0, 2).T)
 
 
 def _by_gates(weight: Tensor) -> Tensor:
-    """The weight as backward takes it: (blocks of TILE cells, 4 gates of LANES-fold width, TILE), zero elsewhere."""
-    from ..simd import LANES, TILE
+    """The weight as backward takes it, packed: each gate has zeros up to a multiple of LANES cells."""
+    from ..products import packed
+    from ..simd import LANES
 
-    E = weight.shape[1]
-    padded = F.pad(weight.unflatten(0, (4, E)), (0, -E % TILE, 0, -E % LANES))  # (4, E, E) and zeros
-    return padded.flatten(0, 1).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
+    gates = weight.unflatten(0, (4, -1))  # (4, E, E)
+    return packed(F.pad(gates, (0, 0, 0, -gates.shape[1] % LANES)).flatten(0, 1))

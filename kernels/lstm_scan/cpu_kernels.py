@@ -1,22 +1,21 @@
 """The recurrence of the LSTM and its adjoint as numba kernels on explicit vectors (see kernels/simd.py).
 
-A task is ROWS rows of the batch; the tasks of a thread walk the sequence together, so that a block of the recurrent
-weight that has been brought into the first-level cache serves all their rows. Rows do not mix, so any number of threads
-gives the same bits, and no thread ever waits for another.
+A task is a row of the batch; the tasks of a thread walk the sequence together, so that a panel of the recurrent weight
+that has been brought near serves all their rows. Rows do not mix, so any number of threads gives the same bits, and no
+thread ever waits for another.
 
-The recurrent product is written out here because a call of a BLAS for every token costs half as much again: it packs
-the same weight each time. Weights come packed, (blocks, K, TILE): the TILE columns of a block side by side for each of
-the K numbers that they multiply. In forward these are the four gates of LANES cells, in backward TILE cells.
+The recurrent product is written out (kernels/products.py) because a call of a BLAS for every token packs the same
+weight each time. Its columns are in forward the four gates of LANES cells, then those of the next ones, and in backward
+the cells.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ..products import PANEL, multiply
 from ..simd import (
     LANES,
-    STATES,
-    TILE,
     Bools2,
     Floats3,
     Floats4,
@@ -25,7 +24,6 @@ from ..simd import (
     kernel,
     load,
     load_first,
-    load_tile,
     sigmoid,
     store,
     store_first,
@@ -34,36 +32,6 @@ from ..simd import (
 
 GATES = 4
 """Input, forget, cell and output gate, in this order."""
-
-assert GATES == STATES
-
-ROWS = 4
-"""Rows of a task: as many tiles of sums as fit the registers of AVX-512 and NEON; AVX2 has half as many."""
-
-_DEPTH = 64
-"""Rows of a weight block that are used on all rows of the batch before the next: 16 KiB."""
-
-
-@called
-def _multiply(left, weight, sums):
-    """sums[r, block * TILE + c] = sum_k left[r, k] weight[block, k, c]."""
-    K = weight.shape[1]
-    sums[:] = 0.0
-    for block in range(weight.shape[0]):
-        column = block * TILE
-        for first in range(0, K, _DEPTH):
-            last = min(first + _DEPTH, K)
-            for r in range(0, len(left), ROWS):
-                sum0, sum1 = load_tile(sums, (r, column)), load_tile(sums, (r + 1, column))
-                sum2, sum3 = load_tile(sums, (r + 2, column)), load_tile(sums, (r + 3, column))
-                for k in range(first, last):
-                    w = load_tile(weight, (block, k, 0))
-                    sum0, sum1 = sum0 + left[r, k] * w, sum1 + left[r + 1, k] * w
-                    sum2, sum3 = sum2 + left[r + 2, k] * w, sum3 + left[r + 3, k] * w
-                store(sums, (r, column), sum0)
-                store(sums, (r + 1, column), sum1)
-                store(sums, (r + 2, column), sum2)
-                store(sums, (r + 3, column), sum3)
 
 
 @called
@@ -90,7 +58,7 @@ def forward(
         first: first task.
         last: the task after the last.
         gates: (B, L, 4, E).
-        weight: recurrent weight, packed: (cells / LANES, E, TILE).
+        weight: recurrent weight, packed: (panels, E, PANEL), where a column is [cell / LANES, gate, cell % LANES].
         initial_state: (B, 2, E).
         starts: (B, L).
         y: (B, L, E), written.
@@ -98,22 +66,21 @@ def forward(
         activated: the gates as they act, (B, L, 4, E), written; empty if no backward is to come.
         cells: (B, L, E), written; empty if no backward is to come.
     """
-    batch, L, E = y.shape
-    b0 = first * ROWS
-    n_rows, keep = min(last * ROWS, batch) - b0, activated.shape[0] > 0
-    padded = (last - first) * ROWS
-    hs, cs = _scratch(padded, weight.shape[0] * LANES), _scratch(padded, weight.shape[0] * LANES)
-    sums = _scratch(padded, weight.shape[0] * TILE)
+    _, L, E = y.shape
+    n_rows, keep = last - first, activated.shape[0] > 0
+    width = -(-E // LANES) * LANES
+    hs, cs = _scratch(n_rows, width), _scratch(n_rows, width)
+    sums = _scratch(n_rows, weight.shape[0] * PANEL)
     for r in range(n_rows):
         for e in range(E):
-            hs[r, e], cs[r, e] = initial_state[b0 + r, 0, e], initial_state[b0 + r, 1, e]
+            hs[r, e], cs[r, e] = initial_state[first + r, 0, e], initial_state[first + r, 1, e]
     for t in range(L):
         for r in range(n_rows):
-            if starts[b0 + r, t]:
+            if starts[first + r, t]:
                 hs[r], cs[r] = 0.0, 0.0
-        _multiply(hs, weight, sums)
+        multiply(hs, weight, sums)
         for r in range(n_rows):
-            b = b0 + r
+            b = first + r
             for e in range(0, E, LANES):
                 n, column = E - e, e * GATES
                 i = sigmoid(load(sums, (r, column)) + load_first(gates, (b, t, 0, e), n))
@@ -133,7 +100,7 @@ def forward(
                     store_first(cells, (b, t, e), c, n)
     for r in range(n_rows):
         for e in range(E):
-            state[b0 + r, 0, e], state[b0 + r, 1, e] = hs[r, e], cs[r, e]
+            state[first + r, 0, e], state[first + r, 1, e] = hs[r, e], cs[r, e]
 
 
 @kernel
@@ -157,7 +124,7 @@ def backward(
         last: the task after the last.
         grad_y: (B, L, E).
         grad_state: (B, 2, E).
-        weight: recurrent weight, packed: (cells / TILE, 4 padded E, TILE).
+        weight: recurrent weight, packed: (panels, 4 width, PANEL), where width is E up to a multiple of LANES.
         initial_state: (B, 2, E).
         starts: (B, L).
         activated: as forward wrote it.
@@ -165,20 +132,18 @@ def backward(
         grad_gates: (B, L, 4, E), written; the gradient of the weight is its product with the outputs one token before.
         grad_initial_state: (B, 2, E), written.
     """
-    batch, L, E = grad_y.shape
-    b0 = first * ROWS
-    n_rows = min(last * ROWS, batch) - b0
-    padded, width = (last - first) * ROWS, weight.shape[1] // GATES
+    _, L, E = grad_y.shape
+    n_rows, width = last - first, weight.shape[1] // GATES
     # gradients of the gates before their functions, of y and of c, the latter two as later tokens give them
-    slopes, grad_hs = _scratch(padded, GATES * width), _scratch(padded, weight.shape[0] * TILE)
-    grad_cs, cs = _scratch(padded, width), _scratch(padded, width)
+    slopes, grad_hs = _scratch(n_rows, GATES * width), _scratch(n_rows, weight.shape[0] * PANEL)
+    grad_cs, cs = _scratch(n_rows, width), _scratch(n_rows, width)
     for r in range(n_rows):
         for e in range(E):
-            grad_hs[r, e], grad_cs[r, e] = grad_state[b0 + r, 0, e], grad_state[b0 + r, 1, e]
-            cs[r, e] = initial_state[b0 + r, 1, e]
+            grad_hs[r, e], grad_cs[r, e] = grad_state[first + r, 0, e], grad_state[first + r, 1, e]
+            cs[r, e] = initial_state[first + r, 1, e]
     for t in range(L - 1, -1, -1):
         for r in range(n_rows):
-            b = b0 + r
+            b = first + r
             start = starts[b, t]
             for e in range(0, E, LANES):
                 n = E - e
@@ -203,10 +168,10 @@ def backward(
                 store_first(grad_gates, (b, t, 1, e), grad_f, n)
                 store_first(grad_gates, (b, t, 2, e), grad_g, n)
                 store_first(grad_gates, (b, t, 3, e), grad_o, n)
-        _multiply(slopes, weight, grad_hs)
+        multiply(slopes, weight, grad_hs)
         for r in range(n_rows):
-            if starts[b0 + r, t]:
+            if starts[first + r, t]:
                 grad_hs[r] = 0.0
     for r in range(n_rows):
         for e in range(E):
-            grad_initial_state[b0 + r, 0, e], grad_initial_state[b0 + r, 1, e] = grad_hs[r, e], grad_cs[r, e]
+            grad_initial_state[first + r, 0, e], grad_initial_state[first + r, 1, e] = grad_hs[r, e], grad_cs[r, e]
