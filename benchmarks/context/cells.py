@@ -16,7 +16,7 @@ from ..harness.folder import append_jsonl
 from ..harness.processes import Child, last_line
 from ..harness.progress import Progress, Task
 from .cell import Cell, read_cells
-from .jobs import PHASES, ContextJob
+from .jobs import ContextJob
 
 __all__ = ["Failure", "cause_of_death", "cell_tasks", "measure_cells", "reusable_cells"]
 
@@ -39,7 +39,8 @@ class Failure:
 def cell_tasks(jobs: Sequence[ContextJob]) -> list[Task]:
     """The jobs as tasks of a schedule, with their seconds if nothing is slow."""
     return [
-        Task(name=job.name, kind="cell", cost=_START_SECONDS + len(PHASES) * 1.5 * job.measure.time_box) for job in jobs
+        Task(name=job.name, kind="cell", cost=_START_SECONDS + len(job.phases) * 1.5 * job.measure.time_box)
+        for job in jobs
     ]
 
 
@@ -83,7 +84,7 @@ def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *,
     _warn_of_other_commits(existing.values(), jobs, progress)
     failed: list[Failure] = []
     for job in jobs:
-        phases = [phase for phase in PHASES if (job.arch, phase, job.context_len) not in existing]
+        phases = [phase for phase in job.phases if (job.arch, phase, job.context_len) not in existing]
         if not phases:
             progress.skip(job.name, "measured before")
             continue
@@ -135,7 +136,7 @@ def _run_worker(
     left = list(phases)
 
     def show() -> None:
-        progress.update(job.name, 1 - len(left) / len(PHASES), left[0])
+        progress.update(job.name, 1 - len(left) / len(job.phases), left[0])
 
     log_bytes = log.stat().st_size if log.exists() else 0
     preload = _PRELOAD if job.device == "cpu" else None

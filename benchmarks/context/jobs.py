@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ class ContextJob:
     threads: int
     provenance: Mapping[str, Any]
     """Machine and versions: cpu, device, torch, git_commit."""
+    phases: Sequence[str] = PHASES
+    """What is measured, the lightest first."""
 
     def __post_init__(self) -> None:
         if "source" in self.model:
@@ -101,6 +103,7 @@ def context_jobs(
     threads: int | None,
     provenance: Mapping[str, Any],
     before: Sequence[Cell] = (),
+    phases: Collection[str] = PHASES,
 ) -> list[ContextJob]:
     """Every architecture at every length, short lengths first, so that an unfinished comparison can be compared.
 
@@ -114,6 +117,7 @@ def context_jobs(
         threads: CPU threads; all cores where None.
         provenance: machine and versions, of which cells keep cpu, device, torch and git_commit.
         before: cells of the comparison that these jobs extend.
+        phases: what is measured.
 
     Raises:
         ValueError: if the device cannot be used, a model is an encoder, or it reads a source and writes a target.
@@ -148,6 +152,7 @@ def context_jobs(
             device=str(chosen),
             threads=threads if threads is not None else torch.get_num_threads(),
             provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
+            phases=[phase for phase in PHASES if phase in phases],
         )
         for context_len in lengths
         for sized in sizes

@@ -79,8 +79,8 @@ def measure(
         model: any module from tokens (B, L) to logits (B, L, V), or to an output with `.logits`: a language model of
             ours, one of transformers', or your own. It is left as it was; its training step has a learning rate of 0.
         phase: "train", forward, backward and optimizer step; "prefill", reading prompts, of which the last position's
-            logits are needed; "decode", one token at a time after a prompt, which needs a model of ours or of
-            transformers', for the state that it carries on.
+            logits are needed, a model of ours in the chunks of LanguageModel.prefill; "decode", one token at a time
+            after a prompt, which needs a model of ours or of transformers', for the state that it carries on.
         context_len: length of the sequences or of the prompt, in tokens.
         batch_size: sequences at once.
         vocab_size: tokens are drawn from as many; that of the model when None.
@@ -202,9 +202,7 @@ class _Ours(_Driver):
 
     def read(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> list[State]:
         state = self.model.init_state(tokens.shape[0], max_len, device=tokens.device, dtype=dtype)
-        x, after, _ = self.model.hidden(tokens, state)
-        self.model.logits(x[:, -1:])
-        assert after is not None
+        _, after = self.model.prefill(tokens, state)
         return after
 
     def decoder(self, state: list[State]) -> Callable[[Tensor], object]:

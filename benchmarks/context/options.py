@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -57,6 +57,9 @@ class ContextConfig(Place, Models):
     context: tuple[int, ...] = (128, 512, 2048, 8192)
     """Context lengths in tokens."""
 
+    phases: tuple[Literal["train", "prefill", "decode"], ...] = ("train", "prefill", "decode")
+    """What is measured."""
+
     vocab_size: Length = 256
     """Vocabulary of the models; tokens are drawn at random."""
 
@@ -72,3 +75,5 @@ class ContextConfig(Place, Models):
         for part in (Models, Place):
             part.__post_init__(self)
         check_lengths(self.context, self.measure.tokens_per_batch)
+        if not self.phases:
+            raise ValueError("--phases names none of train, prefill and decode")

@@ -1,11 +1,12 @@
 """The sentences of a report: where a model is better than another, which one is best, what is compared."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..harness.format import count, number
+from ..harness.format import count, format_bytes, number
 from .crossovers import Crossover
 from .results import METRICS, Check, Comparison, Metric, tokens_per_step
 
@@ -271,6 +272,8 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
         )
         decoding = _python_sentence(comparison) + _compiled_sentence(comparison)
         paragraphs.append(measured + _positions_sentence(comparison) + decoding)
+    if reading := _prompt_sentence(comparison):
+        paragraphs.append(reading)
     if missing := missing_parts(comparison):
         more = f" and {len(missing) - _MOST_MISSING} more" if len(missing) > _MOST_MISSING else ""
         paragraphs.append(f"Not in these statements: {'; '.join(missing[:_MOST_MISSING])}{more}.")
@@ -358,6 +361,42 @@ def _python_sentence(comparison: Comparison) -> str:
         "architecture: arithmetic (as fast as in prefill) and reading weights and state explain at most "
         f"{100 * most:.0f} % of a step of {span} ms, and the rest is the calling of one small operation after another."
     )
+
+
+_LONG = 1024
+"""Tokens from which on a prompt's time is that of its tokens, and not of calling the model."""
+
+
+def prefill_exponents(comparison: Comparison) -> dict[str, float]:
+    """The power of its length with which the time of reading a prompt grows, 1 where a token's is constant.
+
+    Fitted by least squares in logarithms, where at least three long prompts were read.
+    """
+    found = {}
+    for arch in comparison.archs:
+        cells = [cell for cell in comparison.cells_of(arch, "prefill") if cell.done and cell.context_len >= _LONG]
+        lengths = [math.log(cell.context_len) for cell in cells]
+        seconds = [math.log(cell.context_len / cell.tokens_per_second) for cell in cells if cell.tokens_per_second]
+        if len(seconds) == len(lengths) >= 3:
+            found[arch] = statistics.linear_regression(lengths, seconds).slope
+    return found
+
+
+def _prompt_sentence(comparison: Comparison) -> str:
+    """Says how time and memory of reading a prompt grow with its length; empty where too few lengths were measured."""
+    powers, memory = [], []
+    for arch, exponent in prefill_exponents(comparison).items():
+        cells = [cell for cell in comparison.cells_of(arch, "prefill") if cell.done and cell.context_len >= _LONG]
+        first, last = cells[0], cells[-1]
+        lengths = f"{first.context_len:,} to {last.context_len:,} tokens"
+        powers.append(f"{exponent:.2f} ({comparison.label(arch)}, {lengths})")
+        if first.peak_bytes is not None and last.peak_bytes is not None:
+            grown = f"{format_bytes(first.peak_bytes)} to {format_bytes(last.peak_bytes)}"
+            memory.append(f"from {grown} ({comparison.label(arch)})")
+    if not powers:
+        return ""
+    peaks = f", and the peak memory, weights included, goes {and_list(memory)}" if memory else ""
+    return f"The time of reading a prompt grows as its length to the power {and_list(powers)}{peaks}."
 
 
 def _positions_sentence(comparison: Comparison) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...archs import LanguageModel
+from ...archs.generation import NO_TOKEN
 from ...train.data.tokenizer import Tokenizer
 
 __all__ = ["complete", "encode_pair", "loglikelihoods", "windows"]
@@ -81,27 +82,39 @@ def loglikelihoods(
         n_rows = max(1, _TOKENS_AT_ONCE // len(ids[order[0]])) if batch_size is None else batch_size
         rows, order = order[:n_rows], order[n_rows:]
         inputs = [torch.tensor(ids[i][:-1] if max_len is None else ids[i][:-1][-max_len:]) for i in rows]
-        targets = [torch.tensor(pairs[i][1], device=device) for i in rows]
-        sizes = [len(predicted) for predicted in targets]
+        sizes = [len(pairs[i][1]) for i in rows]
         if any(size > len(seen) for size, seen in zip(sizes, inputs, strict=True)):
             raise ValueError(f"a continuation of {max(sizes)} tokens is longer than max_len={max_len}")
         tokens = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
-        x, _, _ = lm.hidden(tokens)
-        outputs = [row[len(seen) - size : len(seen)] for row, seen, size in zip(x, inputs, sizes, strict=True)]
-        scores, greedy = _score(lm, torch.cat(outputs), torch.cat(targets), vocab_size)
-        for i, score, best in zip(rows, scores.split(sizes), greedy.split(sizes), strict=True):
-            results[i] = (score.sum(dtype=torch.float64).item(), bool(best.all()))
+        targets = torch.full_like(tokens, NO_TOKEN)
+        for target, seen, i in zip(targets, inputs, rows, strict=True):
+            wanted = pairs[i][1]
+            target[len(seen) - len(wanted) : len(seen)] = target.new_tensor(wanted)
+        scores, greedy = _score(lm, tokens, targets, vocab_size)
+        for i, score, best in zip(rows, scores, greedy, strict=True):
+            results[i] = (score.item(), bool(best))
     return results
 
 
-def _score(lm: LanguageModel, x: Tensor, targets: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, (T,), and whether it is the most likely token, from outputs (T, D)."""
-    scores, greedy = [], []
-    for part, wanted in zip(x.split(_HEAD_TOKENS), targets.split(_HEAD_TOKENS), strict=True):
-        logits = lm.logits(part).float()
-        scores.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0])
-        greedy.append(logits[:, :vocab_size].argmax(-1) == wanted)
-    return torch.cat(scores), torch.cat(greedy)
+def _score(lm: LanguageModel, tokens: Tensor, targets: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets of each row, (B,) float64, and whether each is the most likely token, (B,) bool.
+
+    Texts are read in chunks: neither the outputs nor the logits of all tokens, (B, L), are ever in memory. Where a
+    target is NO_TOKEN nothing is scored.
+    """
+    scores = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    greedy = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    read = 0
+    for x, _ in lm.hidden_in_chunks(tokens, lm.init_state(*tokens.shape)):
+        of_chunk = targets[:, read : read + x.shape[1]]
+        read += x.shape[1]
+        row, at = (of_chunk != NO_TOKEN).nonzero(as_tuple=True)
+        for rows, places in zip(row.split(_HEAD_TOKENS), at.split(_HEAD_TOKENS), strict=True):
+            logits, wanted = lm.logits(x[rows, places]).float(), of_chunk[rows, places]
+            found = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+            scores.index_add_(0, rows, found.double())
+            greedy[rows[logits[:, :vocab_size].argmax(-1) != wanted]] = False
+    return scores, greedy
 
 
 def complete(

@@ -151,3 +151,14 @@ def test_the_title_says_when_products_are_not_in_float32(tmp_path: Path) -> None
     assert "bfloat16" not in title(load_comparison(tmp_path), [])[1]
     append_cells(tmp_path, cell("mamba", "decode", 128, dtype="bf16"))
     assert "products in bfloat16" in title(load_comparison(tmp_path), [])[1]
+
+
+def test_the_growth_of_a_prompts_time_is_told_where_three_long_ones_were_read(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1, context=[])
+    for length in (128, 1024, 4096, 16_384):  # the first says nothing of the others
+        assert "reading a prompt" not in of_comparison(tmp_path)
+        speed = length**-0.5 if length >= 1024 else 1e-9
+        append_cells(tmp_path, cell("mamba", "prefill", length, tokens_per_second=speed, peak_bytes=2**20 * length))
+    said = of_comparison(tmp_path)
+    assert "as its length to the power 1.50 (Mamba, 1,024 to 16,384 tokens)," in said
+    assert "weights included, goes from 1 GiB to 16 GiB (Mamba)." in said

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from crossover.archs import LanguageModel, build
+from crossover.archs import LanguageModel, build, generation
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.trained.scoring import complete, encode_pair, loglikelihoods, windows
 from crossover.train.data.tokenizer import BytesTokenizer, Tokenizer, open_tokenizer
@@ -39,7 +39,9 @@ def bpe(tmp_path: Path) -> Tokenizer:
     return open_tokenizer("bpe:300", ["the cat sat on the mat, the cat sat on the hat"] * 20, cache=tmp_path)
 
 
-def test_a_score_is_the_sum_of_token_losses(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("chunk_len", [3, 2048])
+def test_a_score_is_the_sum_of_token_losses(chunk_len: int, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "default_chunk_len", lambda _: chunk_len)
     pairs = [(ids(n), ids(m)) for n, m in [(1, 1), (7, 3), (2, 11), (5, 1), (19, 4)]]
     scores = loglikelihoods(lm, pairs, batch_size=2)
     for (context, continuation), (nats, _) in zip(pairs, scores, strict=True):
