@@ -32,10 +32,11 @@ import torch
 from ...kernels import ops
 from ...kernels.dispatch import KernelFallbackWarning
 from ...train.runtime import Interrupted, stop_signals
+from ..harness.limits import Limits
 from ..harness.processes import module_command
 from ..operations.race_cases import Case, Contestant, one_pass
 from .cases import PASSES, Spec, build, in_order, specs_of
-from .limits import Clock, CpuClock, CudaClock, Limits, machine, measure_limits
+from .limits import Clock, CpuClock, CudaClock, machine, measure_limits
 from .peers import backend_of, one_line, racing
 from .prepare import free_memory, jobs, run_jobs
 from .table import line_of, markdown

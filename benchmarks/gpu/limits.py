@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ...kernels.cases import Counts
+from ..harness.limits import Limits
 from ..harness.timing import rounds, timed
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "Limits", "Timing", "machine", "measure_limits"]
+__all__ = ["Clock", "CpuClock", "CudaClock", "Timing", "machine", "measure_limits"]
 
 _FLUSH_BYTES = 256 << 20
 """Bytes written between two runs, so that none finds its inputs in the cache: several times the largest cache."""
@@ -41,27 +41,6 @@ class Timing:
 
 Clock = Callable[[Callable[[], object]], Timing]
 """Times a work, which it calls once before it begins to count."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Rates of the machine, each per second; None where it could not be measured."""
-
-    bytes: float | None = None
-    flops: float | None = None
-    exps: float | None = None
-
-    def floor(self, counts: Counts) -> tuple[float, str] | None:
-        """Milliseconds that the counts take at least, and which of them decides: bytes, flops or exps."""
-        seconds = {
-            name: getattr(counts, name) / rate
-            for name in ("bytes", "flops", "exps")
-            if (rate := getattr(self, name)) is not None and getattr(counts, name)
-        }
-        if not seconds:
-            return None
-        name = max(seconds, key=lambda name: seconds[name])
-        return seconds[name] * 1e3, name
 
 
 class CudaClock:

@@ -17,7 +17,14 @@ def _example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: bool) 
 def _inputs(make: Maker, *, B: int, L: int, E: int, K: int) -> Inputs:
     x = make.act(B, L, E)
     tensors = {"x": x, "weight": make.act(E, K), "bias": make.act(E)}
-    return Inputs(tensors=tensors, options={"activation": "silu"}, written=x.nbytes)
+    n = float(x.numel())
+    return Inputs(
+        tensors=tensors,
+        options={"activation": "silu"},
+        written=x.nbytes,
+        flops=(2 * K * n, 4 * K * n),
+        exps=(2 * n, 2 * n),  # the sigmoid and its slope
+    )
 
 
 causal_conv1d = Cases(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..cases import Cases, Inputs, Maker, complex_normal, decaying, normal, size
@@ -12,7 +14,8 @@ def _kernel_example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional:
 
 
 def _kernel_inputs(make: Maker, *, E: int, N: int, L: int) -> Inputs:
-    return Inputs(tensors=make.poles(E, N), options={"length": L}, written=4 * E * L)
+    flops = 4.0 * E * N * L  # the real part of a sum over the poles
+    return Inputs(tensors=make.poles(E, N), options={"length": L}, written=4 * E * L, flops=(flops, 2 * flops))
 
 
 ssm_kernel = Cases(
@@ -31,7 +34,10 @@ def _conv_example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: b
 
 def _conv_inputs(make: Maker, *, B: int, L: int, E: int) -> Inputs:
     u = make.act(B, L, E)
-    return Inputs(tensors={"u": u, "kernel": make.param(E, L) / L, "D": make.param(E)}, written=u.nbytes)
+    # transforms of 2 L real points: of all rows there and back, and of the kernel
+    flops = (2.0 * B + 1) * E * 2.5 * 2 * L * math.log2(2 * L)
+    tensors = {"u": u, "kernel": make.param(E, L) / L, "D": make.param(E)}
+    return Inputs(tensors=tensors, written=u.nbytes, flops=(flops, flops))
 
 
 long_conv = Cases(
@@ -55,7 +61,9 @@ def _scan_example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: b
 
 def _scan_inputs(make: Maker, *, B: int, L: int, E: int, N: int) -> Inputs:
     u = make.act(B, L, E)
-    return Inputs(tensors={"u": u, **make.poles(E, N), "D": make.param(E)}, written=u.nbytes)
+    flops = 11.0 * u.numel() * N  # a complex product and a sum for each state, and the real part of what it gives
+    tensors = {"u": u, **make.poles(E, N), "D": make.param(E)}
+    return Inputs(tensors=tensors, written=u.nbytes, flops=(flops, 2 * flops))
 
 
 ssm_scan = Cases(

@@ -36,7 +36,8 @@ def _gated_example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: 
 def _gated_inputs(make: Maker, *, T: int, D: int) -> Inputs:
     x = make.act(T, D)
     tensors = {"x": x, "z": make.act(T, D), "weight": make.param(D)}
-    return Inputs(tensors=tensors, options={"eps": 1e-5}, written=x.nbytes)
+    n = 2.0 * x.numel()  # the sigmoid of the gate
+    return Inputs(tensors=tensors, options={"eps": 1e-5}, written=x.nbytes, exps=(n, n))
 
 
 gated_rms_norm = Cases(

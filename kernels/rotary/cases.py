@@ -16,7 +16,8 @@ def _example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: bool) 
 def _inputs(make: Maker, *, B: int, L: int, H: int, P: int) -> Inputs:
     q = make.act(B, L, H, P)
     tensors = {"q": q, "k": make.act(B, L, H, P), "positions": torch.arange(L, device=make.device)}
-    return Inputs(tensors=tensors, written=2 * q.nbytes)
+    # a sine and a cosine of each angle, which all rows and heads share
+    return Inputs(tensors=tensors, written=2 * q.nbytes, exps=(1.0 * L * P, 0.0))
 
 
 rotary = Cases(

@@ -32,7 +32,8 @@ def _inputs(make: Maker, *, B: int, L: int, H: int, P: int, G: int, N: int) -> I
     }
     # in chunks of Q tokens: products inside a chunk are Q wide, those with the state N by P
     flops = (B * L * H * (2.0 * Q * (N + P) + 4 * N * P), B * L * H * (2.0 * Q * (3 * N + 2 * P) + 10 * N * P))
-    return Inputs(tensors=tensors, options={"dt_softplus": True}, written=x.nbytes, flops=flops)
+    n = 3.0 * B * L * H  # softplus and decay of each step
+    return Inputs(tensors=tensors, options={"dt_softplus": True}, written=x.nbytes, flops=flops, exps=(n, n))
 
 
 ssd = Cases(

@@ -35,7 +35,15 @@ def _inputs(make: Maker, *, B: int, H: int, P: int, N: int, G: int = 1) -> Input
         "D": make.param(H),
         "dt_bias": make.param(H),
     }
-    return Inputs(tensors=tensors, written=state.nbytes + tensors["window"].nbytes, has_backward=False)
+    return Inputs(
+        tensors=tensors,
+        written=state.nbytes + tensors["window"].nbytes,
+        # the taps of the window; the state decays, takes the input and is read
+        flops=(2.0 * tensors["weight"].numel() * B + 5.0 * state.numel(), 0.0),
+        # silu of the channels; softplus and decay of the steps
+        exps=(2.0 * B * channels + 3.0 * B * H, 0.0),
+        has_backward=False,
+    )
 
 
 state_update = Cases(

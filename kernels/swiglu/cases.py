@@ -13,7 +13,8 @@ def _example(*, B: int, L: int, E: int, N: int, starts: Tensor, optional: bool) 
 
 def _inputs(make: Maker, *, T: int, F: int) -> Inputs:
     gate = make.act(T, F)
-    return Inputs(tensors={"gate": gate, "up": make.act(T, F)}, written=gate.nbytes)
+    n = 2.0 * gate.numel()  # the sigmoid of the gate
+    return Inputs(tensors={"gate": gate, "up": make.act(T, F)}, written=gate.nbytes, exps=(n, n))
 
 
 swiglu = Cases(

@@ -21,9 +21,10 @@ from crossover.benchmarks.gpu import peers as gpu_peers
 from crossover.benchmarks.gpu import prepare as gpu_prepare
 from crossover.benchmarks.gpu.__main__ import Setup, main, run, timed_rows
 from crossover.benchmarks.gpu.cases import Spec, build, in_order, specs_of
-from crossover.benchmarks.gpu.limits import CpuClock, CudaClock, Limits, Timing, measure_limits
+from crossover.benchmarks.gpu.limits import CpuClock, CudaClock, Timing, measure_limits
 from crossover.benchmarks.gpu.peers import racing
 from crossover.benchmarks.gpu.prepare import Job, carry_out, jobs, run_jobs
+from crossover.benchmarks.harness.limits import Limits
 from crossover.benchmarks.harness.processes import Child
 from crossover.benchmarks.operations.checks import checks_of
 from crossover.benchmarks.operations.race_cases import Contestant, one_pass
