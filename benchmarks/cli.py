@@ -116,7 +116,7 @@ def _run(command: object, words: Sequence[str]) -> int:
 
             return bench_lr(command, command=words)
         case KernelsConfig():
-            from .operations.race import bench_kernels
+            from .operations.bench import bench_kernels
 
             return bench_kernels(command, command=words)
         case DoctorConfig():

@@ -28,7 +28,7 @@ class Counts:
     bytes: float
     """Bytes read or written in memory."""
     flops: float = 0.0
-    """FLOPs of matrix products."""
+    """FLOPs of matrix products, transforms and recurrences: a multiply-add is two."""
     exps: float = 0.0
     """Exponentials, and logarithms and reciprocals, which the same unit takes."""
 
@@ -75,8 +75,6 @@ class Inputs:
     exps: tuple[float, float] = (0.0, 0.0)
     """Exponentials of (forward, backward)."""
     has_backward: bool = True
-    decays: int | None = None
-    """Exponentials of decays in a forward pass, where they decide on a CPU."""
 
     @property
     def counts(self) -> dict[str, Counts]:

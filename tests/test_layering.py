@@ -135,7 +135,7 @@ def test_nothing_names_an_operation_but_its_folder_the_list_the_compiled_step_an
 
     folders = {path.parent.name for path in (ROOT / "kernels").glob("*/reference.py")}
     names = {*OPS, *folders}
-    known = {"kernels/ops.py", "benchmarks/gpu/peers.py"}
+    known = {"kernels/ops.py", "benchmarks/gpu/peers.py", "benchmarks/operations/peers.py"}
     assert {"ssd", "attention"} <= set(names_in(ROOT / "benchmarks/gpu/peers.py"))
     found = {
         str(path): bad

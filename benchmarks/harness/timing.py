@@ -8,18 +8,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-__all__ = ["quantiles", "rounds", "take_turns", "timed"]
+__all__ = ["clock_of", "quantiles", "rounds", "take_turns", "timed"]
 
 
-def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, with what it leaves running on a GPU."""
+def clock_of(n_threads: int) -> Callable[[], float]:
+    """The clock of work on so many threads of a CPU, in seconds.
+
+    On one thread it is the time that the process has had a processor, which other work on the machine does not lengthen
+    except through caches and memory; several threads wait for each other, and only the time on the wall tells of it.
+    """
+    return time.process_time if n_threads == 1 else time.perf_counter
+
+
+def timed(device: torch.device, work: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that `work` takes by a clock, with what it leaves running on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def rounds(seconds: float, *, least: int = 1, clock: Callable[[], float] = time.perf_counter) -> Iterator[int]:

@@ -1,246 +1,110 @@
-"""Training steps of small models against Hugging Face's of the same sizes and weights, each in a process of its own.
+"""What a user would run in the place of our models: those of other libraries, and plain PyTorch.
 
-Theirs run as they come, and once more with the allocator setting that ours run with, which holds for a whole process:
-glibc otherwise returns large blocks to the system in every step, which costs some models most of their time. All models
-of a race are alive at once and take turns, so that whatever else the machine does slows all of them alike.
+Each peer computes what ours does, with the same weights and without dropout, unless it says otherwise.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import importlib
 import importlib.util
 import os
-import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...archs import LanguageModel, build
+from ...archs import LanguageModel
 from ...archs.hf import to_hf
+from ...kernels import ops
 from ...train.config import OptimConfig
-from ...train.learner import Learner, Update
-from ...train.objectives.next_token import RandomTokens
-from ...train.optim import adamw
-from ...train.runtime import choose_precision, keep_freed_memory
-from ...train.verdict import apply_verdict
-from ..harness.processes import Child, last_line
-from ..harness.timing import quantiles, rounds, timed
+from .contestants import OURS
+from .floors import matrices, reads_per_token
+from .limits import reading
+from .plain import PlainGPT, PlainLSTM
+from .turns import Task, Works, model_of, our_works, window_of
 
-__all__ = ["PEERS", "model_rows", "our_step", "peer_of", "race_rows", "take_turns_when_told", "their_step"]
+__all__ = ["PEERS", "Peer", "works_of"]
 
-_CPU = torch.device("cpu")
-_BURST = 0.3
-"""Seconds of a turn, unless one training step takes longer."""
-_MIN_TURNS = 3
-_SLOW = 10.0
-"""A Hugging Face model whose first turn takes more seconds than this gets no other, so that nobody waits for it."""
-_DEADLINE = 60.0
-"""Seconds without an answer after which a model leaves the race."""
-PEERS = {
-    "mamba": "MambaForCausalLM",
-    "mamba2": "Mamba2ForCausalLM",
-    "transformer": "LlamaForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-"""Hugging Face's class for each architecture."""
-_SEQ_LEN = 512
-# more of Hugging Face's Mamba would not end within the deadline
-_BATCH_SIZE = {"mamba": 1, "mamba2": 1, "transformer": 8, "gpt2": 8}
-_CONTESTANTS = (("ours", True), ("theirs", False), ("theirs", True))
-"""Contestants: whose model it is, and whether it keeps freed memory."""
-_PRELOAD = ("crossover.benchmarks.operations.peers", "torch._dynamo", "numba")
+INSTALL = {"transformers": "pip install 'crossover[hf]'", "mambapy": "pip install mambapy"}
+"""How to get what peers need, by module."""
 
 
-def model_rows(*, threads: int, time_box: float, logs: Path, n_params: int = 1_000_000) -> Iterator[dict[str, Any]]:
-    """Measures our models and theirs, a row each; one row with the reason where transformers is not installed.
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another model that computes what one of ours does."""
 
-    A row takes `time_box` seconds and the start of its process.
-    """
-    if importlib.util.find_spec("transformers") is None:
-        yield {"model": None, "text": "whole models: transformers is not installed (pip install 'crossover[hf]')"}
-        return
-    for arch in PEERS:
-        order = {
-            "arch": arch,
-            "n_params": n_params,
-            "batch_size": _BATCH_SIZE[arch],
-            "seq_len": _SEQ_LEN,
-            "threads": threads,
-        }
-        yield from race_rows(order, time_box=time_box, logs=logs)
-
-
-def race_rows(order: Mapping[str, Any], *, time_box: float, logs: Path) -> list[dict[str, Any]]:
-    """The race of one architecture, a row for each contestant; no process outlives it."""
-    with contextlib.ExitStack() as alive:
-        racing = [
-            alive.enter_context(_Contestant({**order, "who": who, "keeps_freed_memory": keeps}, logs=logs))
-            for who, keeps in _CONTESTANTS
-        ]
-        _race(racing, time_box=time_box)
-    return [contestant.row(racing[0].seconds) for contestant in racing]
-
-
-def _race(contestants: Sequence[_Contestant], *, time_box: float) -> None:
-    """Lets them take turns, each at least `_MIN_TURNS` times, until every one has had `time_box` seconds.
-
-    The first turn loads what long sequences need, and counts for none but the slow of theirs, who get no other.
-    """
-    for contestant in contestants:
-        contestant.get_ready()
-    _take_turns(contestants)
-    racing = [contestant for contestant in contestants if contestant.error is None and not contestant.is_slow]
-    for contestant in racing:
-        contestant.seconds.clear()
-    for _ in rounds(time_box * len(racing), least=_MIN_TURNS):
-        _take_turns(racing)
-
-
-def _take_turns(racing: Sequence[_Contestant]) -> None:
-    for contestant in racing:
-        if contestant.error is None:
-            contestant.take_turn()
-
-
-class _Contestant:
-    """A model in a process of its own, which sleeps until it is told to take a turn."""
-
-    def __init__(self, order: Mapping[str, Any], *, logs: Path) -> None:
-        self.order = order
-        kept = "kept" if order["keeps_freed_memory"] else "default"
-        self._log = logs / f"peer-{order['arch']}-{order['who']}-{kept}.log"
-        self._log.unlink(missing_ok=True)
-        self.seconds: list[float] = []  # of one training step, for each turn
-        self.error: str | None = None
-        self._n_params: int | None = None
-        self._child = Child(take_turns_when_told, dict(order), log=self._log, preload=_PRELOAD)
-
-    def __enter__(self) -> _Contestant:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._child.kill()
+    name: str
+    arch: str
+    """The architecture of ours."""
+    build: Callable[[LanguageModel], nn.Module]
+    """Makes it of ours."""
+    loss: Callable[[Any, Tensor], Tensor]
+    """Maps the model and a window of tokens, (B, L + 1) int64, to the mean loss."""
+    needs: tuple[str, ...] = ()
+    """Modules that must be installed."""
+    decodes: bool = False
+    """Whether it decodes too, as transformers' models do."""
 
     @property
-    def is_slow(self) -> bool:
-        """Whether its first turn is its only one; never true for ours, which all others are compared with."""
-        return self.order["who"] == "theirs" and self.seconds[0] > _SLOW
-
-    def get_ready(self) -> None:
-        """Waits until the model is built and warm, or sets `error`."""
-        self._n_params = self._answer()
-
-    def take_turn(self) -> None:
-        """Appends to `seconds`, or sets `error`."""
-        self._child.send("take a turn")
-        if (seconds := self._answer()) is not None:
-            self.seconds.append(seconds)
-
-    def _answer(self) -> Any:
-        try:
-            return self._child.receive(timeout=_DEADLINE)
-        except TimeoutError:
-            self._child.kill()
-            self.error = f"no training step within {_DEADLINE:.0f} s"
-        except EOFError:
-            self.error = f"failed with code {self._child.join()}: {last_line(self._log)} (log: {self._log})"
-        return None
-
-    def row(self, ours: Sequence[float]) -> dict[str, Any]:
-        """Makes the row of this contestant; `ours` are the seconds of our model, turn by turn."""
-        found: dict[str, Any] = {"n_params": self._n_params, "repeats": len(self.seconds), "error": self.error}
-        found |= dict.fromkeys(("tokens_per_second", "ratio", "ratio_quartiles"))
-        if self.error is None:
-            n_tokens = self.order["batch_size"] * self.order["seq_len"]
-            found["tokens_per_second"] = n_tokens / statistics.median(self.seconds)
-            if self.order["who"] == "theirs":
-                found |= _ratio([theirs / our for theirs, our in zip(self.seconds, ours, strict=False)])
-        row = {"model": self.order["arch"], "name": _name(self.order), **self.order, **found}
-        return {**row, "text": _text(row)}
+    def missing(self) -> list[str]:
+        """Commands that install what it lacks."""
+        return [INSTALL[module] for module in self.needs if importlib.util.find_spec(module) is None]
 
 
-def _ratio(of_turns: Sequence[float]) -> dict[str, Any]:
-    """Says how many times longer theirs takes than ours: the median over turns, and quartiles if there are several."""
-    if not of_turns:
-        return {}
-    spread = quantiles(of_turns, (0.25, 0.75)) if len(of_turns) > 1 else None
-    return {"ratio": statistics.median(of_turns), "ratio_quartiles": spread}
+def works_of(arch: str, n_params: int, who: str) -> Works:
+    """What the process of a contestant does: of ours, or of a peer by its name."""
+    return _works_of_ours(arch, n_params) if who == OURS else _works_of_peer(PEERS[who], n_params)
 
 
-def _name(order: Mapping[str, Any]) -> str:
-    if order["who"] == "ours":
-        return f"our {order['arch']}"
-    how = "freed memory kept as in ours" if order["keeps_freed_memory"] else "as it comes"
-    return f"transformers {PEERS[order['arch']]}, {how}"
+def _works_of_ours(arch: str, n_params: int) -> Works:
+    """Training steps and tokens decoded; and what decoding is held against.
 
-
-def _text(row: Mapping[str, Any]) -> str:
-    size = f"B={row['batch_size']} L={row['seq_len']}"
-    if row["error"] is not None:
-        return f"{row['name']}, {size}: {row['error']}"
-    text = f"{row['name']}, {row['n_params']:,} parameters, {size}: {row['tokens_per_second']:,.0f} tokens/s"
-    if row["ratio"] is None:
-        return text
-    turns = "one turn"
-    if row["ratio_quartiles"] is not None:
-        low, high = row["ratio_quartiles"]
-        turns = f"{low:.2f} to {high:.2f} in the middle half of {row['repeats']} turns"
-    return f"{text}; ours trains {row['ratio']:.2f} times as many ({turns})"
-
-
-def take_turns_when_told(order: Mapping[str, Any], parent: Connection) -> None:
-    """The process of a contestant: sends the size of its model when it is warm, and then the seconds of each turn."""
-    if order["keeps_freed_memory"]:
-        keep_freed_memory()
-    torch.set_num_threads(order["threads"])
-    torch.manual_seed(0)
-    window = torch.randint(256, (order["batch_size"], order["seq_len"] + 1))
-    lm = build(order["arch"], n_params=order["n_params"], vocab_size=256)
-    if order["who"] == "ours":
-        apply_verdict()
-        step, model = our_step(lm), lm
-    else:
-        model = peer_of(lm)
-        step = their_step(model)
-    step(window[:, :17])  # loads libraries and kernels
-    parent.send(sum(p.numel() for p in model.parameters()))
-    with contextlib.suppress(EOFError):  # the race is over
-        while parent.recv():
-            parent.send(_turn(lambda: step(window)))
-
-
-def _turn(step: Callable[[], object]) -> float:
-    """Seconds of one step: the median of a burst after a first step that gets the caches back from the others.
-
-    A step that fills the burst alone is the turn.
+    "products" are the matrix products of a token alone, each a call of torch.mv; "read" reads as many bytes as a token
+    must, and says how many those are.
     """
-    seconds = timed(_CPU, step)
-    if seconds >= _BURST:
-        return seconds
-    return statistics.median(timed(_CPU, step) for _ in rounds(_BURST))
+    ours = our_works(arch, n_params)
+
+    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+        if task["work"] in ("train", "decode"):
+            return ours(task)
+        lm = model_of(arch, n_params, task["length"] + 1)
+        if task["work"] == "products":
+            pairs = [(matrix, torch.randn(matrix.shape[1])) for matrix in matrices(lm)]
+            return lambda: [torch.mv(matrix, x) for matrix, x in pairs], {"products": len(pairs)}
+        reads = reads_per_token(lm, task["length"])
+        n_read, read = reading(reads.total)
+        return read, {"weights": reads.weights, "state": reads.state, "times": n_read / reads.total}
+
+    return works
 
 
-def our_step(lm: LanguageModel) -> Callable[[Tensor], object]:
-    """Returns the training step of our model on a window of tokens."""
-    config, precision = OptimConfig(), choose_precision("fp32", torch.device("cpu"))
-    objective = RandomTokens(vocab_size=lm.config.vocab_size, batch_size=1, seq_len=1)
-    update = Update(Learner(lm, objective), objective, adamw(lm, config), precision=precision, clip=config.clip)
-    return lambda window: update([objective.collate(list(window.numpy()))], 1e-4)
+def _works_of_peer(peer: Peer, n_params: int) -> Works:
+    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+        model = peer.build(model_of(peer.arch, n_params, task["length"] + 1))
+        facts = {"n_params": sum(p.numel() for p in model.parameters())}
+        if task["work"] == "decode":
+            return decoding(model.eval(), task["length"]), facts
+        step = training_step(model.train(), peer.loss)
+        return functools.partial(step, window_of(task)), facts
+
+    return works
 
 
-def their_step(model: Any) -> Callable[[Tensor], None]:
-    """Returns the training step of Hugging Face's model on a window of tokens."""
+def training_step(model: nn.Module, loss: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], None]:
+    """Returns the training step of a peer on a window of tokens, (B, L + 1) int64, with our optimizer's options."""
     config = OptimConfig()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(window: Tensor) -> None:
-        tokens = window[:, :-1].contiguous()
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        loss(model, window).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -248,16 +112,136 @@ def their_step(model: Any) -> Callable[[Tensor], None]:
     return step
 
 
-def peer_of(lm: LanguageModel) -> Any:
-    """Hugging Face's model that computes what ours does, with the same weights and, as in ours, without dropout."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be fetched
-    import transformers
+def decoding(model: Any, context_len: int) -> Callable[[], object]:
+    """Decodes one token after so many with a model of transformers, the same again and again."""
+    prompt = window_of({"batch_size": 1, "length": context_len - 1})  # which has one token more
+    with torch.inference_mode():
+        out = model(input_ids=prompt, use_cache=True)
+    name = "past_key_values" if getattr(out, "past_key_values", None) is not None else "cache_params"
+    cache = getattr(out, name)
 
+    def step() -> None:
+        with torch.inference_mode():
+            model(input_ids=prompt[:, -1:], use_cache=True, **{name: cache})
+        if name == "past_key_values":  # which would grow; a recurrent state does not
+            cache.crop(-1)
+
+    return step
+
+
+def _of_logits(model: Any, window: Tensor) -> Tensor:
+    return F.cross_entropy(model(window[:, :-1].contiguous()).flatten(0, 1), window[:, 1:].flatten())
+
+
+def _of_transformers(model: Any, window: Tensor) -> Tensor:
+    tokens = window[:, :-1].contiguous()  # which the model shifts itself
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def _transformers(lm: LanguageModel, **options: Any) -> nn.Module:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be fetched
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         to_hf(lm, folder)
-        transformers.utils.logging.disable_progress_bar()
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.train()
+    return model
+
+
+class _MambaPy(nn.Module):
+    """mambapy's Mamba, which has no embedding of its own, with ours, and a tied head."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        super().__init__()
+        mamba: Any = importlib.import_module("mambapy.mamba")
+        mixer: Any = lm.backbone.blocks[0].mixer
+        config = mamba.MambaConfig(
+            d_model=lm.config.d_model,
+            n_layers=lm.config.n_layers,
+            dt_rank=mixer.dt_rank,
+            d_state=mixer.config.d_state,
+            rms_norm_eps=lm.config.norm_eps,
+        )
+        self.embedding = nn.Embedding.from_pretrained(lm.embedding.weight.detach().clone(), freeze=False)
+        self.backbone: nn.Module = mamba.Mamba(config)
+        self.norm = nn.RMSNorm(lm.config.d_model, eps=lm.config.norm_eps)
+        self.norm.load_state_dict(lm.backbone.norm.state_dict())
+        with tempfile.TemporaryDirectory() as folder:
+            to_hf(lm, folder)  # whose names the package follows
+            weights = load_file(Path(folder) / "model.safetensors")
+        names = self.backbone.state_dict()
+        self.backbone.load_state_dict({name: weights[f"backbone.{name}"] for name in names})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> logits, (B, L, V)."""
+        return F.linear(self.norm(self.backbone(self.embedding(tokens))), self.embedding.weight)
+
+
+class _WithTheirDeltaRule(nn.Module):
+    """Our model with the gated delta rule of transformers, in chunks, in the place of ours."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        super().__init__()
+        self.lm = lm
+        theirs: Any = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+        self._rule: Callable[..., Any] = theirs.torch_chunk_gated_delta_rule
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> logits, (B, L, V)."""
+        with self._in_place_of_ours():
+            return self.lm(tokens).logits
+
+    @contextmanager
+    def _in_place_of_ours(self) -> Iterator[None]:
+        ours = ops.gated_delta_rule
+
+        def rule(
+            q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, **_: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            scaled = q * k.shape[-1] ** 0.5  # which theirs divides by
+            return self._rule(scaled, k, v, log_decay, beta, initial_state=None, output_final_state=False)
+
+        ops.gated_delta_rule = rule  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            ops.gated_delta_rule = ours
+
+
+def _hf(name: str, arch: str, *, decodes: bool = False, needs: tuple[str, ...] = (), **options: Any) -> Peer:
+    """A model of transformers, with options of its config."""
+    return Peer(
+        name=name,
+        arch=arch,
+        build=functools.partial(_transformers, **options),
+        loss=_of_transformers,
+        needs=("transformers", *needs),
+        decodes=decodes,
+    )
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        _hf("HF Llama", "transformer", decodes=True),
+        Peer(name="plain GPT", arch="gpt2", build=PlainGPT, loss=_of_logits),
+        _hf("HF GPT-2", "gpt2", decodes=True),
+        _hf("HF Mamba", "mamba", decodes=True),
+        _hf("HF Mamba with mambapy", "mamba", needs=("mambapy",), use_mambapy=True),
+        Peer(name="mambapy", arch="mamba", build=_MambaPy, loss=_of_logits, needs=("mambapy",)),
+        _hf("HF Mamba-2", "mamba2", decodes=True),
+        _hf("HF Jamba", "jamba"),
+        Peer(name="torch.nn.LSTM", arch="lstm", build=PlainLSTM, loss=_of_logits),
+        Peer(
+            name="HF gated delta rule",
+            arch="gated_deltanet",
+            build=_WithTheirDeltaRule,
+            loss=_of_logits,
+            needs=("transformers",),
+        ),
+    )
+}
+"""Every peer by its name."""

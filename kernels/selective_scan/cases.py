@@ -46,7 +46,6 @@ def _inputs(make: Maker, *, B: int, L: int, E: int, N: int) -> Inputs:
         written=u.nbytes,
         # softplus and the gate take four more for each number forward, and their slopes five backward
         exps=(B * L * E * (N + 4.0), B * L * E * (N + 5.0)),
-        decays=B * L * E * N,
     )
 
 

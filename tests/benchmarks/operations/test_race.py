@@ -7,22 +7,28 @@ from typing import Any
 import pytest
 import torch
 from crossover.benchmarks.cli import main
-from crossover.benchmarks.operations import peers
-from crossover.benchmarks.operations import race as kernels
-from crossover.benchmarks.operations.exp_rate import seconds_per_exp
+from crossover.benchmarks.operations import bench, race
+from crossover.benchmarks.operations.bench import bench_kernels
 from crossover.benchmarks.operations.options import KernelsConfig
-from crossover.benchmarks.operations.race import bench_kernels
 from crossover.benchmarks.operations.race_cases import Compiler, case_of, cases, compiled, contestants
 from crossover.files import read_json_lines
 from crossover.kernels import ops
 from crossover.kernels.selective_scan import cases as scan_cases
 
-TINY = {"lengths": (16,), "batch_size": 2, "channels": 16, "time_box": 0.001, "compile_box": 0.0}
+TINY: dict[str, Any] = {
+    "lengths": (16,),
+    "batch_size": 2,
+    "channels": 16,
+    "time_box": 0.001,
+    "compile_box": 0.0,
+    "parts": ("operations",),
+}
 SIZES = (("selective_scan", 16), ("selective_scan", 32), ("rms_norm", 16))
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
+def _two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("crossover.benchmarks.operations.limits._SIZES", (1 << 14, 1 << 16))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -31,9 +37,10 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = KernelsConfig(**TINY, models=False, threads=2, out=tmp_path)
+    config = KernelsConfig(**TINY, threads=2, out=tmp_path)
     assert bench_kernels(config, command=["crossover", "bench", "kernels"]) == 0
-    rows = read_json_lines(tmp_path / "kernels.jsonl")
+    limits, two, *rows = read_json_lines(tmp_path / "kernels.jsonl")
+    assert [(row["kind"], row["threads"]) for row in (limits, two)] == [("limits", 1), ("limits", 2)]
     assert {(row["op"], row["pass"], row["threads"]) for row in rows} == {
         (op, which, threads) for op in ops.OPS for which in ("fwd", "fwd+bwd") for threads in (1, 2)
     }
@@ -43,9 +50,11 @@ def test_every_operation_is_raced_and_every_row_is_written(tmp_path: Path, capsy
         assert set(row["seconds"]) <= {"ours", "torch", "definition", "peer"}
         assert ("torch" in row["seconds"]) == (row["backend"] != "torch")
         assert ("peer" in row["seconds"]) == (row["op"] == "lstm_scan")
-        assert (row["times_floor"] is not None) == (row["op"] == "selective_scan" and row["threads"] == 1)
+        inference_alone = row["op"] == "state_update" and row["pass"] == "fwd+bwd"
+        assert (row["bound"] is None) == (row["times_bound"] is None) == inference_alone
     table = (tmp_path / "kernels.md").read_text()
-    assert table.count("fwd+bwd") == len(rows) / 2
+    _, _, operations = table.partition("## Operations")
+    assert operations.count("| fwd+bwd |") == len(rows) / 2
     assert capsys.readouterr().out.count("\n") > len(rows)
 
 
@@ -72,10 +81,10 @@ def test_the_compiled_loop_is_the_selective_scan(monkeypatch: pytest.MonkeyPatch
 def test_a_definition_that_would_take_too_long_is_left_out_and_said_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernels, "_SHORT", 4)
-    config = KernelsConfig(**TINY, ops=("selective_scan",), models=False, threads=1, out=tmp_path)
+    monkeypatch.setattr(race, "_SHORT", 4)
+    config = KernelsConfig(**TINY, ops=("selective_scan",), threads=1, out=tmp_path)
     assert bench_kernels(config, command=["crossover"]) == 0
-    for row in read_json_lines(tmp_path / "kernels.jsonl"):
+    for row in read_json_lines(tmp_path / "kernels.jsonl")[1:]:
         assert row["skipped"]["definition"].startswith("too slow: ")
         assert "definition" not in row["seconds"]
     assert "definition too slow" in (tmp_path / "kernels.md").read_text()
@@ -95,37 +104,35 @@ def test_compiling_ends_with_its_seconds_but_not_for_what_is_compiled_already() 
     assert Compiler(1.0).first_call(scan, False, fail) == "does not compile: no C++ compiler"
 
 
-def test_a_stopped_race_leaves_the_table_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_race_leaves_the_page_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(*args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
         yield from rows(("rms_norm",), *args[1:], **kwargs)
         raise KeyboardInterrupt
 
-    rows = kernels.operation_rows
-    monkeypatch.setattr(kernels, "operation_rows", stop)
+    rows = bench.operation_rows
+    monkeypatch.setattr(bench, "operation_rows", stop)
     options = ["--lengths", "16", "--channels", "16", "--time-box", "0.001", "--compile-box", "0", "--threads", "1"]
     assert main(["bench", "kernels", *options, "--out", str(tmp_path)]) == 130
-    assert (tmp_path / "kernels.md").read_text().count("rms\\_norm") == 2
-
-
-def test_an_exponential_takes_a_fraction_of_a_nanosecond_or_little_more() -> None:
-    assert 1e-12 < seconds_per_exp(seconds=0.01) < 1e-7
-
-
-def test_without_transformers_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    (row,) = peers.model_rows(threads=1, time_box=0.1, logs=tmp_path)
-    assert row["text"] == "whole models: transformers is not installed (pip install 'crossover[hf]')"
+    written, said = (tmp_path / "kernels.md").read_text(), capsys.readouterr()
+    assert written[written.index("## Operations") :].count("rms\\_norm") >= 2
+    assert 0 < said.out.index("BEHIND") < said.out.index("OPERATIONS")
+    assert said.err.count("rms_norm T=128 D=16, fwd") == 2  # as they were measured
 
 
 def test_mistakes_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--ops", "rms_morn"]) == 2
-    for words in (["--lengths", "64", "32"], ["--channels", "20"]):
+    wrong = (["--lengths", "64", "32"], ["--channels", "20"], ["--archs", "mambo"], ["--against", "docs"])
+    for words in wrong:
         assert main(["bench", "kernels", *words]) == 2
     text = capsys.readouterr().err
-    assert len(text.splitlines()) == 3
+    assert len(text.splitlines()) == 1 + len(wrong)
     assert "did you mean 'rms_norm'?" in text
     assert "--lengths must be increasing" in text
     assert "--channels must be a multiple of 16, got 20" in text
+    assert "did you mean 'mamba'?" in text
+    assert "--against docs is no checkout of this repository" in text
 
 
 @pytest.mark.slow

@@ -1,0 +1,144 @@
+"""What a model of ours does in a turn of a race: a training step, or a token decoded.
+
+Another checkout of this repository takes part by running this very file: `crossover` is then that checkout. Hence the
+imports by full name, and of nothing that is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, TypeAlias
+
+import torch
+from crossover.archs import build
+from crossover.train.config import OptimConfig
+from crossover.train.optim import adamw
+from crossover.train.runtime import choose_precision, keep_freed_memory
+from torch import Tensor
+
+__all__ = ["VOCAB_SIZE", "Task", "Works", "decoding", "model_of", "our_step", "our_works", "serve", "window_of"]
+
+VOCAB_SIZE = 256
+
+Task: TypeAlias = Mapping[str, Any]
+"""A turn: `work`, `length` in tokens, `batch_size`, `threads`, and `burst`, its seconds where one call takes less."""
+
+Works: TypeAlias = Callable[[Task], tuple[Callable[[], object], dict[str, Any]]]
+"""Maps a task to what is done again and again, and what is to be said about it."""
+
+
+def serve(works: Works, parent: Connection) -> None:
+    """Takes a turn for each task that comes, and sends its seconds and what is to be said, until nothing more comes."""
+    known = functools.lru_cache(maxsize=4)(lambda task: works(dict(task)))
+    with contextlib.suppress(EOFError):  # the race is over
+        while True:
+            task = parent.recv()
+            torch.set_num_threads(task["threads"])
+            # on one thread other work on the machine does not count
+            clock = time.process_time if task["threads"] == 1 else time.perf_counter
+            work, facts = known(tuple((name, task[name]) for name in ("work", "length", "batch_size")))
+            parent.send({"seconds": _turn(work, clock, task["burst"]), **facts})
+
+
+def _turn(work: Callable[[], object], clock: Callable[[], float], burst: float) -> float:
+    """Seconds of one call: the median of a burst after a first call that gets the caches back from the others.
+
+    A call that fills the burst alone is the turn.
+    """
+
+    def timed() -> float:
+        begin = clock()
+        work()
+        return clock() - begin
+
+    first = timed()
+    if first >= burst:
+        return first
+    begin, found = clock(), [timed()]
+    while clock() - begin < burst:
+        found.append(timed())
+    return statistics.median(found)
+
+
+def our_works(arch: str, n_params: int) -> Works:
+    """What our models do: "train" and "decode"."""
+
+    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+        if task["work"] == "train":
+            lm = model_of(arch, n_params, task["length"])
+            return functools.partial(our_step(lm), window_of(task)), {"n_params": lm.n_params}
+        lm = model_of(arch, n_params, task["length"] + 1)
+        step, how = decoding(lm, task["length"])
+        return step, {"n_params": lm.n_params, "decode": how}
+
+    return works
+
+
+def model_of(arch: str, n_params: int, length: int) -> Any:
+    """Our model of a size; one with learned positions has at least as many."""
+    torch.manual_seed(0)
+    lm = build(arch, n_params=n_params, vocab_size=VOCAB_SIZE)
+    if lm.config.max_positions is None or lm.config.max_positions >= length:
+        return lm
+    return build(arch, n_params=n_params, vocab_size=VOCAB_SIZE, max_positions=length)
+
+
+def window_of(task: Task) -> Tensor:
+    """Random tokens, (B, L + 1) int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCAB_SIZE, (task["batch_size"], task["length"] + 1), generator=generator)
+
+
+def our_step(lm: Any) -> Callable[[Tensor], object]:
+    """The training step of our model on a window of tokens, (B, L + 1) int64, as the trainer takes it."""
+    config, precision = OptimConfig(), choose_precision("fp32", torch.device("cpu"))
+    optimizer = adamw(lm, config)
+    try:
+        from crossover.train.learner import Learner, Update
+        from crossover.train.objectives.next_token import RandomTokens
+    except ImportError:  # a checkout from before there were objectives
+        return _earlier_step(lm, optimizer, precision)
+    objective = RandomTokens(vocab_size=lm.config.vocab_size, batch_size=1, seq_len=1)
+    update = Update(Learner(lm, objective), objective, optimizer, precision=precision, clip=config.clip)
+    return lambda window: update([objective.collate(list(window.numpy()))], 1e-4)
+
+
+def _earlier_step(lm: Any, optimizer: torch.optim.Optimizer, precision: Any) -> Callable[[Tensor], object]:
+    from crossover.train.optim import set_learning_rate
+    from crossover.train.step import accumulate_gradients  # pyright: ignore[reportMissingImports]
+
+    set_learning_rate(optimizer, 1e-4)
+
+    def step(window: Tensor) -> None:
+        parts = [(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None)]
+        accumulate_gradients(lm, parts, precision=precision, clip=OptimConfig().clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def decoding(lm: Any, context_len: int) -> tuple[Callable[[], object], str]:
+    """Decodes one token after so many, the same again and again; and how it does: by the "modules"."""
+    lm.eval()
+    with torch.inference_mode():
+        prompt = window_of({"batch_size": 1, "length": context_len - 1})  # which has one token more
+        state = lm(prompt, state=lm.init_state(1, context_len + 1)).state
+
+    def step() -> None:
+        with torch.inference_mode():
+            lm(prompt[:, -1:], state=state)
+
+    return step, "modules"
+
+
+if __name__ == "__main__":
+    line = Connection(int(sys.argv[1]))
+    keep_freed_memory()
+    serve(our_works(sys.argv[2], int(sys.argv[3])), line)
