@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "FormatError",
     "JsonLines",
+    "cache_home",
     "check_format",
     "decode",
     "give_usual_mode",
@@ -47,6 +48,14 @@ _MAX_DIGITS = 300
 """Digits of an integer: more may have no finite float."""
 _MAX_DEPTH = 100
 """Tables and lists inside each other: what walks over values recursively has room to spare."""
+
+
+def cache_home() -> Path:
+    """The user's folder for what can be made again: $CROSSOVER_CACHE, else crossover in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("CROSSOVER_CACHE"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(caches if os.path.isabs(caches) else "~/.cache") / "crossover"
 
 
 class FormatError(ValueError):

@@ -14,28 +14,25 @@ NaN and infinity go through as in IEEE arithmetic, and a kernel gives the same b
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import operator
-import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import CellType, FunctionType
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-P = ParamSpec("P")
-
-TARGET: tuple[str, str, str] = cast(Any, cpu_target).target_context.codegen().magic_tuple()
-"""Describes what numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
+from .compiled import TARGET, inline
+from .compiled import Bools2 as Bools2
+from .compiled import Floats1 as Floats1
+from .compiled import Floats2 as Floats2
+from .compiled import Floats3 as Floats3
+from .compiled import Floats4 as Floats4
+from .compiled import called as called
+from .compiled import kernel as kernel
 
 _features = TARGET[2].split(",")
 LANES = 16 if "+avx512f" in _features else 8 if "+avx2" in _features else 4
@@ -66,103 +63,6 @@ class _VectorModel(models.PrimitiveModel):
 
 
 _vector, _pair, _tile = Vector(LANES), Vector(PAIR), Vector(TILE)
-
-
-# Compilation
-
-# numba's cache notices a change of the kernel's own file only. What shared files add to a kernel goes into the key too.
-# LANES need not: TARGET is part of numba's key, so code for several processors lies side by side and is never mixed up.
-_SHARED = [Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "blocks.py", "products.py")]
-_VERSION = hashlib.sha256(b"".join(_SHARED)).hexdigest()
-
-
-Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray
-"""Annotations of a kernel's arrays: what is in them and the number of axes. Strides are free, but see `load`."""
-
-_NUMBA_TYPES = {
-    "int": types.int64,
-    "float": types.float32,
-    "bool": types.boolean,
-    **{f"Floats{n}": types.Array(types.float32, n, "A") for n in range(1, 5)},
-    "Bools2": types.Array(types.boolean, 2, "A"),
-}
-
-
-class _Files(IndexDataCacheFile):
-    """The files of a cache, each with the digest of its pickle behind it, which pickle does not read.
-
-    What was cut short or damaged counts as absent: it is compiled and written again.
-    """
-
-    def _dump(self, obj: Any) -> bytes:
-        data = super()._dump(obj)
-        return data + hashlib.sha256(data).digest()
-
-    def _load_data(self, name: str) -> Any:
-        self._verify(Path(self._data_path(name)).read_bytes())
-        return super()._load_data(name)
-
-    def _load_index(self) -> dict[Any, str]:
-        try:
-            data = Path(self._index_path).read_bytes()
-            self._verify(data[len(pickle.dumps(self._version, protocol=-1)) :])
-            return super()._load_index()
-        except OSError:
-            return {}
-
-    @staticmethod
-    def _verify(data: bytes) -> None:
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise OSError("a file of the cache of compiled kernels is damaged")
-
-
-class _Cache(FunctionCache):
-    """numba's cache of a function, which costs no more than the time to compile where it cannot be read or written."""
-
-    def __init__(self, function: FunctionType) -> None:
-        super().__init__(function)
-        self._cache_file = _Files(
-            cache_path=self._cache_path,
-            filename_base=self._impl.filename_base,
-            source_stamp=self._impl.locator.get_source_stamp(),
-        )
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk, a place that has become read-only
-            super().save_overload(sig, data)
-
-
-def kernel(function: Callable[P, None]) -> Callable[P, None]:
-    """Compiles a function for the types it is annotated with, now; it releases the GIL and its code is kept on disk.
-
-    Where __pycache__ is not writable numba keeps it in the user's cache folder or in NUMBA_CACHE_DIR, and where nothing
-    is writable every process compiles.
-    """
-    assert isinstance(function, FunctionType)
-    keyed = FunctionType(
-        function.__code__.replace(co_freevars=("_VERSION",)),
-        function.__globals__,
-        function.__name__,
-        closure=(CellType(_VERSION),),
-    )
-    functools.update_wrapper(keyed, function)
-    arguments = [_NUMBA_TYPES[name] for name in function.__annotations__.values() if name != "None"]
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(keyed)
-    try:
-        compiled._cache = _Cache(keyed)
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-    compiled.compile(types.void(*arguments))
-    compiled.disable_compile()
-    return compiled
-
-
-inline = numba.njit(forceinline=True, error_model="numpy")
-"""Decorates a function of vectors, which becomes part of the kernels that call it."""
-
-called = numba.njit(error_model="numpy")
-"""Decorates a function of arrays, which kernels call."""
 
 
 # Code generation: llvmlite instructions of the operations below

@@ -1,6 +1,7 @@
 """Every test starts from the same random state, draws the same examples, and writes no cache outside its own folder.
 
-Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
+Only compiled kernels are shared, with the user's own: they are found by their content, and take long to make. Without a
+GPU, Triton kernels run in Triton's interpreter, which must be chosen before they are imported.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossover.files import cache_home
 from hypothesis import settings
 
 # no deadline: on a busy machine any example can take long
@@ -18,6 +20,8 @@ settings.load_profile("crossover")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str((cache_home() / "kernels").expanduser()))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,10 @@
 """Imports run one way: kernels <- archs <- train <- benchmarks."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +103,38 @@ def test_archs_enter_kernels_by_the_front_door() -> None:
 def test_only_triton_kernels_import_triton() -> None:
     importing = {f for folder in BELOW for f in sources(folder) if any(n[0] == "triton" for n in imports(f))}
     assert {f for f in importing if f.name != "triton_kernels.py"} == set()
+
+
+def test_what_numba_compiles_takes_code_from_its_own_file_and_the_shared_ones_alone() -> None:
+    from crossover.kernels.compiled import SHARED  # all of which its cache looks at
+
+    shared = {("kernels", *name.removesuffix(".py").split("/")) for name in SHARED}
+    marks = {"called", "inline", "kernel"}
+    files = [
+        file
+        for file in sources("kernels")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and marks & {ast.unparse(mark) for mark in node.decorator_list}
+    ]
+    assert {ROOT / "kernels/ssd/cpu_kernels.py", ROOT / "kernels/step/products.py"} <= set(files)
+    others = {n[:-1] for f in files if f.name != "blocks.py" for n in imports(f) if n[0] == "kernels"}
+    assert others <= shared
+
+
+def test_to_import_the_models_loads_no_compiler() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = "import sys; import crossover.archs; print(*sys.modules)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    loaded = set(printed.split())
+    assert "crossover.kernels.ops" in loaded
+    heavy = {"numba", "llvmlite", "triton", "torch._dynamo", "torch._inductor", "sympy", "transformers", "datasets"}
+    assert loaded & heavy == set()
 
 
 def test_the_trainer_names_no_architecture() -> None:

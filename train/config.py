@@ -219,7 +219,7 @@ class DataConfig:
     cache: Annotated[
         Path | None,
         _value(Path, "PATH", optional=True),
-        tyro.conf.arg(help_behavior_hint=_unset("$CROSSOVER_CACHE, else ~/.cache/crossover")),
+        tyro.conf.arg(help_behavior_hint=_unset("$CROSSOVER_CACHE, else crossover in $XDG_CACHE_HOME or ~/.cache")),
     ] = None
     """Folder for prepared corpora."""
 

@@ -1,19 +1,15 @@
-"""The vector functions against float64, and the compilation of kernels."""
+"""The vector functions against float64."""
 
 from __future__ import annotations
 
-import errno
-import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from crossover.kernels import simd
 from crossover.kernels.simd import (
     LANES,
     Floats1,
@@ -155,78 +151,3 @@ def test_a_vector_fills_one_register_of_the_processor_that_numba_compiles_for(li
     )
     lanes, register = map(int, child.stdout.split())
     assert lanes == register == (8 if limit else LANES)
-
-
-def test_a_kernel_without_a_place_for_its_code_is_compiled_anyway() -> None:
-    namespace: dict[str, Any] = {"__name__": "nowhere"}
-    exec("def fill(x: Floats1) -> None:\n    x[:] = 1\n", namespace)
-    fill = namespace["fill"]
-    fill.__annotations__ = {"x": "Floats1", "return": "None"}
-    x = np.zeros(3, np.float32)
-    kernel(fill)(x)
-    assert x.tolist() == [1, 1, 1]
-
-
-@pytest.mark.quick
-def test_code_on_disk_is_keyed_by_this_vocabulary_too() -> None:
-    compiled: Any = apply_exp2
-    assert [cell.cell_contents for cell in compiled.py_func.__closure__] == [simd._VERSION]
-
-
-SOURCE = """
-from __future__ import annotations
-from crossover.kernels.simd import Floats1, kernel
-
-@kernel
-def twice(first: int, last: int, x: Floats1) -> None:
-    for i in range(first, last):
-        x[i] *= 2
-"""
-
-
-def twice(folder: Path) -> bool:
-    """Compiles a kernel or takes it from the cache in a folder, and runs it; whether it was from the cache."""
-    spec = importlib.util.spec_from_file_location("kernel_to_cache", folder / "kernel_to_cache.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    x = np.arange(3, dtype=np.float32)
-    module.twice(0, 3, x)
-    assert x.tolist() == [0, 2, 4]
-    return module.twice.stats.cache_hits.total() == 1
-
-
-@pytest.fixture
-def cached(tmp_path: Path) -> Path:
-    (tmp_path / "kernel_to_cache.py").write_text(SOURCE)
-    assert [twice(tmp_path), twice(tmp_path)] == [False, True]
-    return tmp_path
-
-
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-def test_a_damaged_cache_is_built_again(cached: Path, pattern: str) -> None:
-    (path,) = cached.glob(f"__pycache__/{pattern}")
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    zeros = whole[:middle] + bytes(len(whole) - middle)
-    for damaged in (b"", whole[:5], whole[:-1], zeros, whole[:middle] + b"?" + whole[middle + 1 :]):
-        path.write_bytes(damaged)
-        assert [twice(cached), twice(cached)] == [False, True]
-
-
-def test_a_cache_that_cannot_be_written_or_read_costs_only_the_time_to_compile(
-    cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (index,) = cached.glob("__pycache__/*.nbi")
-    index.unlink()
-    index.mkdir()
-    assert not twice(cached)
-    index.rmdir()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert not twice(cached)
-    assert not [path for path in cached.glob("__pycache__/*") if "tmp" in path.name]

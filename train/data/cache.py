@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...files import read_json, sync
+from ...files import cache_home, read_json, sync
 
 __all__ = ["DataError", "cache_folder", "expanded", "is_whole", "locked", "publish"]
 
@@ -28,12 +28,12 @@ class DataError(ValueError):
 
 
 def cache_folder(configured: Path | None) -> Path:
-    """Returns the cache folder, created: `configured`, else $CROSSOVER_CACHE, else ~/.cache/crossover.
+    """Returns the cache folder, created: `configured`, else that of all that is made again (`files.cache_home`).
 
     Raises:
         DataError: if it cannot be created or read. One that cannot be written serves what it holds.
     """
-    folder = expanded(configured or Path(os.environ.get("CROSSOVER_CACHE") or "~/.cache/crossover"))
+    folder = expanded(configured or cache_home())
     if str(folder).startswith("~"):
         raise _unusable(folder, "there is no home folder")
     try:

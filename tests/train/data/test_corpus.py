@@ -225,6 +225,7 @@ def test_who_waits_for_another_process_says_so_and_finds_its_work(
 
 def test_without_a_home_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CROSSOVER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["nobody"])
     with pytest.raises(DataError, match=r"cannot use the cache folder ~/\.cache/crossover \(there is no home folder\)"):
@@ -244,12 +245,15 @@ def test_processes_that_start_together_see_one_corpus(folder: Path, cache: Path)
     assert len(list((cache / "corpora").iterdir())) == 1
 
 
-def test_the_cache_is_the_configured_folder_then_the_variable_then_home(
+def test_the_cache_is_the_configured_folder_then_the_variables_then_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cache_folder(tmp_path / "mine") == tmp_path / "mine"
     assert cache_folder(None) == tmp_path / "cache"
     monkeypatch.delenv("CROSSOVER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert cache_folder(None) == tmp_path / "caches/crossover"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard says is to be passed over")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder(None) == tmp_path / "home/.cache/crossover"
     assert (tmp_path / "home/.cache/crossover").is_dir()
