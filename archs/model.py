@@ -191,7 +191,8 @@ class Backbone(nn.Module):
     ) -> States:
         """An empty state for each block, then one for learned positions where there are any.
 
-        The device and dtype are the parameters' unless given.
+        The device and dtype are the parameters' unless given; under autocast the dtype is that of its products, so that
+        a cache of keys need not be converted whole for every token.
 
         Raises:
             ValueError: if the mixers are those of an encoder, or if max_len is more than max_positions.
@@ -199,7 +200,7 @@ class Backbone(nn.Module):
         check_count("batch_size", batch_size)
         check_count("max_len", max_len)
         weight = next(self.parameters())
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = device or weight.device, dtype or ops.product_dtype(weight)
         states = [block.mixer.init_state(batch_size, max_len, device=device, dtype=dtype) for block in self.blocks]
         if self.positions is not None:
             states.append(self.positions.init_state(batch_size, max_len, device=device))

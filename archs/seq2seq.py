@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..kernels import ops
 from . import generation
 from .config import ModelConfig, Seq2SeqConfig
 from .inputs import check_count, check_lengths, check_tokens
@@ -108,7 +109,7 @@ class Seq2Seq(nn.Module):
     ) -> States:
         """A state as large as that of sources of `n_source` tokens (None means max_len) and targets of `max_len`."""
         weight = self.decoder.embedding.weight
-        like = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        like = {"device": device or weight.device, "dtype": dtype or ops.product_dtype(weight)}
         state = self.decoder.init_state(batch_size, max_len, **like)
         if n_source is not None:
             for i, block in enumerate(self.decoder.backbone.blocks):

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from .attention.reference import attention as _attention
+from .autocast import product_dtype as product_dtype
 from .causal_conv1d.reference import causal_conv1d as _causal_conv1d
 from .dispatch import Op, triton_can_run
 from .dispatch import Unsupported as Unsupported

@@ -121,6 +121,9 @@ def test_a_state_may_have_a_precision_of_its_own_and_keeps_it(name: str, dtype: 
     states = lm.init_state(2, 7, dtype=dtype)
     moved = lm.init_state(2, 7).to(dtype)
     assert [t.dtype for t in leaves(moved)] == [t.dtype for t in leaves(states)]
+    if dtype == torch.bfloat16:  # as what autocast would keep
+        with torch.autocast("cpu", dtype):
+            assert [t.dtype for t in leaves(lm.init_state(2, 7))] == [t.dtype for t in leaves(states)]
     _, after = lm.prefill(tokens[:, :5], states)
     out = lm(tokens[:, 5:6], after)
     out = lm(tokens[:, 6:], out.state)
