@@ -80,7 +80,7 @@ def decoding_rows(
                     task = _task("decode", CONTEXT_LEN, 1, threads=n)
                     turns: dict[str, _Turn] = {c.name: functools.partial(c.turn, task) for c in racing}
                     turns[PRODUCTS] = functools.partial(racing[0].turn, {**task, "work": "products"})
-                    turns[FLOOR] = functools.partial(_read_once, racing[0], {**task, "work": "read"})
+                    turns[FLOOR] = functools.partial(racing[0].turn, {**task, "work": "read"})
                     row = _row(arch, task, racing, turns, config)
                     floor = row["ratios"].get(FLOOR)
                     times = None if floor is None else 1 / floor
@@ -112,12 +112,6 @@ def _started(
         for one in racing:
             one.warm_up(_task(work, 16, 1, threads=1))
         yield racing
-
-
-def _read_once(ours: Contestant, task: Task) -> dict[str, Any] | None:
-    """A turn of reading what a token needs, with the seconds of one time."""
-    answer = ours.turn(task)
-    return None if answer is None else {**answer, "seconds": answer["seconds"] / answer["times"]}
 
 
 def _row(

@@ -29,7 +29,7 @@ from .contestants import OURS
 from .floors import matrices, reads_per_token
 from .limits import reading
 from .plain import PlainGPT, PlainLSTM
-from .turns import Task, Works, model_of, our_works, window_of
+from .turns import Clock, Task, Work, Works, model_of, our_works, timing, window_of
 
 __all__ = ["PEERS", "Peer", "works_of"]
 
@@ -72,28 +72,32 @@ def _works_of_ours(arch: str, n_params: int) -> Works:
     """
     ours = our_works(arch, n_params)
 
-    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+    def works(task: Task) -> tuple[Work, dict[str, Any]]:
         if task["work"] in ("train", "decode"):
             return ours(task)
         lm = model_of(arch, n_params, task["length"] + 1)
         if task["work"] == "products":
             pairs = [(matrix, torch.randn(matrix.shape[1])) for matrix in matrices(lm)]
-            return lambda: [torch.mv(matrix, x) for matrix, x in pairs], {"products": len(pairs)}
+            return timing(lambda: [torch.mv(matrix, x) for matrix, x in pairs]), {"products": len(pairs)}
         reads = reads_per_token(lm, task["length"])
         n_read, read = reading(reads.total)
-        return read, {"weights": reads.weights, "state": reads.state, "times": n_read / reads.total}
+
+        def read_once(clock: Clock) -> float:
+            return timing(read)(clock) * reads.total / n_read
+
+        return read_once, {"weights": reads.weights, "state": reads.state}
 
     return works
 
 
 def _works_of_peer(peer: Peer, n_params: int) -> Works:
-    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+    def works(task: Task) -> tuple[Work, dict[str, Any]]:
         model = peer.build(model_of(peer.arch, n_params, task["length"] + 1))
         facts = {"n_params": sum(p.numel() for p in model.parameters())}
         if task["work"] == "decode":
-            return decoding(model.eval(), task["length"]), facts
+            return timing(decoding(model.eval(), task["length"])), facts
         step = training_step(model.train(), peer.loss)
-        return functools.partial(step, window_of(task)), facts
+        return timing(functools.partial(step, window_of(task))), facts
 
     return works
 

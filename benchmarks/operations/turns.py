@@ -22,15 +22,36 @@ from crossover.train.optim import adamw
 from crossover.train.runtime import choose_precision, keep_freed_memory
 from torch import Tensor
 
-__all__ = ["VOCAB_SIZE", "Task", "Works", "decoding", "model_of", "our_step", "our_works", "serve", "window_of"]
+__all__ = [
+    "VOCAB_SIZE",
+    "Clock",
+    "Task",
+    "Work",
+    "Works",
+    "decoding",
+    "model_of",
+    "our_step",
+    "our_works",
+    "serve",
+    "timing",
+    "window_of",
+]
 
 VOCAB_SIZE = 256
 
 Task: TypeAlias = Mapping[str, Any]
 """A turn: `work`, `length` in tokens, `batch_size`, `threads`, and `burst`, its seconds where one call takes less."""
 
-Works: TypeAlias = Callable[[Task], tuple[Callable[[], object], dict[str, Any]]]
+Clock: TypeAlias = Callable[[], float]
+
+Work: TypeAlias = Callable[[Clock], float]
+"""Does it once, and returns the seconds by the clock that count."""
+
+Works: TypeAlias = Callable[[Task], tuple[Work, dict[str, Any]]]
 """Maps a task to what is done again and again, and what is to be said about it."""
+
+_TOKENS_AT_ONCE = 16
+"""Tokens that ours decodes before it begins again at the same place."""
 
 
 def serve(works: Works, parent: Connection) -> None:
@@ -46,36 +67,41 @@ def serve(works: Works, parent: Connection) -> None:
             parent.send({"seconds": _turn(work, clock, task["burst"]), **facts})
 
 
-def _turn(work: Callable[[], object], clock: Callable[[], float], burst: float) -> float:
-    """Seconds of one call: the median of a burst after a first call that gets the caches back from the others.
+def timing(work: Callable[[], object]) -> Work:
+    """A work all of whose seconds count."""
 
-    A call that fills the burst alone is the turn.
-    """
-
-    def timed() -> float:
+    def once(clock: Clock) -> float:
         begin = clock()
         work()
         return clock() - begin
 
-    first = timed()
-    if first >= burst:
+    return once
+
+
+def _turn(work: Work, clock: Clock, burst: float) -> float:
+    """Seconds that count of one call: the median of a burst after a first call that gets the caches back from others.
+
+    A call that fills the burst alone is the turn.
+    """
+    begin, first = clock(), work(clock)
+    if clock() - begin >= burst:
         return first
-    begin, found = clock(), [timed()]
+    begin, found = clock(), [work(clock)]
     while clock() - begin < burst:
-        found.append(timed())
+        found.append(work(clock))
     return statistics.median(found)
 
 
 def our_works(arch: str, n_params: int) -> Works:
     """What our models do: "train" and "decode"."""
 
-    def works(task: Task) -> tuple[Callable[[], object], dict[str, Any]]:
+    def works(task: Task) -> tuple[Work, dict[str, Any]]:
         if task["work"] == "train":
             lm = model_of(arch, n_params, task["length"])
-            return functools.partial(our_step(lm), window_of(task)), {"n_params": lm.n_params}
-        lm = model_of(arch, n_params, task["length"] + 1)
-        step, how = decoding(lm, task["length"])
-        return step, {"n_params": lm.n_params, "decode": how}
+            return timing(functools.partial(our_step(lm), window_of(task))), {"n_params": lm.n_params}
+        lm = model_of(arch, n_params, task["length"] + _TOKENS_AT_ONCE)
+        work, facts = decoding(lm, task["length"])
+        return work, {"n_params": lm.n_params, **facts}
 
     return works
 
@@ -124,18 +150,41 @@ def _earlier_step(lm: Any, optimizer: torch.optim.Optimizer, precision: Any) -> 
     return step
 
 
-def decoding(lm: Any, context_len: int) -> tuple[Callable[[], object], str]:
-    """Decodes one token after so many, the same again and again; and how it does: by the "modules"."""
-    lm.eval()
-    with torch.inference_mode():
-        prompt = window_of({"batch_size": 1, "length": context_len - 1})  # which has one token more
-        state = lm(prompt, state=lm.init_state(1, context_len + 1)).state
+def decoding(lm: Any, context_len: int) -> tuple[Work, dict[str, Any]]:
+    """Decodes a token after so many, and says as "decode" whether the "modules" ran or a "compiled" step.
 
-    def step() -> None:
-        with torch.inference_mode():
+    What comes before the token is read, and a step compiled, outside the seconds that count.
+    """
+    lm.eval()
+    prompt = window_of({"batch_size": 1, "length": context_len - 1})  # which has one token more
+    with torch.inference_mode():
+        state: Any = lm(prompt, state=lm.init_state(1, context_len + _TOKENS_AT_ONCE)).state
+    try:
+        from crossover.archs.decoding import Decoder
+    except ImportError:  # a checkout from before steps were compiled
+
+        @torch.inference_mode()
+        def step() -> None:
             lm(prompt[:, -1:], state=state)
 
-    return step, "modules"
+        return timing(step), {"decode": "modules"}
+
+    def decoder() -> Decoder:
+        begun = Decoder(lm, state.clone())
+        begun.prepare()
+        return begun
+
+    @torch.inference_mode()
+    def tokens(clock: Clock) -> float:
+        decode, token = decoder(), prompt[:, -1]
+        begin = clock()
+        for _ in range(_TOKENS_AT_ONCE):
+            decode(token)
+        return (clock() - begin) / _TOKENS_AT_ONCE
+
+    with torch.inference_mode():
+        made = decoder()
+    return tokens, {"decode": made.how, "why": made.why}
 
 
 if __name__ == "__main__":

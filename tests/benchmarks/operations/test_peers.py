@@ -1,5 +1,7 @@
 """Peers: that they compute the same as ours, train and decode, and how one gets those that are not here."""
 
+import time
+
 import pytest
 import torch
 from crossover.archs import available, build
@@ -56,16 +58,16 @@ def test_a_token_is_decoded_at_the_same_place_again_and_again() -> None:
     assert lengths == [16, 17, 17, 17]
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "mamba"])
+@pytest.mark.parametrize("arch", ["gpt2", "lstm"])
 def test_every_work_of_a_contestant_can_be_done_again(arch: str) -> None:
     works = works_of(arch, 60_000, OURS)
     facts = {}
     for name in ("train", "decode", "products", "read"):
         work, facts[name] = works({"work": name, "length": 1100, "batch_size": 1})  # more than gpt2's positions
-        for _ in range(2):
-            work()
+        assert all(work(time.perf_counter) > 0 for _ in range(2))
     assert facts["train"]["n_params"] == pytest.approx(60_000, rel=0.02)
-    assert facts["read"]["weights"] > facts["read"]["times"] > 0
+    assert (facts["decode"]["decode"], facts["decode"]["why"]) == ("compiled", None)
+    assert min(facts["read"]["weights"], facts["read"]["state"]) > 0
 
 
 def test_what_is_not_installed_is_listed_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
