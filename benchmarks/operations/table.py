@@ -39,10 +39,10 @@ _ABOUT_TRAINING = (
     "have our allocator setting; in brackets the middle half of turns."
 )
 _ABOUT_DECODING = (
-    "Milliseconds of one token of one sequence after 64 others, in float32, without drawing it; ours is the mean of "
-    "16. decode: whether the model's modules ran, or a compiled step. x floor: our time as a multiple of the floor, "
-    "which reads as many bytes as the token must (weights, active experts, state or cache) by turns in the same run. "
-    "torch.mv: the token's matrix products alone, each a call."
+    "Milliseconds of one token of one sequence after 64 others, in float32, without drawing it. decode: whether the "
+    "model's modules ran, or a compiled step, which is the mean of 64 tokens. x floor: our time as a multiple of the "
+    "floor, which reads as many bytes as the token must (weights, active experts, state or cache) by turns in the same "
+    "run. torch.mv: the token's matrix products alone, each a call."
 )
 
 

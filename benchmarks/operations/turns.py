@@ -50,8 +50,10 @@ Work: TypeAlias = Callable[[Clock], float]
 Works: TypeAlias = Callable[[Task], tuple[Work, dict[str, Any]]]
 """Maps a task to what is done again and again, and what is to be said about it."""
 
-_TOKENS_AT_ONCE = 16
+_TOKENS = 64
 """Tokens that ours decodes before it begins again at the same place."""
+_FIRST = 8
+"""Tokens before them that do not count: their state is new memory, and not in any cache."""
 
 
 def serve(works: Works, parent: Connection) -> None:
@@ -99,7 +101,7 @@ def our_works(arch: str, n_params: int) -> Works:
         if task["work"] == "train":
             lm = model_of(arch, n_params, task["length"])
             return timing(functools.partial(our_step(lm), window_of(task))), {"n_params": lm.n_params}
-        lm = model_of(arch, n_params, task["length"] + _TOKENS_AT_ONCE)
+        lm = model_of(arch, n_params, task["length"] + _TOKENS)
         work, facts = decoding(lm, task["length"])
         return work, {"n_params": lm.n_params, **facts}
 
@@ -153,15 +155,20 @@ def _earlier_step(lm: Any, optimizer: torch.optim.Optimizer, precision: Any) -> 
 def decoding(lm: Any, context_len: int) -> tuple[Work, dict[str, Any]]:
     """Decodes a token after so many, and says as "decode" whether the "modules" ran or a "compiled" step.
 
-    What comes before the token is read, and a step compiled, outside the seconds that count.
+    Where a step can be compiled it is the mean of some tokens, before which there are so many on the average; what
+    comes before them is read, and the step compiled, outside the seconds that count.
     """
     lm.eval()
     prompt = window_of({"batch_size": 1, "length": context_len - 1})  # which has one token more
-    with torch.inference_mode():
-        state: Any = lm(prompt, state=lm.init_state(1, context_len + _TOKENS_AT_ONCE)).state
+
+    def read(n: int) -> Any:
+        with torch.inference_mode():
+            return lm(prompt[:, :n], state=lm.init_state(1, context_len + _TOKENS)).state
+
     try:
         from crossover.archs.decoding import Decoder
     except ImportError:  # a checkout from before steps were compiled
+        state = read(context_len)
 
         @torch.inference_mode()
         def step() -> None:
@@ -169,22 +176,25 @@ def decoding(lm: Any, context_len: int) -> tuple[Work, dict[str, Any]]:
 
         return timing(step), {"decode": "modules"}
 
-    def decoder() -> Decoder:
-        begun = Decoder(lm, state.clone())
-        begun.prepare()
-        return begun
+    before, token = read(max(1, context_len - _TOKENS // 2 - _FIRST)), prompt[:, -1]
+
+    @torch.inference_mode()
+    def begun() -> Decoder:
+        decode = Decoder(lm, before.clone())
+        for _ in range(_FIRST):
+            decode(token)
+        return decode
 
     @torch.inference_mode()
     def tokens(clock: Clock) -> float:
-        decode, token = decoder(), prompt[:, -1]
+        decode = begun()
         begin = clock()
-        for _ in range(_TOKENS_AT_ONCE):
+        for _ in range(_TOKENS):
             decode(token)
-        return (clock() - begin) / _TOKENS_AT_ONCE
+        return (clock() - begin) / _TOKENS
 
-    with torch.inference_mode():
-        made = decoder()
-    return tokens, {"decode": made.how, "why": made.why}
+    decode = begun()
+    return tokens, {"decode": decode.how, "why": decode.why}
 
 
 if __name__ == "__main__":
