@@ -46,10 +46,35 @@ def attention(
     L, S = q.shape[1], k.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, P)
     bounded = window is not None and window < S
-    if not bounded and starts is None and first_key is None and kv_len is None and (L in (1, S) or not causal):
+    is_plain = not bounded and starts is None and first_key is None and kv_len is None
+    if is_plain and (L in (1, S) or not causal):
         return _attend(q, k, v, None, bool(causal and L > 1), scale).transpose(1, 2)
+    if is_plain and _may_join(q, k, v) and torch.isfinite(o := _after_a_cache(q, k, v, scale)).all():
+        return o.transpose(1, 2)
     blocks = _in_blocks if L == 1 else _in_blocks_traced  # a decode step is no loop
     return blocks(q, k, v, causal, window, starts, first_key, kv_len, scale)
+
+
+def _may_join(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether PyTorch's kernel that says the sums of its weights, of the CPU and without gradients, takes these."""
+    is_eager = q.device.type == "cpu" and not torch.compiler.is_compiling() and transform() is None
+    is_recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return is_eager and not is_recorded and q.shape[3] == v.shape[3] and bool(q.numel())
+
+
+def _after_a_cache(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """The last L of S tokens attend causally, (B, H, L, P): to all that came before them, and to one another.
+
+    Neither part needs a mask, with which PyTorch's kernel takes half as long again. The sums of their weights join
+    them: a share of the whole is exp(s_1) / (exp(s_0) + exp(s_1)).
+    """
+    past = k.shape[2] - q.shape[2]
+    (before, s_0), (among, s_1) = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, is_causal=is_causal, scale=scale)
+        for keys, values, is_causal in ((k[:, :, :past], v[:, :, :past], False), (k[:, :, past:], v[:, :, past:], True))
+    )
+    share = torch.sigmoid(s_1 - s_0)[..., None]  # float32 where they are of half precision
+    return torch.lerp(before.to(share.dtype), among.to(share.dtype), share).to(q.dtype)
 
 
 def _in_blocks(

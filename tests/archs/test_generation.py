@@ -65,6 +65,14 @@ def test_a_chunk_has_fewer_tokens_of_more_rows_but_never_few() -> None:
     assert [default_chunk_len(n) for n in (0, 1, 4, 5, 32, 1000)] == [2048, 2048, 2048, 1638, 256, 256]
 
 
+def test_no_more_than_a_chunk_is_read_at_once_and_no_gradient_is_kept() -> None:
+    lm, lengths = tiny("mamba"), list[int]()
+    lm.backbone.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    logits, state = lm.prefill(torch.randint(V, (2, 11)), lm.init_state(2, 11), chunk_len=4)
+    assert lengths == [4, 4, 3]
+    assert not any(t.requires_grad for t in (logits, *state[0].tensors().values()))
+
+
 @torch.no_grad()
 def test_a_prefill_refuses_what_it_cannot_read() -> None:
     lm, tokens = tiny("transformer"), torch.randint(V, (2, 5))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from crossover.kernels import ops
-from crossover.kernels.attention import torch_impl
+from crossover.kernels.attention import reference, torch_impl
 from crossover.kernels.compare import assert_same, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 from hypothesis import given, settings
@@ -69,6 +69,32 @@ def test_a_query_reads_exactly_the_keys_it_sees(
     read = weights[..., :S] > 0
     assert torch.equal(read, expected[:, :, None].expand_as(read))
     torch.testing.assert_close(weights[..., :S].sum(-1), torch.ones(B, L, 2))
+
+
+@settings(max_examples=25)
+@given(
+    L=st.integers(2, 40),
+    past=st.integers(1, 70),
+    group=st.integers(1, 3),
+    spoilt=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_tokens_after_a_cache_read_it_and_one_another(L: int, past: int, group: int, spoilt: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, n, h, 6) for n, h in ((L, 2 * group), (past + L, 2), (past + L, 2)))
+    q *= 5
+    for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        rounded_q, rounded_k, rounded_v = (t.to(dtype) for t in (q, k, v))
+        expected = reference.attention(rounded_q.double(), rounded_k.double(), rounded_v.double())
+        if spoilt:  # what the first does not see
+            rounded_v[:, -1] = torch.nan
+        with use_backend("torch"):
+            o = ops.attention(rounded_q, rounded_k, rounded_v)
+        assert o.dtype == dtype
+        seen = slice(None, -1 if spoilt else None)
+        torch.testing.assert_close(o[:, seen].double(), expected[:, seen], rtol=error, atol=error)
+        assert o[:, -1].isnan().all() == spoilt
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
