@@ -28,6 +28,7 @@ from .documents import isolated as isolated
 from .dplr.reference import dplr_kernel as _dplr_kernel
 from .dplr.reference import dplr_scan as _dplr_scan
 from .gated_delta_rule.reference import gated_delta_rule as _gated_delta_rule
+from .gelu_tanh.reference import gelu_tanh as _gelu_tanh
 from .grouped_mm.reference import grouped_mm as _grouped_mm
 from .linear_cross_entropy.reference import linear_cross_entropy as _linear_cross_entropy
 from .long_conv.reference import long_conv as _long_conv
@@ -83,6 +84,7 @@ dplr_scan = _op(_dplr_scan)
 lstm_scan = _op(_lstm_scan)
 rotary = _op(_rotary)
 swiglu = _op(_swiglu)
+gelu_tanh = _op(_gelu_tanh)
 linear_cross_entropy = _op(_linear_cross_entropy)
 grouped_mm = _op(_grouped_mm)
 
