@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import opaque
+from ..operators import is_traced, opaque
 from ..state_space import CHUNK, coordinates, output_row, paired, scan_in_chunks, without_autocast
 from . import reference
 
@@ -35,14 +36,56 @@ def _powers(base: Tensor, n: int) -> Tensor:
 
 
 def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
-    """Same contract as reference.long_conv, by FFT over 2 L points, so that the circle does not close."""
-    L = u.shape[1]
+    """Same contract as reference.long_conv, by FFT over at least 2 L points, so that the circle does not close."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     x = u.to(dtype)
-    n = 2 * L
-    spectrum = torch.fft.rfft(x.mT, n=n) * torch.fft.rfft(kernel.to(dtype), n=n)
-    y = torch.fft.irfft(spectrum, n=n)[..., :L].mT
+    y = _Convolution.apply(x, kernel.to(dtype))
     return (y if D is None else torch.addcmul(y, D.to(dtype), x)).to(u.dtype)
+
+
+class _Convolution(torch.autograd.Function):
+    """(B, L, E) and (E, L) to (B, L, E), contiguous whatever the FFT prefers: what follows is elementwise.
+
+    Written out because PyTorch makes the gradient of a real FFT by a complex one, which is twice the work. Backward is
+    plain PyTorch, and so can be differentiated in turn.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor) -> Tensor:
+        x_spectrum, kernel_spectrum = _spectrum(x.mT), _spectrum(kernel)
+        ctx.save_for_backward(x, kernel, x_spectrum, kernel_spectrum)
+        return _signal(x_spectrum * kernel_spectrum, x.shape[1]).mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernel, x_spectrum, kernel_spectrum = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what forward computed is a constant to whoever differentiates this
+            x_spectrum, kernel_spectrum = _spectrum(x.mT), _spectrum(kernel)
+        (grad_y,) = grad_outputs
+        L, spectrum = grad_y.shape[1], _spectrum(grad_y.mT)
+        grad_x = grad_kernel = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _signal(spectrum * kernel_spectrum.conj(), L).mT.contiguous()
+        if ctx.needs_input_grad[1]:
+            grad_kernel = _signal((spectrum * x_spectrum.conj()).sum(0), L)
+        return grad_x, grad_kernel
+
+
+def _points(length: int) -> int:
+    """Points of an FFT for sequences of a length: 2, 3 or 5 times a power of two, which FFTs are fast for."""
+    if is_traced():  # any length must give the same graph
+        return 2 * length
+    return min(m << max(0, -(-(2 * length - 1) // m) - 1).bit_length() for m in (2, 3, 5))
+
+
+def _spectrum(x: Tensor) -> Tensor:
+    """(..., L) -> (..., points / 2 + 1)."""
+    return torch.fft.rfft(x, n=_points(x.shape[-1]))
+
+
+def _signal(spectrum: Tensor, length: int) -> Tensor:
+    """The inverse of `_spectrum`, which is wrong beyond the length."""
+    return torch.fft.irfft(spectrum, n=_points(length))[..., :length]
 
 
 @without_autocast
