@@ -163,7 +163,9 @@ class Trainer:
         status, error, exit_code = "failed", None, 1
         try:
             with contextlib.closing(log), stop_signals() as poll:
+                display.doing("warming up, which compiles kernels the first time")
                 warm_up(self.model_config, self.objective, self.device, self.precision)
+                display.doing("training")
                 memory = PeakMemory(self.device)
                 with record_backends() as self._backends:
                     self._train(start, memory, log, display, poll)

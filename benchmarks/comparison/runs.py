@@ -179,6 +179,8 @@ class TrainingProcess:
     def progress(self) -> tuple[float, str]:
         """The fraction done, and the same in words."""
         step, detail = self._metrics.read()
+        if step == 0:
+            return 0.0, "warms up, which compiles kernels the first time"
         return step / self.run.train.steps, f"step {step}/{self.run.train.steps}{detail}"
 
     def quality(self) -> str:
