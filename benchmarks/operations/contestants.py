@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,8 +45,8 @@ OURS, BEFORE = "ours", "before"
 """Names of our model, and of our model as another checkout has it."""
 
 _MIN_TURNS = 3
-_SLOW = 10.0
-"""One whose first turn takes more seconds than this gets no other, so that nobody waits for it; ours always does."""
+_SLOW = 2.0
+"""One whose first turn takes more seconds than this has one more alone, so that nobody waits for it; ours have all."""
 _START = 300.0
 """Seconds that it may take to begin: a busy machine compiles for long."""
 _PRELOAD = ("crossover.benchmarks.operations.contestants", "torch._dynamo", "numba")
@@ -209,30 +209,28 @@ class Race:
 def race(racing: Mapping[str, Callable[[], dict[str, Any] | None]], *, time_box: float) -> Race:
     """Lets works take turns, each at least `_MIN_TURNS` times, until every one has had `time_box` seconds.
 
-    The first turn loads what long sequences need, and counts for none but the slow, who get no other. One that fails
+    The first turn loads what long sequences need, and does not count. The slow have one more alone. One that fails
     leaves without a result.
     """
     found = Race()
 
-    def take_turns(names: list[str]) -> Iterator[tuple[str, float]]:
+    def take_turns(names: Sequence[str]) -> dict[str, float]:
+        seconds: dict[str, float] = {}
         for name in names:
-            if (answer := racing[name]()) is not None:
-                seconds = answer.pop("seconds")
-                found.facts[name] = answer
-                yield name, seconds
-
-    first = dict(take_turns(list(racing)))
-    slow = {name for name, seconds in first.items() if seconds > _SLOW and name != OURS}
-    found.turns.update({name: [first[name]] if name in slow else [] for name in first})
-    left = [name for name in first if name not in slow]
-    for _ in rounds(time_box * len(left), least=_MIN_TURNS):
-        turns_taken = dict(take_turns(left))
-        for name in left:
-            if name in turns_taken:
-                found.turns[name].append(turns_taken[name])
+            if (answer := racing[name]()) is None:
+                found.turns.pop(name, None)
             else:
-                del found.turns[name]
-        left = [name for name in left if name in turns_taken]
+                seconds[name] = answer.pop("seconds")
+                found.facts[name] = answer
+        return seconds
+
+    first = take_turns(list(racing))
+    slow = {name for name, seconds in first.items() if seconds > _SLOW and name not in (OURS, BEFORE)}
+    left = list(first)
+    for _ in rounds(time_box * len(left), least=_MIN_TURNS):
+        for name, seconds in take_turns(left).items():
+            found.turns.setdefault(name, []).append(seconds)
+        left = [name for name in left if name in found.turns and name not in slow]
         if not left:
             break
     return found

@@ -46,7 +46,7 @@ class KernelsConfig:
     params: tuple[Count, ...] = (1_000_000,)
     """Sizes of the models that are trained: the results in the repository were made with 1M 10M."""
 
-    model_lengths: tuple[int, ...] = (512, 2048)
+    model_lengths: tuple[int, ...] = (512,)
     """Sequence lengths of the models that are trained, in tokens, 4,096 or one sequence a step: the results in the
     repository were made with 128 512 2048 8192."""
 

@@ -30,7 +30,7 @@ def turns_of(*seconds: float | None) -> Callable[[], dict[str, Any] | None]:
 
 @pytest.mark.quick
 def test_the_factor_is_the_median_over_turns_and_the_first_turn_does_not_count() -> None:
-    row = race({OURS: turns_of(9, 1, 2, 4), "a": turns_of(9, 3, 4, 20), "b": turns_of(0.1, 2, 1, 4)}, time_box=0).row()
+    row = race({OURS: turns_of(9, 1, 2, 4), "a": turns_of(2, 3, 4, 20), "b": turns_of(0.1, 2, 1, 4)}, time_box=0).row()
     assert row["ratios"] == {"a": 3.0, "b": 1.0}
     assert row["quartiles"] == {"a": [2.5, 4.0], "b": [0.75, 1.5]}
     assert row["seconds"] == {OURS: 2, "a": 4, "b": 2}
@@ -43,8 +43,8 @@ def test_contestants_take_turns() -> None:
     assert taken == ["a", "b", "c"] * 4
 
 
-def test_a_slow_contestant_has_one_turn_and_ours_has_all() -> None:
-    found = race({OURS: turns_of(50, 2, 1, 1), "slow": turns_of(40), "fast": turns_of(8, 6, 3, 3)}, time_box=0)
+def test_a_slow_contestant_has_one_turn_that_counts_and_ours_has_all() -> None:
+    found = race({OURS: turns_of(50, 2, 1, 1), "slow": turns_of(80, 40), "fast": turns_of(1, 6, 3, 3)}, time_box=0)
     row = found.row()
     assert row["ratios"] == {"slow": 20.0, "fast": 3.0}
     assert row["repeats"] == {OURS: 3, "slow": 1, "fast": 3}
