@@ -93,12 +93,17 @@ def _add(builder: Any, a: Any, b: Any) -> Any:
 
 def _address(context: Any, builder: Any, sig: Any, args: Sequence[Any], width: int) -> Any:
     """A pointer to `width` numbers at args[0][args[1]], where args[1] is an index or a tuple of them."""
-    array_type, index_type = sig.args[:2]
-    array = context.make_array(array_type)(context, builder, args[0])
+    index_type = sig.args[1]
     axes: Any = index_type if isinstance(index_type, types.BaseTuple) else (index_type,)
     values = cgutils.unpack_tuple(builder, args[1]) if axes is index_type else [args[1]]
     index = [context.cast(builder, i, t, types.intp) for i, t in zip(values, axes, strict=True)]
-    pointer = cgutils.get_item_pointer(context, builder, array_type, array, index)
+    return _place(context, builder, sig.args[0], args[0], index, width)
+
+
+def _place(context: Any, builder: Any, array_type: Any, array: Any, index: Sequence[Any], width: int) -> Any:
+    """A pointer to `width` numbers of an array."""
+    made = context.make_array(array_type)(context, builder, array)
+    pointer = cgutils.get_item_pointer(context, builder, array_type, made, index)
     return builder.bitcast(pointer, ir.VectorType(_number(array_type), width).as_pointer())
 
 
@@ -538,6 +543,70 @@ def _add_exponent(typing_context, value, shifted):
         return builder.bitcast(builder.add(bits, builder.shl(n, shift)), args[0].type)
 
     return value(value, value), generate
+
+
+# Matrices
+
+BLOCK_ROWS = 8 if LANES == 16 or not TARGET[0].startswith("x86") else 4
+"""Rows of a pair that `add_product` keeps in registers: processors have 32 of them, but x86 without AVX-512 has 16."""
+
+
+def _product(width: int, adds: bool) -> Callable[..., Any]:
+    def multiply(typing_context, c, i, j, a, b, begin, end):
+        def generate(context, builder, sig, args):
+            type_c, _, _, type_a, type_b, _, _ = sig.args
+            c, i, j, a, b, begin, end = args
+            rows = [builder.add(i, i.type(r)) for r in range(BLOCK_ROWS)]
+            targets = [_place(context, builder, type_c, c, [row, j], width) for row in rows]
+            zero = ir.Constant(_floats(width), None)
+            starts = [builder.load(target, align=4) if adds else zero for target in targets]
+            sums = [cgutils.alloca_once_value(builder, start) for start in starts]
+            with cgutils.for_range_slice(builder, begin, end, end.type(1)) as (k, _):
+                pair = builder.load(_place(context, builder, type_b, b, [k, j], width), align=4)
+                for row, kept in zip(rows, sums, strict=True):
+                    factor = builder.load(_place(context, builder, type_a, a, [k, row], 1), align=4)
+                    product = builder.fmul(_shuffle(builder, factor, [0] * width), pair, flags=_CONTRACT)
+                    builder.store(_add(builder, builder.load(kept), product), kept)
+            for target, kept in zip(targets, sums, strict=True):
+                builder.store(builder.load(kept), target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(c, types.intp, types.intp, a, b, types.intp, types.intp), generate
+
+    return _operation(multiply)
+
+
+# (c, i, j, a, b, begin, end): a block of c, or what is added to it, is that of a^T b: c[i + r, j + s] is the sum, taken
+# in order, of a[k, i + r] b[k, j + s] over k = begin .. end - 1. The block, BLOCK_ROWS by a pair, stays in registers.
+product, add_product = _product(PAIR, adds=False), _product(PAIR, adds=True)
+# the same for a block that is one vector wide
+narrow_product, add_narrow_product = _product(LANES, adds=False), _product(LANES, adds=True)
+
+
+@_operation
+def transpose(typing_context, source, i, j, result):
+    """result[j + s, i + r] = source[i + r, j + s] for a block of LANES rows and columns."""
+
+    def generate(context, builder, sig, args):
+        type_source, _, _, type_result = sig.args
+        source, i, j, result = args
+        here, there = ([builder.add(first, first.type(n)) for n in range(LANES)] for first in (i, j))
+        lines = [builder.load(_place(context, builder, type_source, source, [row, j], LANES), align=4) for row in here]
+        distance = LANES // 2
+        while distance:  # swaps the off-diagonal quarters of every block that is twice as long
+            upper = [n + LANES - distance if n & distance else n for n in range(LANES)]
+            lower = [n + LANES if n & distance else n + distance for n in range(LANES)]
+            for r in [r for r in range(LANES) if not r & distance]:
+                pair = lines[r], lines[r + distance]
+                lines[r], lines[r + distance] = (
+                    builder.shuffle_vector(*pair, _ints(order)) for order in (upper, lower)
+                )
+            distance //= 2
+        for row, line in zip(there, lines, strict=True):
+            builder.store(line, _place(context, builder, type_result, result, [row, i], LANES), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, result), generate
 
 
 # Functions
