@@ -2,6 +2,7 @@
 
 from . import presets
 from .config import ModelConfig
+from .decoding import Decoder
 from .ffn import FFN
 from .mixer import Mixer, State, Zeros
 from .model import Backbone, Block, Features, LanguageModel, LMLoss, LMOutput
@@ -17,6 +18,7 @@ __all__ = [
     "PUBLISHED",
     "Backbone",
     "Block",
+    "Decoder",
     "Features",
     "LMLoss",
     "LMOutput",

@@ -66,41 +66,58 @@ class Decoder:
             ValueError: as LanguageModel.forward.
         """
         self.prepare()
-        step = self._step
-        if step is None or not self._fits(step, tokens):
+        if self._step is not None:
+            self.why = self._misfit(self._step, tokens)
+        if self._step is None or self.why is not None:
             return self._by_modules(tokens)
         ops.note("decode", COMPILED)
-        step.tokens.copy_(tokens)
-        step.run()
+        self._step.tokens.copy_(tokens)
+        self._step.run()
         return self._logits.to(self._lm.embedding.weight.dtype, copy=True)
 
     def prepare(self) -> None:
-        """Compiles the step, as the next token would do: unless it is compiled and nothing has moved."""
+        """Compiles the step, as the next token would do: unless it is compiled and nothing has changed."""
         self.why = _why_modules(self._lm) or self._unsupported
         if self.why is not None:
             self._state, self._step = self.state, None
         elif self._step is None or not self._step.is_current():
-            state = self.state
+            self._state, self._step = self.state, None
             try:
-                step = Step(state.n_rows)
-                self._logits = step.through(self._lm, state)
-                self._step = step
+                self._logits, self._step = self._described()
             except ops.Unsupported as error:
                 self.why = self._unsupported = str(error)
-                self._step = None
 
-    def _fits(self, step: Step, tokens: Tensor) -> bool:
-        """Whether there is room for these tokens, and they are of the vocabulary; if not, modules say what is wrong."""
-        if step.n_left < 1 or tokens.shape != step.tokens.shape:
-            return False
-        least, most = tokens.aminmax()
-        return int(least) >= 0 and int(most) < self._lm.config.vocab_size
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _described(self) -> tuple[Tensor, Step]:
+        """The logits and the step that gives them: made of ordinary tensors, which any mode may write to."""
+        step = Step(self._lm, self._state.n_rows)
+        return step.through(self._lm, self._state), step
+
+    def _misfit(self, step: Step, tokens: Tensor) -> str | None:
+        """Why the compiled step cannot take these tokens, if it cannot; then modules say what is wrong with them."""
+        if step.n_left < 1:
+            return "there is no room for a token"
+        if tokens.shape != step.tokens.shape or tokens.dtype not in _WHOLE or tokens.device != step.tokens.device:
+            return f"tokens are not ({step.n_rows},) int64 on the CPU"
+        numbers = tokens.tolist()
+        if min(numbers) < 0 or max(numbers) >= len(self._lm.embedding.weight):
+            return "a token is not of the vocabulary"
+        return None
 
     def _by_modules(self, tokens: Tensor) -> Tensor:
         ops.note("decode", MODULES)
         out = self._lm(tokens[:, None], self.state)
         self._state, self._step = out.state, None
         return out.logits[:, 0]
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes along: a compiled step has addresses, and belongs to this decoder."""
+        return {**vars(self), "_state": self.state, "_step": None}
+
+
+_WHOLE = (torch.int64, torch.int32)
+"""Dtypes that tokens may have."""
 
 
 def _why_modules(lm: LanguageModel) -> str | None:

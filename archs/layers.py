@@ -155,7 +155,9 @@ class LearnedPositions(nn.Module):
     def describe_step(self, step: Step, x: Tensor, state: PositionState) -> Tensor:
         """`forward` for one token, (n_rows, D)."""
         first, n_seen = step.state(state.first), step.counted(state, "n_seen")
-        step.n_left = min(step.n_left, len(self.weight) - int((n_seen - first).max()))
+        # as in `forward`, which knows how long documents are only where rows were joined
+        reached = n_seen - first if isinstance(state.n_seen, Tensor) else n_seen
+        step.n_left = min(step.n_left, len(self.weight) - int(reached.max()))
         return step.lookup(self.weight, n_seen, less=first, into=x)
 
     def init_state(self, batch_size: int, max_len: int, *, device: torch.device | str | None = None) -> PositionState:

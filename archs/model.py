@@ -173,6 +173,8 @@ class Backbone(nn.Module):
 
     def describe_step(self, step: Step, x: Tensor, state: Sequence[Any]) -> Tensor:
         """`forward` for one token, (n_rows, D)."""
+        if any(held is None for held in taken(state, self._stateful(), x)):
+            raise ops.Unsupported("a layer keeps no state")
         if self.positions is not None:
             x = step.through(self.positions, x, state[-1])
         if not self.config.prenorm:

@@ -10,11 +10,12 @@ next run, and so is a weight that has moved, which is found by `is_current` and 
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ LARGE = 1 << 24
 
 _NUMBERS = (torch.float32, torch.bfloat16)
 
+_OPEN = 1 << 62
+"""More than a counter of threads ever reaches by itself."""
+
 _lock = threading.Lock()
 """Held while threads wait for each other: they must all have begun."""
 
@@ -46,7 +50,7 @@ class Program:
     """
 
     def __init__(self, n_rows: int) -> None:
-        if n_rows > MANY_ROWS:
+        if not 1 <= n_rows <= MANY_ROWS:
             raise Unsupported(f"a batch of {n_rows} rows is faster by matrix products")
         self.n_rows = n_rows
         self.n_left = math.inf
@@ -57,18 +61,18 @@ class Program:
         """Bytes of the weights and states that one run reads."""
         self._words: list[list[int]] = []
         self._kept: list[Tensor] = []
-        self._weights: dict[int, tuple[Tensor, int]] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._places: dict[int, tuple[Any, ...]] = {}
         self._derived: list[_Derived] = []
         self._counts: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._turns: dict[tuple[int, float, int], tuple[Tensor, Tensor]] = {}
         self._table: Tensor | None = None
-        self._counter = torch.zeros(1, dtype=torch.int64)
 
     # Recording: memory
 
     def new(self, n: int) -> Tensor:
         """An activation of n numbers."""
-        return torch.zeros(self.n_rows, n)
+        return _zeros(self.n_rows, n)
 
     def weight(self, t: Tensor) -> Tensor:
         """A weight as float32: itself, or a copy that is made anew when it has changed."""
@@ -90,10 +94,14 @@ class Program:
 
     def state(self, t: Tensor) -> Tensor:
         """A tensor of a state, which is updated in place; complex numbers as pairs of floats."""
+        if type(t) is not Tensor:
+            raise Unsupported(f"a tensor of the state is a {type(t).__name__}")
         if t.requires_grad:
             raise Unsupported("autograd records the state")
         if not t.is_contiguous():
             raise Unsupported("a tensor of the state is not contiguous")
+        if not t.is_inference():  # so that a graph which holds a detached state's memory notices
+            torch.autograd.graph.increment_version(t)
         t = torch.view_as_real(t) if t.is_complex() else t
         if t.dtype not in (*_NUMBERS, torch.int64):
             raise Unsupported(f"a state is in {_short(t.dtype)}")
@@ -106,7 +114,10 @@ class Program:
             raise Unsupported(f"a weight is on {t.device}")
         if t.dtype not in _NUMBERS:
             raise Unsupported(f"a weight is in {_short(t.dtype)}")
-        self._weights[id(t)] = (t, t.data_ptr())
+        if t.layout is not torch.strided:
+            raise Unsupported("a weight is sparse")
+        self._weights[id(t)] = t
+        self._places[id(t)] = _place(t)
         return t
 
     def _known(self, t: Tensor) -> Tensor:
@@ -204,7 +215,7 @@ class Program:
 
     def sigmoid(self, x: Tensor, *, times: float = 1.0) -> Tensor:
         """times sigmoid(x)."""
-        factor = torch.full((1, x.shape[1]), float(times))
+        factor = torch.full((1, x.shape[1]), float(times), dtype=torch.float32)
         return self._pointwise("SIGMOID", x, factor.expand_as(x))
 
     def rms_norm(
@@ -220,7 +231,7 @@ class Program:
             n = width // n_groups if n_groups else len(scale)
         else:
             n = width // n_groups if n_groups else width
-            scale = torch.full((n,), weight)
+            scale = torch.full((n,), weight, dtype=torch.float32)
         y = self.new(width)
         gates = (None, 0) if gate is None else (gate, gate.stride(0))
         words = (scale, len(scale) == width, y, y.stride(0), n, width // n, self.n_rows, float(eps))
@@ -323,7 +334,7 @@ class Program:
         """
         h, last_B, angle = (self._recurrent(state[i]) for i in (0, 2, 3))
         (_, H, P, N), last_x = h.shape, self.state(state[1]).flatten(1)
-        factors, turned_B, turned_C = torch.zeros(3, self.n_rows, H), self.new(H * N), self.new(H * N)
+        factors, turned_B, turned_C = _zeros(3, self.n_rows, H), self.new(H * N), self.new(H * N)
         given = (*gates, gates[0].stride(0), self.weight(dt_bias), B[0], B[0].stride(0), C[0], C[0].stride(0))
         made = (self.weight(B[1]), self.weight(C[1]), angle, factors, turned_B, turned_C, H, angle.shape[2], N)
         self._emit("trapezoid_inputs", *given, *made, self.n_rows, float(A_min), float(least))
@@ -363,17 +374,17 @@ class Program:
             A, C = system(*weights)
             return *_factor(torch.exp(A)), _real_part(2 * C)
 
-        h, y = self._recurrent(state), torch.zeros_like(u)
+        h, y = self._recurrent(state), _zeros(*u.shape)
         real, imag, C = self.derived(arranged, *weights)
         E, n = real.shape
-        ones = torch.tensor([1.0, 0.0]).repeat(n // 2)
+        ones = torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(n // 2)
         self._emit("diagonal_scan", h, u, u.stride(0), real, imag, C, ones, self.weight(D), y, E, n, len(u))
         self.n_bytes += 3 * real.nbytes
         return y
 
     def outer(self, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
         """k[h, i] v[h, j] for the pairs of channels of each head, (n_rows P P, H): k and v (n_rows, H P)."""
-        y = torch.zeros(self.n_rows * head_dim**2, k.shape[1] // head_dim)
+        y = _zeros(self.n_rows * head_dim**2, k.shape[1] // head_dim)
         self._emit("outer", k, k.stride(0), v, v.stride(0), y, y.shape[1], head_dim, self.n_rows)
         return y
 
@@ -489,7 +500,7 @@ class Program:
         """sum over t of a[t] v[t], a = softmax of weight tanh(q + k[t]) + bias: weight (1, d_key), as `read`."""
         keys, values = self.state(keys), self.state(values)
         _, S, d_key = keys.shape
-        d_value, scratch = values.shape[2], torch.zeros(self.n_rows, S)
+        d_value, scratch = values.shape[2], _zeros(self.n_rows, S)
         y, offset = self.new(d_value), None if bias is None else self.weight(bias)
         given = (q, q.stride(0), keys, values, self._lengths(keys, length), self.weight(weight), offset, scratch, y)
         self._emit(_kind("compare", keys, values), *given, S, d_key, d_value, self.n_rows)
@@ -510,7 +521,7 @@ class Program:
     ) -> None:
         _, capacity, G, P = keys.shape
         H = q.shape[1] // P
-        scratch = torch.zeros(self.n_rows, H, capacity + 1)
+        scratch = _zeros(self.n_rows, H, capacity + 1)
         given = (q, q.stride(0), *new, keys, values, length, first_key, scratch, o)
         self._emit(_kind("attend", keys, values), *given, H, G, P, capacity, room, self.n_rows, float(scale))
 
@@ -520,12 +531,12 @@ class Program:
     # Running
 
     def is_current(self) -> bool:
-        """Whether all weights are still where they were when they were recorded."""
-        return all(t.data_ptr() == address for t, address in self._weights.values())
+        """Whether all weights are still where they were when they were recorded, and laid out as they were."""
+        return [*map(_place, self._weights.values())] == [*self._places.values()]
 
     def run(self) -> None:
         """Computes the step for `tokens`, and advances all states by one token."""
-        from .instruction import WORDS, run
+        from .instruction import WORDS
         from .instructions import address_of
 
         if self._table is None:
@@ -534,18 +545,25 @@ class Program:
             self._table = torch.tensor(self._words, dtype=torch.int64)
         for derived in self._derived:
             derived.refresh()
-        code, n = self._table.data_ptr(), len(self._table)
-        n_threads = torch.get_num_threads() if self.n_bytes >= LARGE else 1
-        # where another thread runs a program on several threads, this one must not wait for it in their middle
-        if n_threads > 1 and _lock.acquire(blocking=False):
-            try:
-                counter = self._counter.zero_().data_ptr()
-                at_once(n_threads, lambda rank: run(code, n, WORDS, rank, n_threads, counter))
-            finally:
-                _lock.release()
-        else:
-            run(code, n, WORDS, 0, 1, 0)
         self.n_left -= 1
+        n_threads, counter = torch.get_num_threads() if self.n_bytes >= LARGE else 1, torch.zeros(1, dtype=torch.int64)
+        # where another thread runs a program on several threads, this one must not wait for it in their middle
+        if n_threads == 1 or not _lock.acquire(blocking=False):
+            self._run(1, counter, 0)
+            return
+        try:
+            at_once(n_threads, functools.partial(self._run, n_threads, counter))
+        except BaseException:  # such as Ctrl-C before all have begun: the others must not wait for ever
+            counter.fill_(_OPEN)
+            raise
+        finally:
+            _lock.release()
+
+    def _run(self, n_threads: int, counter: Tensor, rank: int) -> None:
+        from .instruction import WORDS, run
+
+        assert self._table is not None
+        run(self._table.data_ptr(), len(self._table), WORDS, rank, n_threads, counter.data_ptr())
 
 
 class _Derived:
@@ -560,10 +578,13 @@ class _Derived:
     def _made(self) -> Tensor | tuple[Tensor, ...]:
         value = self._function(*self._weights)
         # of its own memory: where nothing had to be done it would be the weight itself
-        return value.clone() if isinstance(value, Tensor) else tuple([t.contiguous() for t in value])
+        if isinstance(value, Tensor):
+            return value.clone(memory_format=torch.contiguous_format)
+        return tuple([t.contiguous() for t in value])
 
-    def _seen(self) -> list[int]:
-        return [0 if w.is_inference() else w._version for w in self._weights]
+    def _seen(self) -> list[object]:
+        # changes of inference tensors are not counted: they may have changed at any time
+        return [object() if w.is_inference() else w._version for w in self._weights]
 
     def refresh(self) -> None:
         """Makes them anew if a weight has changed."""
@@ -578,9 +599,20 @@ def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.nbytes, t.stride()
+
+
+def _zeros(*shape: int) -> Tensor:
+    """Memory for float32 numbers, whatever PyTorch's default is."""
+    return torch.zeros(*shape, dtype=torch.float32)
+
+
 def _kind(name: str, *tensors: Tensor) -> str:
     """The name of an instruction for the numbers of some tensors, all alike."""
-    (dtype,) = {t.dtype for t in tensors}
+    dtype, *others = {t.dtype for t in tensors}
+    if others or dtype not in _NUMBERS:
+        raise Unsupported("tensors of one state are in different dtypes, or whole numbers")
     return name if dtype == torch.float32 else f"{name}_bfloat16"
 
 
