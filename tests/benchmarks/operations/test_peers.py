@@ -67,6 +67,7 @@ def test_every_work_of_a_contestant_can_be_done_again(arch: str) -> None:
         assert all(work(time.perf_counter) > 0 for _ in range(2))
     assert facts["train"]["n_params"] == pytest.approx(60_000, rel=0.02)
     assert (facts["decode"]["decode"], facts["decode"]["why"]) == ("compiled", None)
+    assert "linear_cross_entropy" in facts["train"]["backends"]
     assert min(facts["read"]["weights"], facts["read"]["state"]) > 0
 
 
