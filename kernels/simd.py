@@ -15,6 +15,7 @@ NaN and infinity go through as in IEEE arithmetic, and a kernel gives the same b
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -91,6 +92,10 @@ def _add(builder: Any, a: Any, b: Any) -> Any:
     return builder.fadd(a, b, flags=_CONTRACT)
 
 
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 def _address(context: Any, builder: Any, sig: Any, args: Sequence[Any], width: int) -> Any:
     """A pointer to `width` numbers at args[0][args[1]], where args[1] is an index or a tuple of them."""
     index_type = sig.args[1]
@@ -121,45 +126,20 @@ def _if_whole(builder: Any, n: Any) -> Any:
 _operation = cast(Callable[[Callable[..., Any]], Callable[..., Any]], intrinsic)
 
 
-@_operation
-def load(typing_context, array, index):
-    """Reads the vector that begins at array[index]; an array of uint16 holds bfloat16."""
+def _loading(width: int) -> Callable[..., Any]:
+    def load(typing_context, array, index):
+        def generate(context, builder, sig, args):
+            start = _address(context, builder, sig, args, width)
+            return _wide(builder, builder.load(start, align=_bytes(array)))
 
-    def generate(context, builder, sig, args):
-        start = _address(context, builder, sig, args, LANES)
-        return _wide(builder, builder.load(start, align=_bytes(array)))
+        return Vector(width)(array, index), generate
 
-    return _vector(array, index), generate
-
-
-@_operation
-def load_tile(typing_context, array, index):
-    """Reads the tile that begins at array[index]."""
-
-    def generate(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig, args, TILE), align=4)
-
-    return _tile(array, index), generate
+    return _operation(load)
 
 
-@_operation
-def load_pair(typing_context, array, index):
-    """Reads the pair that begins at array[index]."""
-
-    def generate(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig, args, PAIR), align=4)
-
-    return _pair(array, index), generate
-
-
-@_operation
-def load_few(typing_context, array, index):
-    """Reads STATES values from array[index] on, as many as `total` gives."""
-
-    def generate(context, builder, sig, args):
-        return builder.load(_address(context, builder, sig, args, STATES), align=4)
-
-    return Vector(STATES)(array, index), generate
+# (array, index): what begins at array[index], a vector, a tile, a pair or as many values as `total` gives; an array of
+# uint16 holds bfloat16
+load, load_tile, load_pair, load_few = (_loading(width) for width in (LANES, TILE, PAIR, STATES))
 
 
 @_operation
@@ -395,19 +375,24 @@ def fold(typing_context, tile):
     return _vector(_tile), generate
 
 
-@_operation
-def total(typing_context, tile):
-    """The sums of the values in each of a tile's vectors, pairwise: STATES values."""
+def _reduction(join: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    def reduce(typing_context, tile):
+        def generate(context, builder, sig, args):
+            value, width = args[0], LANES
+            while width > 1:
+                left = [i for i in range(STATES * width) if i % width < width // 2]
+                right = [i + width // 2 for i in left]
+                halves = (_shuffle(builder, value, side) for side in (left, right))
+                value, width = join(builder, *halves), width // 2
+            return value
 
-    def generate(context, builder, sig, args):
-        value, width = args[0], LANES
-        while width > 1:
-            left = [i for i in range(STATES * width) if i % width < width // 2]
-            right = [i + width // 2 for i in left]
-            value, width = _add(builder, _shuffle(builder, value, left), _shuffle(builder, value, right)), width // 2
-        return value
+        return Vector(STATES)(_tile), generate
 
-    return Vector(STATES)(_tile), generate
+    return _operation(reduce)
+
+
+# (tile): the sums, or the largest, of the values in each of a tile's vectors, pairwise: STATES values
+total, highest = _reduction(_add), _reduction(_larger)
 
 
 @_operation
@@ -517,9 +502,20 @@ def larger(typing_context, a, b):
     """The larger of two vectors, pairs or tiles, value by value; `b` where either is NaN."""
 
     def generate(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
+        return _larger(builder, *args)
 
     return a(a, a), generate
+
+
+@_operation
+def usual_nan(typing_context, value):
+    """Replaces every NaN by the one that IEEE arithmetic makes: exp2 would misread the low bits of another."""
+
+    def generate(context, builder, sig, args):
+        nan = ir.Constant(args[0].type, [math.nan] * value.width)
+        return builder.select(builder.fcmp_ordered("ord", *args, *args), args[0], nan)
+
+    return value(value), generate
 
 
 @_operation

@@ -1,21 +1,16 @@
 """The CPU path: causal self-attention as numba kernels in blocks (cpu_kernels.py), float32 inside, memory linear in L.
 
 Training asks for nothing else. Decode steps, windows, documents, padding and attention that is not causal run plain
-PyTorch, and so do short sequences, where it is faster.
+PyTorch, and so do small inputs, where it is faster.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..dispatch import forced_backend
 from ..operators import differentiable, operator
 from ..parallel import floats, is_small, run
 from . import reference, torch_impl
-
-SHORT = 128
-"""Tokens below which PyTorch's attention is faster: much of a block would be padding, or beyond the diagonal."""
 
 
 def attention(
@@ -32,17 +27,10 @@ def attention(
     """Same contract as reference.attention, in float32. Differentiable once."""
     (L, P), S = q.shape[1::2], k.shape[1]
     masked = (window is not None and window < S) or any(t is not None for t in (starts, first_key, kv_len))
-    if masked or not causal or L != S or L == 1 or _is_short(q):
+    if masked or not causal or L != S or L == 1 or is_small(q):
         return torch_impl.attention(q, k, v, causal, window, starts, first_key, kv_len, scale)
     o, *_ = _attention(q.float(), k.float(), v.float(), P**-0.5 if scale is None else scale)
     return o.to(q.dtype)
-
-
-def _is_short(q: Tensor) -> bool:
-    """Whether PyTorch's kernel costs less than a call of ours; not if forced or traced, as in is_small."""
-    if forced_backend() is not None or torch.compiler.is_compiling():
-        return False
-    return is_small(q) or q.shape[1] < SHORT
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

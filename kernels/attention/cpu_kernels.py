@@ -1,13 +1,12 @@
 """Causal self-attention and its adjoint as numba kernels on explicit vectors (see kernels/simd.py).
 
-The blocks of FlashAttention (Dao 2023, arXiv:2307.08691), transposed: the scores of a block are [key, query], so that
-the maximum and the sum of each query are taken between whole vectors, and a head may have any width. On the diagonal
-blocks are half as long, and of their queries only those from a pair on are computed that see a key.
+The blocks of FlashAttention (Dao 2023, arXiv:2307.08691): BLOCK queries meet BLOCK keys, and on the diagonal only those
+scores are computed, to whole vectors, that a query sees. Scratch is [token, channel], where zeros fill the channels up
+to whole pairs, or [channel, key] where keys are the right factor of a product.
 
-Scores are kept times log2(e), for exp2. Scratch is [channel, query] where a block of queries is the right factor of a
-product or its result, else [token, channel], where zeros fill the channels up to whole pairs. A task of the forward
-pass is one query head of one row of the batch, of the backward pass one key head with the queries that read it. Tasks
-share no output, so any number of threads gives the same bits.
+Scores are times log2(e), for exp2. A task of the forward pass is one query head of one row of the batch, of the
+backward pass one key head with the queries that read it. Tasks share no output, so any number of threads gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -15,32 +14,36 @@ from __future__ import annotations
 import numpy as np
 
 from ..simd import (
+    BLOCK_ROWS,
     LANES,
     LOG2_E,
     PAIR,
+    STATES,
     TILE,
     Floats3,
     Floats4,
+    add_product,
     called,
     exp2,
     full,
+    highest,
     inline,
     kernel,
     larger,
     load,
+    load_few,
     load_first,
-    load_pair,
     load_tile,
-    repeat,
+    product,
     store,
     store_first,
+    total,
+    transpose,
+    usual_nan,
 )
 
-QUERIES = 64
-"""Queries of a block."""
-
-KEYS = 64
-"""Keys of a block before the diagonal; on it there are half as many."""
+BLOCK = 64
+"""Queries and keys that meet at a time."""
 
 LOWEST = -3e38
 """The maximum of no scores: finite, because infinity less itself is no number."""
@@ -60,212 +63,170 @@ def _scratch(n_rows, width):
 
 @called
 def _width(P):
-    """Channels rounded up to whole pairs, which are whole blocks of eight rows too."""
+    """Channels rounded up to whole pairs."""
     return -(-P // PAIR) * PAIR
 
 
 @called
 def _tokens(L, P):
     """Scratch for L tokens of P channels, rounded up to whole blocks."""
-    return _scratch(-(-L // KEYS) * KEYS, _width(P))
+    return _scratch(-(-L // BLOCK) * BLOCK, _width(P))
+
+
+@called
+def _columns(L, P):
+    """Scratch for the transposes of blocks of L tokens, [block, channel, token]."""
+    n, width = -(-L // BLOCK), _width(P)
+    return _scratch(n * width, BLOCK).reshape(n, width, BLOCK)
+
+
+@called
+def _scores():
+    """Scratch for a block of scores, with room for what `_hide_future` writes behind the last one."""
+    return _scratch(BLOCK, BLOCK + LANES)
 
 
 @called
 def _row():
-    return np.zeros(QUERIES, np.float32)
+    return np.zeros(BLOCK, np.float32)
 
 
 @called
-def _read(x, b, t0, h, n_tokens, scratch):
-    """scratch[t, p] = x[b, t0 + t, h, p]."""
+def _read(x, b, t0, h, n_tokens, factor, scratch):
+    """scratch[t, p] = factor x[b, t0 + t, h, p]."""
     P = x.shape[3]
     whole = P // LANES * LANES
     for t in range(n_tokens):
         for p in range(0, whole, LANES):
-            store(scratch, (t, p), load(x, (b, t0 + t, h, p)))
+            store(scratch, (t, p), usual_nan(factor * load(x, (b, t0 + t, h, p))))
         if whole < P:
-            store(scratch, (t, whole), load_first(x, (b, t0 + t, h, whole), P - whole))
-        for p in range(P):
-            if scratch[t, p] != scratch[t, p]:
-                scratch[t, p] = np.nan  # as IEEE arithmetic makes it: exp2 would misread the low bits of another
+            store(scratch, (t, whole), usual_nan(factor * load_first(x, (b, t0 + t, h, whole), P - whole)))
 
 
 @called
-def _write(scratch, x, b, t0, h, n_tokens):
-    """x[b, t0 + t, h, p] = scratch[t, p]."""
+def _write(scratch, factor, x, b, t0, h, n_tokens):
+    """x[b, t0 + t, h, p] = factor scratch[t, p]."""
     P = x.shape[3]
     whole = P // LANES * LANES
     for t in range(n_tokens):
         for p in range(0, whole, LANES):
-            store(x, (b, t0 + t, h, p), load(scratch, (t, p)))
+            store(x, (b, t0 + t, h, p), factor * load(scratch, (t, p)))
         if whole < P:
-            store_first(x, (b, t0 + t, h, whole), load(scratch, (t, whole)), P - whole)
+            store_first(x, (b, t0 + t, h, whole), factor * load(scratch, (t, whole)), P - whole)
 
 
 @called
-def _transpose(scratch, n_rows, n_columns, scale, result):
-    for j in range(n_columns):
-        for i in range(n_rows):
-            result[j, i] = scale * scratch[i, j]
-
-
-# Products: a block of four rows and a tile of columns, or of eight rows and a pair, stays in registers
-
-
-@inline
-def _load_tiles(c, i, j):
-    return load_tile(c, (i, j)), load_tile(c, (i + 1, j)), load_tile(c, (i + 2, j)), load_tile(c, (i + 3, j))
-
-
-@inline
-def _store_tiles(c, i, j, rows):
-    c0, c1, c2, c3 = rows
-    store(c, (i, j), c0)
-    store(c, (i + 1, j), c1)
-    store(c, (i + 2, j), c2)
-    store(c, (i + 3, j), c3)
-
-
-@inline
-def _add_to_tiles(rows, a, b, i, j, begin, end):
-    """Adds the sum of a[k, i + r] b[k, j : j + TILE] over k = begin .. end - 1 to row r."""
-    c0, c1, c2, c3 = rows
-    for k in range(begin, end):
-        x = load_tile(b, (k, j))
-        c0 = c0 + a[k, i] * x
-        c1 = c1 + a[k, i + 1] * x
-        c2 = c2 + a[k, i + 2] * x
-        c3 = c3 + a[k, i + 3] * x
-    return c0, c1, c2, c3
-
-
-@inline
-def _load_pairs(c, i, j):
-    return (
-        load_pair(c, (i, j)),
-        load_pair(c, (i + 1, j)),
-        load_pair(c, (i + 2, j)),
-        load_pair(c, (i + 3, j)),
-        load_pair(c, (i + 4, j)),
-        load_pair(c, (i + 5, j)),
-        load_pair(c, (i + 6, j)),
-        load_pair(c, (i + 7, j)),
-    )
-
-
-@inline
-def _store_pairs(c, i, j, rows):
-    c0, c1, c2, c3, c4, c5, c6, c7 = rows
-    store(c, (i, j), c0)
-    store(c, (i + 1, j), c1)
-    store(c, (i + 2, j), c2)
-    store(c, (i + 3, j), c3)
-    store(c, (i + 4, j), c4)
-    store(c, (i + 5, j), c5)
-    store(c, (i + 6, j), c6)
-    store(c, (i + 7, j), c7)
-
-
-@inline
-def _add_to_pairs(rows, a, b, i, j, begin, end):
-    """Adds the sum of a[k, i + r] b[k, j : j + PAIR] over k = begin .. end - 1 to row r."""
-    c0, c1, c2, c3, c4, c5, c6, c7 = rows
-    for k in range(begin, end):
-        x = load_pair(b, (k, j))
-        c0 = c0 + a[k, i] * x
-        c1 = c1 + a[k, i + 1] * x
-        c2 = c2 + a[k, i + 2] * x
-        c3 = c3 + a[k, i + 3] * x
-        c4 = c4 + a[k, i + 4] * x
-        c5 = c5 + a[k, i + 5] * x
-        c6 = c6 + a[k, i + 6] * x
-        c7 = c7 + a[k, i + 7] * x
-    return c0, c1, c2, c3, c4, c5, c6, c7
+def _transpose(tokens, n_channels, columns):
+    """columns[p, t] = tokens[t, p] for a block of tokens."""
+    for p in range(0, n_channels, LANES):
+        for t in range(0, BLOCK, LANES):
+            transpose(tokens, t, p, columns)
 
 
 @called
-def _scores(a, b, n_rows, depth, column, zeros, c):
-    """c = a^T b from a column on; `depth` rows of a and b are summed over, and `zeros` is a row of them."""
-    whole = column + (QUERIES - column) // TILE * TILE
-    for j in range(column, whole, TILE):
-        tile = load_tile(zeros, j)
-        for i in range(0, n_rows, 4):
-            _store_tiles(c, i, j, _add_to_tiles((tile, tile, tile, tile), a, b, i, j, 0, depth))
-    if whole < QUERIES:
-        x = load_pair(zeros, whole)
-        for i in range(0, n_rows, 8):
-            _store_pairs(c, i, whole, _add_to_pairs((x, x, x, x, x, x, x, x), a, b, i, whole, 0, depth))
+def _transpose_blocks(tokens, n_channels, columns):
+    """columns[block, p, t] = tokens[block * BLOCK + t, p]."""
+    for block in range(columns.shape[0]):
+        _transpose(tokens[block * BLOCK : (block + 1) * BLOCK], n_channels, columns[block])
+
+
+# A block of queries and keys, which on the diagonal are those of the same tokens
+
+
+@inline
+def _end(i, n, step, diagonal):
+    """The end of the keys that are looked at with the queries i .. i + n - 1, `step` of them at a time."""
+    return -(-(i + n) // step) * step if diagonal else BLOCK
 
 
 @called
-def _add(a, b, n_rows, column, begin, end, c):
-    """c += a^T b from a column on; the rows begin .. end - 1 of a and b are summed over."""
-    whole = column + (c.shape[1] - column) // TILE * TILE
-    for j in range(column, whole, TILE):
-        for i in range(0, n_rows, 4):
-            _store_tiles(c, i, j, _add_to_tiles(_load_tiles(c, i, j), a, b, i, j, begin, end))
-    if whole < c.shape[1]:
-        for i in range(0, n_rows, 8):
-            _store_pairs(c, i, whole, _add_to_pairs(_load_pairs(c, i, whole), a, b, i, whole, begin, end))
+def _score(a, b, n_queries, depth, diagonal, scores):
+    """scores = a b; `depth` columns of a and rows of b are summed over."""
+    for i in range(0, n_queries, BLOCK_ROWS):
+        for j in range(0, _end(i, BLOCK_ROWS, PAIR, diagonal), PAIR):
+            product(scores, i, j, a.T, b, 0, depth)
 
 
 @called
-def _hide_future(scores, shift, n_keys):
-    """Hides from each query the keys after its own, where the block's first key is `shift` after its first query."""
-    for k in range(n_keys):
-        for i in range(shift + k):
-            scores[k, i] = -np.inf
+def _add_to_queries(weights, b, n_queries, diagonal, c):
+    """c[query] += the sum of weights[query, key] b[key]."""
+    for j in range(0, c.shape[1], PAIR):
+        for i in range(0, n_queries, BLOCK_ROWS):
+            add_product(c, i, j, weights.T, b, 0, _end(i, BLOCK_ROWS, BLOCK_ROWS, diagonal))
 
 
 @called
-def _soften(scores, n_keys, maxima, sums, os, P):
-    """Turns scores into weights relative to the maximum so far, and scales what was summed before to that maximum."""
-    for j in range(0, QUERIES, TILE):
-        before = load_tile(maxima, j)
-        m = before
-        for k in range(n_keys):
-            m = larger(load_tile(scores, (k, j)), m)
-        factor = exp2(before - m)
-        s = factor * load_tile(sums, j)
-        for k in range(n_keys):
-            weight = exp2(load_tile(scores, (k, j)) - m)
+def _add_to_keys(weights, b, n_queries, diagonal, c):
+    """c[key] += the sum of weights[query, key] b[query]."""
+    for j in range(0, c.shape[1], PAIR):
+        for i in range(0, n_queries if diagonal else BLOCK, BLOCK_ROWS):
+            add_product(c, i, j, weights, b, i if diagonal else 0, n_queries)
+
+
+@called
+def _hide_future(scores, i, end):
+    """Hides from the queries i .. i + STATES - 1 the keys after their own. Writes up to a vector beyond the end."""
+    for r in range(i, i + STATES):
+        for j in range(r + 1, end, LANES):
+            store(scores, (r, j), full(-np.inf))
+
+
+@called
+def _soften(scores, n_queries, diagonal, maxima, factors, sums, os, four):
+    """Turns scores into weights relative to the maximum so far, and scales what was summed before to that maximum.
+
+    Of a query's weights there are as many sums as lanes. `four` is scratch for one vector of each of four queries.
+    """
+    step = max(LANES, BLOCK_ROWS)
+    for i in range(0, n_queries, STATES):
+        end = _end(i, STATES, step, diagonal)
+        if diagonal:
+            _hide_future(scores, i, end)
+        for r in range(STATES):
+            m = full(maxima[i + r])
+            for j in range(0, end, LANES):
+                m = larger(load(scores, (i + r, j)), m)
+            store(four, r * LANES, m)
+        m = highest(load_tile(four, 0))
+        store(factors, i, exp2(load_few(maxima, i) - m))
+        store(maxima, i, m)
+    for i in range(n_queries):
+        m, factor = maxima[i], factors[i]
+        s = factor * load(sums, (i, 0))
+        for j in range(0, _end(i // STATES * STATES, STATES, step, diagonal), LANES):
+            weight = exp2(load(scores, (i, j)) - m)
             s = s + weight
-            store(scores, (k, j), weight)
-        for p in range(P):
-            store(os, (p, j), factor * load_tile(os, (p, j)))
-        store(maxima, j, m)
-        store(sums, j, s)
+            store(scores, (i, j), weight)
+        store(sums, (i, 0), s)
+        for p in range(0, os.shape[1], LANES):
+            store(os, (i, p), factor * load(os, (i, p)))
 
 
 @called
-def _divide(os, sums, P):
-    for j in range(0, QUERIES, TILE):
-        s = load_tile(sums, j)
-        for p in range(P):
-            store(os, (p, j), load_tile(os, (p, j)) / s)
-
-
-@called
-def _differentiate(weights, grad_scores, n_keys, maxima, shares, means):
+def _differentiate(weights, grad_scores, n_queries, diagonal, maxima, shares, means):
     """Turns scores into weights w, and dw into w (dw - mean), the gradient of the scores.
 
     Scores are less their maximum before anything is added: what is added to large ones is lost.
     """
-    for j in range(0, QUERIES, TILE):
-        m, share, mean = load_tile(maxima, j), load_tile(shares, j), load_tile(means, j)
-        for k in range(n_keys):
-            weight = exp2(load_tile(weights, (k, j)) - m) * share
-            store(weights, (k, j), weight)
-            store(grad_scores, (k, j), weight * (load_tile(grad_scores, (k, j)) - mean))
+    for i in range(0, n_queries, STATES):
+        end = _end(i, STATES, max(LANES, BLOCK_ROWS), diagonal)
+        if diagonal:
+            _hide_future(weights, i, end)
+        for r in range(i, i + STATES):
+            m, share, mean = maxima[r], shares[r], means[r]
+            for j in range(0, end, LANES):
+                weight = share * exp2(load(weights, (r, j)) - m)
+                store(weights, (r, j), weight)
+                store(grad_scores, (r, j), weight * (load(grad_scores, (r, j)) - mean))
 
 
 @called
 def _dot_columns(a, b, n_rows, result):
-    """result[j] = sum over i of a[i, j] b[i, j], added up as `_scores` does: what is equal cancels to the last bit."""
-    for j in range(0, QUERIES, TILE):
-        s = repeat(full(0.0))
+    """result[j] = sum over i of a[i, j] b[i, j], added up as `_score` does: what is equal cancels to the last bit."""
+    for j in range(0, BLOCK, LANES):
+        s = full(0.0)
         for i in range(n_rows):
-            s = s + load_tile(a, (i, j)) * load_tile(b, (i, j))
+            s = s + load(a, (i, j)) * load(b, (i, j))
         store(result, j, s)
 
 
@@ -295,34 +256,33 @@ def forward(
         sums: sum of a query's exponentials, each relative to the largest, (B, H, L), written.
     """
     L, H, P = q.shape[1:]
-    V, group = v.shape[3], H // k.shape[2]
-    keys, values, tokens = _tokens(L, P), _tokens(L, V), _tokens(QUERIES, max(P, V))
-    qs, os, scores = _scratch(_width(P), QUERIES), _scratch(_width(V), QUERIES), _scratch(KEYS, QUERIES)
-    peaks, totals, zeros = _row(), _row(), _row()
+    V, group, one = v.shape[3], H // k.shape[2], np.float32(1.0)
+    keys, values, ks = _tokens(L, P), _tokens(L, V), _columns(L, P)
+    queries, os, scores = _tokens(BLOCK, P), _tokens(BLOCK, V), _scores()
+    peaks, factors, parts = _row(), _row(), _scratch(BLOCK, LANES)
+    totals, four = _row(), np.zeros(TILE, np.float32)
     for task in range(first, last):
         b, h = task // H, task % H
-        _read(k, b, 0, h // group, L, keys)
-        _read(v, b, 0, h // group, L, values)
-        for i in range(0, L, QUERIES):
-            n_queries = min(QUERIES, L - i)
-            _read(q, b, i, h, n_queries, tokens)
-            _transpose(tokens, n_queries, P, scale * np.float32(LOG2_E), qs)
-            os[:], peaks[:], totals[:] = 0, LOWEST, 0
-            j = 0
-            while j < i + n_queries:
-                shift, n_keys = j - i, min(KEYS if j < i else KEYS // 2, L - j)
-                column = max(shift, 0) // PAIR * PAIR
-                _scores(keys[j : j + KEYS].T, qs, n_keys, P, column, zeros, scores)
-                if shift >= 0:
-                    _hide_future(scores, shift, n_keys)
-                _soften(scores, n_keys, peaks, totals, os, V)
-                _add(values[j : j + KEYS], scores, V, column, 0, n_keys, os)
-                j += n_keys
-            _divide(os, totals, V)
-            _transpose(os, V, n_queries, np.float32(1.0), tokens)
-            _write(tokens, o, b, i, h, n_queries)
+        _read(k, b, 0, h // group, L, scale * np.float32(LOG2_E), keys)
+        _read(v, b, 0, h // group, L, one, values)
+        _transpose_blocks(keys, P, ks)
+        for i in range(0, L, BLOCK):
+            n_queries = min(BLOCK, L - i)
+            _read(q, b, i, h, n_queries, one, queries)
+            os[:], peaks[:], parts[:] = 0, LOWEST, 0
+            for j in range(0, i + 1, BLOCK):
+                diagonal = i == j
+                _score(queries, ks[j // BLOCK], n_queries, P, diagonal, scores)
+                _soften(scores, n_queries, diagonal, peaks, factors, parts, os, four)
+                _add_to_queries(scores, values[j : j + BLOCK], n_queries, diagonal, os)
+            for t in range(0, BLOCK, STATES):
+                store(totals, t, total(load_tile(parts, (t, 0))))
             for t in range(n_queries):
                 maxima[b, h, i + t], sums[b, h, i + t] = peaks[t], totals[t]
+                share = one / totals[t]
+                for p in range(0, os.shape[1], LANES):
+                    store(os, (t, p), share * load(os, (t, p)))
+            _write(os, one, o, b, i, h, n_queries)
 
 
 @kernel
@@ -347,49 +307,40 @@ def backward(
     """
     L, H, P = q.shape[1:]
     H_kv, V = k.shape[2], v.shape[3]
-    group, unscaled = H // H_kv, np.float32(1.0)
-    keys, values, grad_keys, grad_values = _tokens(L, P), _tokens(L, V), _tokens(L, P), _tokens(L, V)
-    queries, grads, outputs = _tokens(QUERIES, P), _tokens(QUERIES, V), _tokens(QUERIES, V)
-    qs, grad_qs = _scratch(_width(P), QUERIES), _scratch(_width(P), QUERIES)
-    gs, os = _scratch(_width(V), QUERIES), _scratch(_width(V), QUERIES)
-    weights, grad_scores = _scratch(KEYS, QUERIES), _scratch(KEYS, QUERIES)
-    peaks, shares, means, zeros = _row(), _row(), _row(), _row()
+    group, one = H // H_kv, np.float32(1.0)
+    keys, values, ks, vs = _tokens(L, P), _tokens(L, V), _columns(L, P), _columns(L, V)
+    grad_keys, grad_values = _tokens(L, P), _tokens(L, V)
+    queries, grads, outputs, grad_queries = _tokens(BLOCK, P), _tokens(BLOCK, V), _tokens(BLOCK, V), _tokens(BLOCK, P)
+    gs, os = _scratch(_width(V), BLOCK), _scratch(_width(V), BLOCK)
+    weights, grad_scores = _scores(), _scores()
+    peaks, shares, means = _row(), _row(), _row()
     for task in range(first, last):
         b, kv_head = task // H_kv, task % H_kv
-        _read(k, b, 0, kv_head, L, keys)
-        _read(v, b, 0, kv_head, L, values)
+        _read(k, b, 0, kv_head, L, scale * np.float32(LOG2_E), keys)
+        _read(v, b, 0, kv_head, L, one, values)
+        _transpose_blocks(keys, P, ks)
+        _transpose_blocks(values, V, vs)
         grad_keys[:], grad_values[:] = 0, 0
         for h in range(kv_head * group, (kv_head + 1) * group):
-            for i in range(0, L, QUERIES):
-                n_queries = min(QUERIES, L - i)
-                _read(q, b, i, h, n_queries, queries)
-                _read(grad_o, b, i, h, n_queries, grads)
-                _read(o, b, i, h, n_queries, outputs)
-                _transpose(queries, n_queries, P, scale * np.float32(LOG2_E), qs)
-                _transpose(grads, n_queries, V, unscaled, gs)
-                _transpose(outputs, n_queries, V, unscaled, os)
+            for i in range(0, L, BLOCK):
+                n_queries = min(BLOCK, L - i)
+                _read(q, b, i, h, n_queries, one, queries)
+                _read(grad_o, b, i, h, n_queries, one, grads)
+                _read(o, b, i, h, n_queries, one, outputs)
+                _transpose(grads, V, gs)
+                _transpose(outputs, V, os)
                 _dot_columns(gs, os, V, means)
                 for t in range(n_queries):
-                    peaks[t], shares[t] = maxima[b, h, i + t], 1 / sums[b, h, i + t]
-                grad_qs[:] = 0
-                j = 0
-                while j < i + n_queries:
-                    shift, n_keys = j - i, min(KEYS if j < i else KEYS // 2, L - j)
-                    column = max(shift, 0) // PAIR * PAIR
-                    ks, vs = keys[j : j + KEYS], values[j : j + KEYS]
-                    _scores(ks.T, qs, n_keys, P, column, zeros, weights)
-                    _scores(vs.T, gs, n_keys, V, column, zeros, grad_scores)
-                    if shift >= 0:
-                        _hide_future(weights, shift, n_keys)
-                    _differentiate(weights, grad_scores, n_keys, peaks, shares, means)
-                    _add(weights.T, grads, n_keys, 0, column, n_queries, grad_values[j : j + KEYS])
-                    _add(grad_scores.T, queries, n_keys, 0, column, n_queries, grad_keys[j : j + KEYS])
-                    _add(ks, grad_scores, P, column, 0, n_keys, grad_qs)
-                    j += n_keys
-                _transpose(grad_qs, P, n_queries, scale, queries)
-                _write(queries, grad_q, b, i, h, n_queries)
-        for t in range(L):
-            for p in range(P):
-                grad_keys[t, p] *= scale
-        _write(grad_keys, grad_k, b, 0, kv_head, L)
-        _write(grad_values, grad_v, b, 0, kv_head, L)
+                    peaks[t], shares[t] = maxima[b, h, i + t], one / sums[b, h, i + t]
+                grad_queries[:] = 0
+                for j in range(0, i + 1, BLOCK):
+                    diagonal, here = i == j, slice(j, j + BLOCK)
+                    _score(queries, ks[j // BLOCK], n_queries, P, diagonal, weights)
+                    _score(grads, vs[j // BLOCK], n_queries, V, diagonal, grad_scores)
+                    _differentiate(weights, grad_scores, n_queries, diagonal, peaks, shares, means)
+                    _add_to_keys(weights, grads, n_queries, diagonal, grad_values[here])
+                    _add_to_keys(grad_scores, queries, n_queries, diagonal, grad_keys[here])
+                    _add_to_queries(grad_scores, keys[here], n_queries, diagonal, grad_queries)
+                _write(grad_queries, np.float32(1 / LOG2_E), grad_q, b, i, h, n_queries)
+        _write(grad_keys, scale, grad_k, b, 0, kv_head, L)
+        _write(grad_values, one, grad_v, b, 0, kv_head, L)

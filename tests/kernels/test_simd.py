@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from crossover.kernels import simd
 from crossover.kernels.simd import (
+    BLOCK_ROWS,
     LANES,
+    PAIR,
+    TILE,
     Floats1,
+    Floats2,
     exp,
     exp2,
     kernel,
@@ -54,6 +59,24 @@ def apply_softplus(x: Floats1, y: Floats1) -> None:
 def apply_tanh(x: Floats1, y: Floats1) -> None:
     for i in range(0, len(x), LANES):
         store(y, i, tanh(load(x, i)))
+
+
+@kernel
+def apply_usual_nan(x: Floats1, y: Floats1) -> None:
+    for i in range(0, len(x), LANES):
+        store(y, i, simd.usual_nan(load(x, i)))
+
+
+@kernel
+def multiply(a: Floats2, b: Floats2, begin: int, c: Floats2, d: Floats2) -> None:
+    simd.product(c, BLOCK_ROWS, PAIR, a, b, begin, a.shape[0])
+    simd.add_product(d, BLOCK_ROWS, PAIR, a, b, begin, a.shape[0])
+
+
+@kernel
+def turn(x: Floats2, y: Floats2, largest: Floats1) -> None:
+    simd.transpose(x, 0, LANES, y)
+    store(largest, 0, simd.highest(simd.load_tile(x, (1, 0))))
 
 
 @kernel
@@ -130,6 +153,35 @@ def test_partial_vectors_touch_nothing_else(n: int) -> None:
     x, y = np.arange(1, 33, dtype=np.float32), np.full(32, -1, np.float32)
     copy_first(x, y, n)
     assert y.tolist() == [*x[:n].tolist(), *[-1.0] * (32 - n)]
+
+
+def test_any_nan_becomes_the_usual_one_and_nothing_else_changes() -> None:
+    bits = np.array([0x7FFFFFFF, 0xFFC00001, 0xFF800000, 0x7F800000, 0x80000000, 0x3F800001] + [0] * 26, np.uint32)
+    found = apply(apply_usual_nan, bits.view(np.float32)).view(np.uint32)
+    assert (found == np.where(np.arange(32) < 2, 0x7FC00000, bits)).all()
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+def test_a_block_of_a_product_is_that_block_and_no_more(begin: int) -> None:
+    a, b = (np.random.randn(5, n).astype(np.float32) for n in (3 * BLOCK_ROWS, 3 * PAIR))
+    c, d = (np.random.randn(3 * BLOCK_ROWS, 3 * PAIR).astype(np.float32) for _ in range(2))
+    rows, columns = slice(BLOCK_ROWS, 2 * BLOCK_ROWS), slice(PAIR, 2 * PAIR)
+    block = a[begin:, rows].T.astype(np.float64) @ b[begin:, columns]
+    expected_c, expected_d = c.copy(), d.copy()
+    expected_c[rows, columns] = block
+    expected_d[rows, columns] += block
+    multiply(np.asfortranarray(a), b, begin, c, d)
+    np.testing.assert_allclose(c, expected_c, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(d, expected_d, rtol=2e-5, atol=2e-6)
+
+
+def test_a_block_is_transposed_and_the_largest_of_each_vector_found() -> None:
+    x, y = np.random.randn(LANES, TILE).astype(np.float32), np.zeros((TILE, LANES), np.float32)
+    turn(x, y, largest := np.zeros(4, np.float32))
+    expected = np.zeros_like(y)
+    expected[LANES : 2 * LANES] = x[:, LANES : 2 * LANES].T
+    assert np.array_equal(y, expected)
+    assert np.array_equal(largest, x[1].reshape(4, LANES).max(1))
 
 
 WIDEST_REGISTER = """
