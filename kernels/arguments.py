@@ -38,9 +38,6 @@ WHOLE: tuple[type[Any], ...] = (int, torch.SymInt)
 MAY_BE_EMPTY = ("B", "L", "S", "T")
 """Axes of rows, tokens and keys."""
 
-REMEMBERED = 256
-"""Calls of an operation that are not looked at again, at most."""
-
 _described: dict[Callable[..., Any], Arguments] = {}
 
 
@@ -106,8 +103,6 @@ class Arguments:
                 axes, kind = _parsed(words)
                 tensors.append(_Tensor(index, name, is_optional, words, axes, words.startswith("..."), KINDS[kind]))
         self._tensors, self._sizes, self._choices = tuple(tensors), tuple(sizes), tuple(choices)
-        self._right: dict[Any, Sizes] = {}
-        """Calls that were found right, by what was looked at: to look again takes as long as a small operation."""
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Sizes, Tensor]:
         """Checks a call, and gives every row its own `starts`.
@@ -122,17 +117,6 @@ class Arguments:
         Raises:
             ValueError: in one line: the operation, the argument, what it is and what was expected.
         """
-        key = None if torch.compiler.is_compiling() else _looked_at(args, kwargs)
-        if key is not None and key in self._right:
-            return args, self._right[key], args[0] if args else kwargs[self._tensors[0].name]
-        checked, sizes, first = self._check(args, kwargs)
-        if key is not None and key == _looked_at(checked, kwargs):  # unless it gave every row its own `starts`
-            if len(self._right) >= REMEMBERED:
-                self._right.clear()
-            self._right[key] = sizes
-        return checked, sizes, first
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Sizes, Tensor]:
         given, sizes = len(args), {"": 1}
         first: Any = None
         precision: torch.dtype | None = None
@@ -226,18 +210,23 @@ class Arguments:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def _looked_at(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+def looked_at(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """All that a check depends on, hashable; None where something is neither a plain tensor nor a plain value."""
     found: list[Any] = [len(args), *kwargs]
-    for value in (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             found += value.shape, value.dtype, value.device
-        elif value is None or kind in (bool, int, float, str):
+        elif value is None:
+            found.append(None)
+        elif kind in _PLAIN:
             found += kind, value
         else:
             return None
     return tuple(found)
+
+
+_PLAIN = frozenset((bool, int, float, str))
 
 
 def _parsed(words: str) -> tuple[Axes, str]:

@@ -8,13 +8,13 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .arguments import arguments_of
+from .arguments import Sizes, arguments_of, looked_at
 from .cases import Cases
 
 P = ParamSpec("P")
@@ -25,6 +25,12 @@ BACKENDS = ("reference", "torch", "cpu", "triton")
 
 KERNELS = ("cpu", "triton")
 """Those that compute in float32."""
+
+DOUBLE = (torch.float64, torch.complex128)
+"""Precisions that they do not take."""
+
+REMEMBERED = 256
+"""Calls of an operation that are not looked at again, at most: that would take as long as a small operation."""
 
 # Plain globals: torch.compile guards on them, but cannot trace a ContextVar.
 _forced: str | None = None
@@ -122,6 +128,18 @@ def transform() -> str | None:
     return None
 
 
+class _Call(NamedTuple):
+    """What was found of the arguments of a call."""
+
+    empty: Sizes | None
+    """Sizes of the axes, of a call without rows or tokens."""
+    device: torch.device
+    dtype: torch.dtype
+    """Those of the first tensor."""
+    backends: tuple[str, ...]
+    """Those to try, in this order."""
+
+
 class Op(Generic[P, R]):
     """One operation and its interchangeable implementations, called like the reference.
 
@@ -152,6 +170,8 @@ class Op(Generic[P, R]):
             for device, names in {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}.items()
         }
         self._cases, self._arguments = cases, arguments_of(reference)
+        self._right: dict[tuple[Any, ...], _Call] = {}
+        """Calls whose arguments were right, by all that was looked at."""
 
     @property
     def cases(self) -> Cases:
@@ -167,30 +187,21 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the reference's signature, on the implementation that the device and `use_backend` pick."""
         arguments: tuple[Any, ...] = args
-        if self._arguments is None:
-            x = next(iter((*args, *kwargs.values())))
-        else:
-            arguments, sizes, x = self._arguments.check(args, kwargs)
-            if self._arguments.is_empty(sizes):
-                return self._arguments.nothing(arguments, kwargs, sizes)
-        assert isinstance(x, Tensor)
-        is_double = x.dtype in (torch.float64, torch.complex128)
+        key = None if torch.compiler.is_compiling() else looked_at(args, kwargs)
+        call = None if key is None else self._right.get(key)
+        if call is None:
+            arguments, call = self._checked(key, args, kwargs)
+        empty, _, _, names = call
+        if empty is not None and self._arguments is not None:
+            return self._arguments.nothing(arguments, kwargs, empty)
         transformed = transform()
         if _forced is not None:
-            if transformed and _forced != "reference":
-                raise NotImplementedError(no_kernel(f"{self.__name__}: {_forced}", transformed))
-            if _forced not in self._implementations:
-                raise Unsupported(f"{self.__name__} has no {_forced} implementation here, only {self.backends}")
-            if is_double and _forced in KERNELS:
-                raise Unsupported(f"{self.__name__}: {_forced} computes in float32, not {x.dtype}")
-            if _forced == "cpu" and x.device.type != "cpu":
-                raise Unsupported(f"{self.__name__}: the inputs are on {x.device}, not on the CPU")
+            self._check_forced(call, transformed)
             return self._run(_forced, *arguments, **kwargs)
         if transformed:
             message = f"{self.__name__}: the definition runs, step by step: kernels have no {transformed}"
             warnings.warn(message, KernelFallbackWarning, stacklevel=2)
             return self._run("reference", *arguments, **kwargs)
-        names = ("torch",) if is_double else self._by_device.get(x.device.type, ("torch",))
         if _switched_off:
             left = tuple(name for name in names if (self.__name__, name) not in _switched_off)
             names = left if "torch" in left else (*left, "reference")
@@ -202,6 +213,36 @@ class Op(Generic[P, R]):
                 message = f"{self.__name__}: {name} is passed over: {error}"
                 warnings.warn(message, KernelFallbackWarning, stacklevel=2)
         return self._run(last, *arguments, **kwargs)
+
+    def _checked(
+        self, key: tuple[Any, ...] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], _Call]:
+        """Checks a call and remembers it by its key: the arguments by position, `starts` for each row, and the call."""
+        sizes, checked = None, args
+        if self._arguments is None:
+            x = next(iter((*args, *kwargs.values())))
+        else:
+            checked, sizes, x = self._arguments.check(args, kwargs)
+            sizes = sizes if self._arguments.is_empty(sizes) else None
+        assert isinstance(x, Tensor)
+        names = ("torch",) if x.dtype in DOUBLE else self._by_device.get(x.device.type, ("torch",))
+        call = _Call(sizes, x.device, x.dtype, names)
+        if key is not None and key == looked_at(checked, kwargs):  # unless it gave every row its own `starts`
+            if len(self._right) >= REMEMBERED:
+                self._right.clear()
+            self._right[key] = call
+        return checked, call
+
+    def _check_forced(self, call: _Call, transformed: str | None) -> None:
+        """Raises unless the forced backend takes this call."""
+        if transformed and _forced != "reference":
+            raise NotImplementedError(no_kernel(f"{self.__name__}: {_forced}", transformed))
+        if _forced not in self._implementations:
+            raise Unsupported(f"{self.__name__} has no {_forced} implementation here, only {self.backends}")
+        if call.dtype in DOUBLE and _forced in KERNELS:
+            raise Unsupported(f"{self.__name__}: {_forced} computes in float32, not {call.dtype}")
+        if _forced == "cpu" and call.device.type != "cpu":
+            raise Unsupported(f"{self.__name__}: the inputs are on {call.device}, not on the CPU")
 
     def _run(self, name: str, *args: Any, **kwargs: Any) -> R:
         result = self._implementations[name](*args, **kwargs)

@@ -10,17 +10,15 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
 from .dispatch import KernelFallbackWarning, no_kernel
-
-if TYPE_CHECKING:
-    from torch._library.custom_ops import CustomOpDef
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +64,7 @@ def operator(
         device_types: the only one it is for.
         mutates_args: names of the arguments that it writes to.
     """
+    mutates_args = frozenset(mutates_args)
     made = torch.library.custom_op(f"crossover::{name}", function, mutates_args=mutates_args, device_types=device_types)
 
     def fake(*arguments: Any, **named: Any) -> Any:
@@ -75,7 +74,52 @@ def operator(
             return function(*arguments, **named)
 
     made.register_fake(fake)
-    return made
+    return made if mutates_args else _Quick(made, function)
+
+
+class _Quick(CustomOpDef):
+    """A custom operator that ordinary tensors pass by: eagerly its function runs at once, or as an autograd.Function.
+
+    PyTorch's dispatcher takes longer than a small kernel. It is for whatever looks at operators: tracing, modes and
+    classes of tensors.
+    """
+
+    def __init__(self, made: CustomOpDef, function: Callable[..., Any]) -> None:
+        self.__dict__ = made.__dict__  # the same operator: PyTorch knows `made`
+        self._run, self._apply = function, None
+
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[..., Any] | None = None
+    ) -> None:
+        """See CustomOpDef.register_autograd."""
+        super().register_autograd(backward, setup_context=setup_context)
+        run = self._run
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._apply = type(self._opoverload.name(), (torch.autograd.Function,), methods).apply
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the operator with all of its arguments."""
+        if is_traced() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return super().__call__(*arguments)
+        is_differentiated = False
+        for x in arguments:
+            if isinstance(x, Tensor):
+                if type(x) not in _ORDINARY:
+                    return super().__call__(*arguments)
+                is_differentiated = is_differentiated or x.requires_grad
+        if not (is_differentiated and torch.is_grad_enabled()):
+            return self._run(*arguments)
+        return super().__call__(*arguments) if self._apply is None else self._apply(*arguments)
+
+
+_ORDINARY = (Tensor, Parameter)
 
 
 def is_traced() -> bool:

@@ -88,7 +88,9 @@ class _Memory:
 
 def as_array(x: Tensor) -> np.ndarray:
     """The tensor's memory, as kernels take it: copied only if its last axis is not contiguous."""
-    return np.asarray(_Memory((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg()))
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return np.asarray(_Memory(x.resolve_neg() if x.is_neg() else x))
 
 
 def rows(x: Tensor) -> Tensor:
