@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..operators import is_traced, opaque
@@ -38,9 +39,10 @@ def _powers(base: Tensor, n: int) -> Tensor:
 def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     """Same contract as reference.long_conv, by FFT over at least 2 L points, so that the circle does not close."""
     dtype = torch.promote_types(u.dtype, torch.float32)
-    x = u.to(dtype)
-    y = _Convolution.apply(x, kernel.to(dtype))
-    return (y if D is None else torch.addcmul(y, D.to(dtype), x)).to(u.dtype)
+    kernel = kernel.to(dtype)
+    if D is not None:  # the skip connection is part of what the present token contributes
+        kernel = kernel + F.pad(D.to(dtype)[:, None], (0, kernel.shape[1] - 1))
+    return _Convolution.apply(u.to(dtype), kernel).to(u.dtype)
 
 
 class _Convolution(torch.autograd.Function):

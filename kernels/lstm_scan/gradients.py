@@ -24,11 +24,14 @@ def register_gradients(scan: Any, scan_backward: Any) -> None:
         _, weight, initial_state, starts, _ = inputs
         y, _, activated, cells = output
         ctx.save_for_backward(weight, initial_state, starts, y, activated, cells)
-        ctx.set_materialize_grads(True)
+        ctx.set_materialize_grads(False)  # zeros for the activated gates, which nobody asks for, would take long
 
     def backward(
-        ctx: Any, grad_y: Tensor, grad_state: Tensor, _activated: Tensor, _cells: Tensor
+        ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _activated: None, _cells: None
     ) -> tuple[Tensor | None, ...]:
+        _, initial_state, _, y, _, _ = ctx.saved_tensors
+        grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+        grad_state = torch.zeros_like(initial_state) if grad_state is None else grad_state
         return *scan_backward(grad_y, grad_state, *ctx.saved_tensors), None, None
 
     differentiable(scan, backward, setup_context)
