@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..products import PANEL, multiply
+from ..products import multiply
 from ..simd import (
     LANES,
     Bools2,
@@ -58,7 +58,7 @@ def forward(
         first: first task.
         last: the task after the last.
         gates: (B, L, 4, E).
-        weight: recurrent weight, packed: (panels, E, PANEL), where a column is [cell / LANES, gate, cell % LANES].
+        weight: recurrent weight, packed: (panels, E, columns), where a column is [cell / LANES, gate, cell % LANES].
         initial_state: (B, 2, E).
         starts: (B, L).
         y: (B, L, E), written.
@@ -70,7 +70,7 @@ def forward(
     n_rows, keep = last - first, activated.shape[0] > 0
     width = -(-E // LANES) * LANES
     hs, cs = _scratch(n_rows, width), _scratch(n_rows, width)
-    sums = _scratch(n_rows, weight.shape[0] * PANEL)
+    sums = _scratch(n_rows, weight.shape[0] * weight.shape[2])
     for r in range(n_rows):
         for e in range(E):
             hs[r, e], cs[r, e] = initial_state[first + r, 0, e], initial_state[first + r, 1, e]
@@ -124,7 +124,7 @@ def backward(
         last: the task after the last.
         grad_y: (B, L, E).
         grad_state: (B, 2, E).
-        weight: recurrent weight, packed: (panels, 4 width, PANEL), where width is E up to a multiple of LANES.
+        weight: recurrent weight, packed: (panels, 4 width, columns), where width is E up to a multiple of LANES.
         initial_state: (B, 2, E).
         starts: (B, L).
         activated: as forward wrote it.
@@ -135,7 +135,7 @@ def backward(
     _, L, E = grad_y.shape
     n_rows, width = last - first, weight.shape[1] // GATES
     # gradients of the gates before their functions, of y and of c, the latter two as later tokens give them
-    slopes, grad_hs = _scratch(n_rows, GATES * width), _scratch(n_rows, weight.shape[0] * PANEL)
+    slopes, grad_hs = _scratch(n_rows, GATES * width), _scratch(n_rows, weight.shape[0] * weight.shape[2])
     grad_cs, cs = _scratch(n_rows, width), _scratch(n_rows, width)
     for r in range(n_rows):
         for e in range(E):
