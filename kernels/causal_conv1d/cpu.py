@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..documents import never_if_none
@@ -9,6 +10,9 @@ from ..operators import differentiable, operator
 from ..parallel import floats, run
 from . import reference, torch_impl
 from .torch_impl import next_window
+
+NARROWEST = 16
+"""Channels that kernels need, as many as the longest vector has; fewer are filled up."""
 
 
 def causal_conv1d(
@@ -25,7 +29,10 @@ def causal_conv1d(
     (batch, _, E), K = x.shape, weight.shape[1]
     past = x.new_zeros(batch, K - 1, E) if initial_state is None else initial_state.to(x.dtype)
     taps = weight.flip(1).T.float().contiguous()  # (K, E), by lag
-    y = _conv(x.float(), past.float(), taps, None if bias is None else bias.float(), activation == "silu", starts)
+    inputs = (x.float(), past.float(), taps, None if bias is None else bias.float())
+    if E < NARROWEST:
+        inputs = tuple(None if t is None else F.pad(t, (0, NARROWEST - E)) for t in inputs)
+    y = _conv(*inputs, activation == "silu", starts)[..., :E]
     return y.to(x.dtype), next_window(x, past, starts)
 
 

@@ -1,10 +1,11 @@
-"""The short convolution where test_ops.py does not look: the memory of the window that it returns."""
+"""The short convolution where test_ops.py does not look: the memory of its window, channels of several vectors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from crossover.kernels import ops
+from crossover.kernels.compare import assert_same, cast, values_and_gradients
 from crossover.kernels.dispatch import use_backend
 
 
@@ -20,3 +21,16 @@ def test_the_window_owns_its_memory_and_is_the_last_inputs(backend: str, marked:
         _, window = ops.causal_conv1d(x, torch.randn(E, K), initial_state=past, starts=starts)
     assert torch.equal(window, torch.cat([past, x], dim=1)[:, L:])
     assert window.untyped_storage().nbytes() == window.numel() * window.itemsize
+
+
+@pytest.mark.parametrize(
+    ("L", "E", "K"),
+    [(3, 17, 4), (2, 300, 9), (21, 517, 3), (40, 37, 4), (9, 264, 2)],  # ends within a vector, or in spans of channels
+)
+def test_the_cpu_matches_the_definition_where_channels_fill_no_whole_vectors(L: int, E: int, K: int) -> None:
+    tensors = ops.causal_conv1d.cases.example(B=2, L=L, E=E, N=K)
+    with use_backend("reference"):
+        expected = values_and_gradients(ops.causal_conv1d, tensors, activation="silu")
+    with use_backend("cpu"):
+        actual = values_and_gradients(ops.causal_conv1d, cast(tensors, torch.float32), activation="silu")
+    assert_same(actual, expected, 1e-6)
