@@ -170,5 +170,14 @@ def kernel(function: Callable[P, None]) -> Callable[P, None]:
 inline = numba.njit(forceinline=True, error_model="numpy")
 """Decorates a function of vectors, which becomes part of the kernels that call it."""
 
-called = numba.njit(error_model="numpy")
-"""Decorates a function of arrays, which kernels call."""
+
+class _Called(_Dispatcher):
+    """A function that is compiled once for each combination of types, where numba would for each constant too."""
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        return super().get_call_template(tuple(types.unliteral(arg) for arg in args), kws)
+
+
+def called(function: Callable[..., Any]) -> Any:
+    """Decorates a function of arrays, which kernels call."""
+    return _Called(function, targetoptions={"nopython": True, "error_model": "numpy"})

@@ -106,7 +106,7 @@ def test_a_layer_is_that_of_qwen3_next() -> None:
 
 @hf
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 def test_the_operation_is_that_of_qwen3_next(form: str, backend: str) -> None:
     theirs: Callable[..., Any] = getattr(oracle(), f"torch_{form}_gated_delta_rule")
     tensors = cast(ops.gated_delta_rule.cases.example(L=131, E=7, N=9), torch.float32)
@@ -146,10 +146,13 @@ def test_the_state_hands_over_at_any_cut(cut: int, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(last, state)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_a_start_forgets_a_state_of_any_size(backend: str) -> None:
-    tensors = ops.gated_delta_rule.cases.example()
-    tensors["initial_state"] *= 1e100
+@pytest.mark.parametrize(
+    ("backend", "dtype", "size"),
+    [("reference", torch.float64, 1e100), ("torch", torch.float64, 1e100), ("cpu", torch.float32, 1e30)],
+)
+def test_a_start_forgets_a_state_of_any_size(backend: str, dtype: torch.dtype, size: float) -> None:
+    tensors = cast(ops.gated_delta_rule.cases.example(), dtype)
+    tensors["initial_state"] *= size
     tensors["starts"] = torch.zeros(2, 37, dtype=torch.bool)
     tensors["starts"][:, 20] = True
     with use_backend(backend):
@@ -159,13 +162,15 @@ def test_a_start_forgets_a_state_of_any_size(backend: str) -> None:
     torch.testing.assert_close(state, last)
 
 
-def test_decays_that_leave_nothing_do_not_disturb_the_others() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_decays_that_leave_nothing_do_not_disturb_the_others(backend: str) -> None:
     # in a difference of running sums, the digits of the weak decays would drown in the strong ones
     tensors = cast(ops.gated_delta_rule.cases.example(L=50, optional=False), torch.float32)
     tensors["log_decay"] = tensors["log_decay"].clamp(min=-0.1)
     tensors["log_decay"][:, [3, 11]], tensors["log_decay"][0, 30] = -1e6, -torch.inf
     expected = values_and_gradients(reference.gated_delta_rule, cast(tensors, torch.float64))
-    assert_same(values_and_gradients(torch_impl.gated_delta_rule, tensors), expected, 1e-5)
+    with use_backend(backend):
+        assert_same(values_and_gradients(ops.gated_delta_rule, tensors), expected, 1e-5)
 
 
 def test_a_key_reads_the_last_value_that_was_written_to_it() -> None:
