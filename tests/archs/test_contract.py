@@ -1,6 +1,7 @@
 """The mixer contract over the registry, in float64, values and gradients. A new mixer is tested by being registered.
 
 full == any split into chunks == token by token == packed documents apart == left-padded, and y[:t] ignores x[t:].
+Compiled tokens, which are in float32, are as near as rounding.
 Mixers of encoders keep what does not need a state: packing and padding. Whole models hold what their mixers hold.
 """
 
@@ -15,7 +16,19 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from crossover.archs import MIXERS, LanguageModel, Mixer, State, available, build, configure
+from crossover.archs import (
+    MIXERS,
+    Decoder,
+    LanguageModel,
+    Mixer,
+    ModelConfig,
+    State,
+    States,
+    available,
+    build,
+    configure,
+)
+from crossover.archs.decoding import COMPILED, MODULES
 from crossover.archs.layers import RMSNorm
 from crossover.archs.presets import PRESETS
 from crossover.kernels.compare import assert_same
@@ -460,3 +473,122 @@ def test_an_encoder_reads_packed_padded_documents_as_documents_apart(
     expected = logits_and_gradients(lm, apart(lm, tokens, lengths, padding))
     together = logits_and_gradients(lm, lm(tokens, starts=starts).logits[:, padding:])
     assert_same(together, expected, 1e-6)
+
+
+# Options at which a compiled step has other sizes than its vectors, or nothing to remember.
+SIZES: list[tuple[str, dict[str, Any]]] = [
+    ("attention", {"n_heads": 2, "n_kv_heads": 1, "head_dim": 18, "window": 9}),
+    ("mamba", {"d_state": 19, "d_conv": 1}),
+    ("mamba2", {"d_state": 17, "d_conv": 1, "head_dim": 1}),
+    ("mamba3", {"d_state": 3, "rope_fraction": 0.1, "head_dim": 2}),
+    ("s4d", {"d_state": 38}),
+    ("h3", {"d_conv": 1}),
+    ("gated_deltanet", {}),
+    ("lstm", {"expand": 0.7}),
+]
+FFNS: list[tuple[str, dict[str, Any]]] = [
+    ("", {}),
+    ("+mlp", {"d_ff": 13, "bias": True}),
+    ("+mlp", {"d_ff": 13, "activation": "gelu"}),
+    ("+mlp", {"d_ff": 13, "activation": "gelu_tanh"}),
+    ("+moe", {"d_ff": 13, "n_experts": 5, "top_k": 3}),
+]
+AROUND: list[dict[str, Any]] = [
+    {"tie_embeddings": False},
+    {"prenorm": False},
+    {"norm": "layernorm", "positions": "learned", "max_positions": 20},
+    {"segments": 2},
+]
+ROWS = [[0], [4, 1], [0, 0, 0], [6, 2, 3, 5, 3]]
+"""Tokens that each row of a batch has read before."""
+
+
+def compiled_case(name: str, options: dict[str, Any], ffn: int, around: int, D: int) -> LanguageModel:
+    kind, ffn_options = FFNS[ffn]
+    with patch.dict(MIXERS, {"tested": KINDS[name]}):
+        lm = LanguageModel(
+            ModelConfig(
+                d_model=D,
+                n_layers=2,
+                vocab_size=11,
+                pattern=(f"tested{kind}",),
+                mixer={"tested": options},
+                ffn={kind[1:]: ffn_options} if kind else {},
+                **AROUND[around],
+            )
+        )
+    with torch.no_grad():
+        for p in lm.parameters():
+            if p.dim() == 1:  # norms, biases, rates
+                p.add_(torch.rand_like(p) / 2)
+    return lm
+
+
+def continued(lm: LanguageModel, tokens: list[Tensor], n: int, how: str) -> Tensor:
+    """Logits after each of the last n tokens of every row: padded rows, then one joined to them, in several ways."""
+
+    def given(part: list[Tensor]) -> States:
+        longest = max(len(row) for row in part) - n
+        state = lm.init_state(len(part), longest + n)
+        if not longest:
+            return state
+        padded = torch.stack([torch.nn.functional.pad(row[:-n], (longest - len(row) + n, 0)) for row in part])
+        real = torch.tensor([[t >= longest - len(row) + n for t in range(longest)] for row in part])
+        return lm.prefill(padded, state, padding_mask=None if real.all() else real)[1]
+
+    state = given(tokens) if len(tokens) < 3 else States.cat([given(tokens[:-1]), given(tokens[-1:])])
+    last, found = torch.stack([row[-n:] for row in tokens], 1), []
+    for begin in range(0, n, 4):  # three tokens one by one, and one by the modules
+        if how == MODULES:
+            for t in range(begin, begin + 3):
+                logits, state, _ = lm(last[t][:, None], state)
+                found.append(logits[:, 0])
+        else:
+            decoder = Decoder(lm, state)
+            for t in range(begin, begin + 3):
+                found.append(decoder(last[t]))
+                assert decoder.how == how, decoder.why
+                if t == begin + 1:  # rows change places, there and back
+                    for _ in range(2):
+                        decoder.select(torch.arange(len(tokens)).flip(0))
+            state = decoder.state
+        logits, state, _ = lm(last[begin + 3][:, None], state)
+        found.append(logits[:, 0])
+    return torch.stack(found, 1).double()
+
+
+@pytest.mark.quick
+@over(CASES + SIZES)
+@settings(max_examples=4)
+@given(
+    rows=st.sampled_from(ROWS),
+    ffn=st.integers(0, len(FFNS) - 1),
+    around=st.integers(0, len(AROUND) - 1),
+    D=st.sampled_from([8, 40]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=SEED,
+)
+@torch.no_grad()
+def test_compiled_tokens_equal_the_full_pass(
+    name: str,
+    options: dict[str, Any],
+    rows: list[int],
+    ffn: int,
+    around: int,
+    D: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    lm = compiled_case(name, options, ffn, around, D).to(dtype)
+    how = COMPILED if "describe_step" in vars(KINDS[name]) else MODULES
+    tokens = [torch.randint(11, (n_read + 8,)) for n_read in rows]
+    found = [continued(lm, tokens, 8, way) for way in (how, MODULES)]
+    lm.double()
+    expected = torch.stack([lm(row[None]).logits[0, -8:] for row in tokens])
+    size = expected.abs().max()
+    if dtype == torch.float32:
+        assert (found[0] - expected).abs().max() <= 5e-6 * size
+    else:  # at least as near as the modules; a token that other experts take is far from both
+        errors = [(logits - expected).square().mean().sqrt() for logits in found]
+        assert errors[0] <= 1.2 * errors[1] + 0.02 * size
