@@ -148,35 +148,43 @@ def kept(states: Sequence[Any], mixers: Sequence[Any], given: Sequence[Any] | No
 
 
 def _ready(i: int, state: State, mixer: Mixer, x: Tensor) -> State:
-    shorter, longer = mixer.state_layout(0), mixer.state_layout(1)  # an encoder says that it has none
-    name = type(mixer).__name__
+    layout, longer = mixer.state_layout(0), None  # an encoder says that it has none
     if not isinstance(state, mixer.State):
+        name = type(mixer).__name__
         raise ValueError(f"state[{i}] is a {type(state).__name__} where {name} needs a {mixer.State.__name__}")
-    held, converted = vars(state), {}
-    for key, (shape, at_least) in shorter.items():
-        value, other = held[key], longer[key].shape
-        found, grows = value.shape[1:], shape != other
-        if found != shape and not _fits(found, shape, other):
-            axes = "".join(f", {a}" if a == b else ", any" for a, b in zip(shape, other, strict=True))
-            raise ValueError(f"state[{i}].{key} of {name} must be (B{axes}), not {tuple(value.shape)}")
-        if len(value) != len(x):
-            raise ValueError(f"state[{i}] is of {len(value)} rows and the input of {len(x)}")
-        if value.device != x.device:
+    held, n_rows, device, dtype, converted = vars(state), x.shape[0], x.device, x.dtype, {}
+    for key, (shape, at_least) in layout.items():
+        value: Tensor = held[key]
+        if value.shape[1:] != shape:
+            longer = longer or mixer.state_layout(1)
+            _check_shape(f"state[{i}].{key} of {type(mixer).__name__}", value, shape, longer[key].shape)
+        if value.shape[0] != n_rows:
+            raise ValueError(f"state[{i}] is of {len(value)} rows and the input of {n_rows}")
+        if value.device != device:
             _check_device(f"state[{i}].{key}", value, x)
-        wanted = x.dtype if at_least is None else torch.promote_types(x.dtype, at_least)
+        wanted = dtype if at_least is None or at_least is dtype else torch.promote_types(dtype, at_least)
         if value.dtype == wanted:
             continue
         kind = _numbers(at_least or torch.float32)
         if _numbers(value.dtype) != kind:
-            raise ValueError(f"state[{i}].{key} of {name} must hold {kind} numbers, not {_short(value.dtype)}")
+            raise ValueError(
+                f"state[{i}].{key} of {type(mixer).__name__} must hold {kind} numbers, not {_short(value.dtype)}"
+            )
+        grows = shape != mixer.state_layout(1)[key].shape
         if kind != "whole" and not grows:
             converted[key] = value.to(wanted)
     return dataclasses.replace(state, **converted) if converted else state
 
 
-def _fits(found: Sequence[int], shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether axes are those of a layout, but for those that grow with the context."""
-    return len(found) == len(shape) and all(f == a or a != b for f, a, b in zip(found, shape, other, strict=True))
+def _check_shape(name: str, value: Tensor, shape: Sequence[int], other: Sequence[int]) -> None:
+    """ValueError unless a value's axes after the batch are those of a layout, but for those that grow with the context.
+
+    `other` are those of a longer context.
+    """
+    found = value.shape[1:]
+    if len(found) != len(shape) or any(f != a and a == b for f, a, b in zip(found, shape, other, strict=True)):
+        axes = "".join(f", {a}" if a == b else ", any" for a, b in zip(shape, other, strict=True))
+        raise ValueError(f"{name} must be (B{axes}), not {tuple(value.shape)}")
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
