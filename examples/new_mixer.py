@@ -5,6 +5,7 @@ In this folder commands take it too: `crossover train --import new_mixer --model
 
 The mixer is an exponential moving average with a decay per channel and a gate: h[t] = a h[t-1] + (1 - a) x[t]. It
 takes what every mixer takes: a state, so that it reads in chunks and generates, and starts, at which documents begin.
+It generates by `forward`; a mixer that has a `describe_step` too is decoded by a compiled step (crossover.archs.step).
 """
 
 import math
