@@ -6,6 +6,7 @@ What fails is switched off: training and measurements on this machine pass it ov
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ...train.record import cpu_model
 from ...train.runtime import choose_precision
 from ...train.verdict import identity, store_verdict, version
 from .checks import Check, checks
+from .decode_checks import DECODE, decode_checks
 from .options import DoctorConfig
 
 __all__ = ["Check", "checks", "doctor", "machine"]
@@ -39,7 +41,10 @@ def doctor(config: DoctorConfig) -> int:
     for key, value in here.items():
         print(f"{key:<8}  {value}")
     print()
-    done = list(_printed(checks(names), names))
+    lines, checked = checks(names), names
+    if not config.ops:
+        lines, checked = itertools.chain(lines, decode_checks()), (*names, DECODE)
+    done = list(_printed(lines, checked))
     failures: dict[tuple[str, str], str] = {}
     for check in done:
         if check.status == "failed":
@@ -47,7 +52,7 @@ def doctor(config: DoctorConfig) -> int:
     if config.json is not None:
         rows = [dataclasses.asdict(check) for check in done]
         write_json(config.json, {"machine": here, "identity": identity(), "checks": rows})
-    path = store_verdict(names, failures)
+    path = store_verdict(checked, failures)
     _print_summary(done, failures, path, time.monotonic() - begin)
     return 1 if failures else 0
 
