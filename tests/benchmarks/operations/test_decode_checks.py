@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from torch import Tensor
-
 from crossover.archs import Decoder
 from crossover.benchmarks.operations import decode_checks
+from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
