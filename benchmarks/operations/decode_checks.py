@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ _PROMPT, _LENGTH = 5, 12
 def decode_checks() -> Iterator[Check]:
     """Decodes some tokens with every decoder: a line for each precision, of the worst of all models."""
     for dtype in (torch.float32, torch.bfloat16):
-        where = {"op": DECODE, "backend": "cpu", "device": "cpu", "dtype": str(dtype).removeprefix("torch.")}
+        where: dict[str, Any] = {
+            "op": DECODE,
+            "backend": "cpu",
+            "device": "cpu",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         found: list[tuple[float, float, str]] = []  # error, allowed, architecture
         try:
             for arch in available():
