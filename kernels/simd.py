@@ -20,11 +20,11 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+from numba.np.numpy_support import carray
 
 from .compiled import TARGET, inline
 from .compiled import Bools2 as Bools2
@@ -315,19 +315,19 @@ _ENDLESS = 1 << 40
 @inline
 def floats_at(address):
     """The float32 numbers at an address, as an array without an end."""
-    return numba.carray(_pointer(address, np.float32), (_ENDLESS,))
+    return carray(_pointer(address, np.float32), (_ENDLESS,))
 
 
 @inline
 def halves_at(address):
     """The bfloat16 numbers at an address, as an array of uint16 without an end."""
-    return numba.carray(_pointer(address, np.uint16), (_ENDLESS,))
+    return carray(_pointer(address, np.uint16), (_ENDLESS,))
 
 
 @inline
 def ints_at(address):
     """The int64 numbers at an address, as an array without an end."""
-    return numba.carray(_pointer(address, np.int64), (_ENDLESS,))
+    return carray(_pointer(address, np.int64), (_ENDLESS,))
 
 
 # Between scalars, vectors and tiles
