@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 TRAINING_GOAL = 1.1
 """Times as long a peer's training step should take as ours, at least."""
 DECODING_GOAL = 1.5
-"""Times as long as its floor a token of ours should take, at most."""
+"""Times as long as its floor, or its matrix products call by call where that is longer, a token should take at most."""
 
 _WIDTH = 120
 _OTHERS = ("torch", "compiled", "definition", "peer")
@@ -72,9 +72,13 @@ def _shortfalls(row: Row) -> Iterator[tuple[float, str]]:
     if BEFORE in row["quartiles"] and row["quartiles"][BEFORE][1] < 1:  # or it is within what turns differ by
         ratio = row["ratios"][BEFORE]
         yield 1 / ratio, f"{where}: ours took {ratio:.2f} times as long before"
-    times = row.get("times_floor")
-    if times is not None and times > DECODING_GOAL:
-        yield times / DECODING_GOAL, f"{where}: takes {times:.1f} times its floor, and should take {DECODING_GOAL}"
+    if row.get("times_floor") is not None:
+        times, limit = row["times_floor"], "its floor"
+        products = row["ratios"].get(PRODUCTS)
+        if products and 1 / products < times:
+            times, limit = 1 / products, f"what {PRODUCTS} takes"
+        if times > DECODING_GOAL:
+            yield times / DECODING_GOAL, f"{where}: takes {times:.1f} times {limit}, and should take {DECODING_GOAL}"
 
 
 def _where(row: Row) -> str:
