@@ -23,6 +23,7 @@ from ..simd import (
     Floats3,
     Floats4,
     add_product,
+    aligned_zeros,
     called,
     exp2,
     full,
@@ -53,15 +54,6 @@ LOWEST = -3e38
 
 
 @called
-def _scratch(n_rows, width):
-    """Zeros that begin at a cache line: what lies across two takes twice as long to read."""
-    line = 64 // 4
-    memory = np.zeros(n_rows * width + line, np.float32)
-    start = -(memory.ctypes.data // 4) % line
-    return memory[start : start + n_rows * width].reshape(n_rows, width)
-
-
-@called
 def _width(P):
     """Channels rounded up to whole pairs."""
     return -(-P // PAIR) * PAIR
@@ -70,20 +62,20 @@ def _width(P):
 @called
 def _tokens(L, P):
     """Scratch for L tokens of P channels, rounded up to whole blocks."""
-    return _scratch(-(-L // BLOCK) * BLOCK, _width(P))
+    return aligned_zeros(-(-L // BLOCK) * BLOCK, _width(P))
 
 
 @called
 def _columns(L, P):
     """Scratch for the transposes of blocks of L tokens, [block, channel, token]."""
     n, width = -(-L // BLOCK), _width(P)
-    return _scratch(n * width, BLOCK).reshape(n, width, BLOCK)
+    return aligned_zeros(n * width, BLOCK).reshape(n, width, BLOCK)
 
 
 @called
 def _scores():
     """Scratch for a block of scores, with room for what `_hide_future` writes behind the last one."""
-    return _scratch(BLOCK, BLOCK + LANES)
+    return aligned_zeros(BLOCK, BLOCK + LANES)
 
 
 @called
@@ -259,7 +251,7 @@ def forward(
     V, group, one = v.shape[3], H // k.shape[2], np.float32(1.0)
     keys, values, ks = _tokens(L, P), _tokens(L, V), _columns(L, P)
     queries, os, scores = _tokens(BLOCK, P), _tokens(BLOCK, V), _scores()
-    peaks, factors, parts = _row(), _row(), _scratch(BLOCK, LANES)
+    peaks, factors, parts = _row(), _row(), aligned_zeros(BLOCK, LANES)
     totals, four = _row(), np.zeros(TILE, np.float32)
     for task in range(first, last):
         b, h = task // H, task % H
@@ -311,7 +303,7 @@ def backward(
     keys, values, ks, vs = _tokens(L, P), _tokens(L, V), _columns(L, P), _columns(L, V)
     grad_keys, grad_values = _tokens(L, P), _tokens(L, V)
     queries, grads, outputs, grad_queries = _tokens(BLOCK, P), _tokens(BLOCK, V), _tokens(BLOCK, V), _tokens(BLOCK, P)
-    gs, os = _scratch(_width(V), BLOCK), _scratch(_width(V), BLOCK)
+    gs, os = aligned_zeros(_width(V), BLOCK), aligned_zeros(_width(V), BLOCK)
     weights, grad_scores = _scores(), _scores()
     peaks, shares, means = _row(), _row(), _row()
     for task in range(first, last):

@@ -31,6 +31,7 @@ from ..simd import (
     Floats4,
     add_narrow_product,
     add_product,
+    aligned_zeros,
     called,
     exp,
     full,
@@ -40,6 +41,7 @@ from ..simd import (
     load_tile,
     narrow_product,
     product,
+    rounded_up,
     store,
     store_first,
     total,
@@ -56,20 +58,6 @@ assert CHUNK % LANES == 0
 
 
 # Memory
-
-
-@called
-def _scratch(n_rows, width):
-    """Zeros that begin at a cache line: what lies across two takes twice as long to read."""
-    line = 64 // 4
-    memory = np.zeros(n_rows * width + line, np.float32)
-    start = -(memory.ctypes.data // 4) % line
-    return memory[start : start + n_rows * width].reshape(n_rows, width)
-
-
-@called
-def _rounded(n, step):
-    return -(-n // step) * step
 
 
 @called
@@ -90,7 +78,7 @@ def _read(x, b, t0, h, p0, n_tokens, n_channels, scratch, row):
 @called
 def _clear(scratch, row, n_tokens):
     """Zeros behind the tokens of rows `row` on, up to whole blocks."""
-    for t in range(n_tokens, _rounded(n_tokens, BLOCK_ROWS)):
+    for t in range(n_tokens, rounded_up(n_tokens, BLOCK_ROWS)):
         for p in range(0, scratch.shape[1], LANES):
             store(scratch, (row + t, p), full(0.0))
 
@@ -351,10 +339,10 @@ def forward(
     """
     L, H, N, P = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     n_parts, keep = -(-P // width), checkpoints.shape[0] > 0
-    S, channels = _scratch(_rounded(N, BLOCK_ROWS), width), _rounded(N, max(LANES, BLOCK_ROWS))
-    tokens, tokens_t = _scratch(2 * CHUNK, channels), _scratch(channels, 2 * CHUNK)
-    decays, mixing = _scratch(CHUNK, 2 * CHUNK), _scratch(CHUNK, 2 * CHUNK)
-    outcomes, us = _scratch(2 * CHUNK, width), _scratch(CHUNK, width)
+    S, channels = aligned_zeros(rounded_up(N, BLOCK_ROWS), width), rounded_up(N, max(LANES, BLOCK_ROWS))
+    tokens, tokens_t = aligned_zeros(2 * CHUNK, channels), aligned_zeros(channels, 2 * CHUNK)
+    decays, mixing = aligned_zeros(CHUNK, 2 * CHUNK), aligned_zeros(CHUNK, 2 * CHUNK)
+    outcomes, us = aligned_zeros(2 * CHUNK, width), aligned_zeros(CHUNK, width)
     factors, leave, betas = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
     enter = np.zeros(2 * CHUNK, np.float32)
     for task in range(first, last):
@@ -448,7 +436,7 @@ def _sum_decays(grad_pairs, later, entered, left, kept, n_tokens, sums, grad_log
         sums: (CHUNK, CHUNK), scratch.
         grad_logs: (CHUNK,), written.
     """
-    for i in range(_rounded(n_tokens, BLOCK_ROWS)):
+    for i in range(rounded_up(n_tokens, BLOCK_ROWS)):
         for t in range(0, CHUNK, LANES):
             store(sums, (i, t), full(entered[i] + entered[CHUNK + i]))
     _multiply(grad_pairs, later, 0, n_tokens, 0, n_tokens, sums, True)  # [i, t] over j < t
@@ -487,18 +475,26 @@ def backward(
     grad_beta (parts * B, L, H). The states inside a span are computed again.
     """
     B, L, H, N, P = q.shape[0], q.shape[1], q.shape[2], q.shape[3], grad_o.shape[3]
-    n_parts, n_states, channels = -(-P // width), _rounded(N, BLOCK_ROWS), _rounded(N, max(LANES, BLOCK_ROWS))
-    S, dS = _scratch(n_states, width), _scratch(n_states, width)
-    states = _scratch(SPAN // CHUNK * n_states, width)
-    tokens, tokens_t = _scratch(2 * CHUNK, channels), _scratch(channels, 2 * CHUNK)
-    decays, mixing, mixing_t = _scratch(CHUNK, 2 * CHUNK), _scratch(CHUNK, 2 * CHUNK), _scratch(2 * CHUNK, CHUNK)
-    grad_mixing, grad_mixing_t = _scratch(CHUNK, 2 * CHUNK), _scratch(2 * CHUNK, CHUNK)
-    rs, us, us_t = _scratch(CHUNK, width), _scratch(CHUNK, width), _scratch(width, CHUNK)
-    grad_us, grad_outcomes = _scratch(CHUNK, width), _scratch(2 * CHUNK, width)
-    grad_outcomes_t = _scratch(width, 2 * CHUNK)
-    grad_tokens, grad_tokens_t = _scratch(2 * CHUNK, channels), _scratch(channels, 2 * CHUNK)
-    grad_keys_t, sums = _scratch(channels, CHUNK), _scratch(CHUNK, LANES)
-    grad_pairs, later, sums_of_pairs = _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK)
+    n_parts, n_states, channels = -(-P // width), rounded_up(N, BLOCK_ROWS), rounded_up(N, max(LANES, BLOCK_ROWS))
+    S, dS = aligned_zeros(n_states, width), aligned_zeros(n_states, width)
+    states = aligned_zeros(SPAN // CHUNK * n_states, width)
+    tokens, tokens_t = aligned_zeros(2 * CHUNK, channels), aligned_zeros(channels, 2 * CHUNK)
+    decays, mixing, mixing_t = (
+        aligned_zeros(CHUNK, 2 * CHUNK),
+        aligned_zeros(CHUNK, 2 * CHUNK),
+        aligned_zeros(2 * CHUNK, CHUNK),
+    )
+    grad_mixing, grad_mixing_t = aligned_zeros(CHUNK, 2 * CHUNK), aligned_zeros(2 * CHUNK, CHUNK)
+    rs, us, us_t = aligned_zeros(CHUNK, width), aligned_zeros(CHUNK, width), aligned_zeros(width, CHUNK)
+    grad_us, grad_outcomes = aligned_zeros(CHUNK, width), aligned_zeros(2 * CHUNK, width)
+    grad_outcomes_t = aligned_zeros(width, 2 * CHUNK)
+    grad_tokens, grad_tokens_t = aligned_zeros(2 * CHUNK, channels), aligned_zeros(channels, 2 * CHUNK)
+    grad_keys_t, sums = aligned_zeros(channels, CHUNK), aligned_zeros(CHUNK, LANES)
+    grad_pairs, later, sums_of_pairs = (
+        aligned_zeros(CHUNK, CHUNK),
+        aligned_zeros(CHUNK, CHUNK),
+        aligned_zeros(CHUNK, CHUNK),
+    )
     for j in range(CHUNK):
         later[j, j + 1 :] = 1
     factors, leave, betas = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)

@@ -33,6 +33,7 @@ from ..simd import (
     Floats4,
     add_narrow_product,
     add_product,
+    aligned_zeros,
     called,
     exp,
     full,
@@ -42,6 +43,7 @@ from ..simd import (
     load_tile,
     narrow_product,
     product,
+    rounded_up,
     store,
     store_first,
     total,
@@ -57,24 +59,10 @@ SPAN = 128
 
 def checkpoint_shape(tasks: int, L: int, E: int, N: int) -> tuple[int, int, int, int]:
     """Shape of the states before every SPAN tokens, (tasks, spans, N, E), for tasks of E channels."""
-    return tasks, -(-L // SPAN), N, _rounded(E, LANES)
+    return tasks, -(-L // SPAN), N, rounded_up(E, LANES)
 
 
 # Memory
-
-
-@called
-def _rounded(n, step):
-    return -(-n // step) * step
-
-
-@called
-def _scratch(n_rows, width):
-    """Zeros that begin at a cache line: what lies across two takes twice as long to read."""
-    line = 64 // 4
-    memory = np.zeros(n_rows * width + line, np.float32)
-    start = -(memory.ctypes.data // 4) % line
-    return memory[start : start + n_rows * width].reshape(n_rows, width)
 
 
 @called
@@ -97,7 +85,7 @@ def _read(x, b, t0, e0, n, width, scratch):
             store(scratch, (t, i), load(x, (b, t0 + t, e0 + i)))
         if whole < width:
             store(scratch, (t, whole), load_first(x, (b, t0 + t, e0 + whole), width - whole))
-    for t in range(n, _rounded(n, LANES)):
+    for t in range(n, rounded_up(n, LANES)):
         for i in range(0, width, LANES):
             store(scratch, (t, i), full(0.0))
 
@@ -242,7 +230,7 @@ def _decays(dt, A, b, t0, h0, n, n_heads, dts, decays, enter, leave, drive):
     for h in range(n_heads):
         for t in range(n):
             dts[h, t] = dt[b, t0 + t, h0 + h]
-        for t in range(n, _rounded(n, LANES)):
+        for t in range(n, rounded_up(n, LANES)):
             dts[h, t] = 0
         for t in range(0, n, LANES):
             store(decays, (h, t), exp(A[h0 + h] * load(dts, (h, t))))
@@ -254,7 +242,7 @@ def _decays(dt, A, b, t0, h0, n, n_heads, dts, decays, enter, leave, drive):
         for t in range(n - 1, -1, -1):
             leave[h, t], drive[h, t] = kept, kept * dts[h, t]
             kept *= decays[h, t]
-        for t in range(n, _rounded(n, LANES)):
+        for t in range(n, rounded_up(n, LANES)):
             enter[h, t], leave[h, t], drive[h, t] = 0, 0, 0
 
 
@@ -370,17 +358,21 @@ def forward(
     """
     L, H, G, N = x.shape[1], dt.shape[2], B.shape[2], B.shape[3]
     P, heads_per_group = x.shape[2] // H, H // G
-    width, n_states = _rounded(heads_per_task * P, LANES), _rounded(N, LANES)
+    width, n_states = rounded_up(heads_per_task * P, LANES), rounded_up(N, LANES)
     keep = checkpoints.shape[0] > 0
-    hs, row = _scratch(n_states, width), np.zeros(width + LANES, np.float32)
-    xs, ys, others = (_scratch(CHUNK, width + PAIR), _scratch(CHUNK, width + PAIR), _scratch(CHUNK, width + PAIR))
-    Bs, Cs, BT = _scratch(CHUNK, n_states), _scratch(CHUNK, n_states), _scratch(n_states, CHUNK)
-    scores, pairs, weights = _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK)
-    dts, decays = _scratch(heads_per_task, CHUNK), _scratch(heads_per_task, CHUNK)
+    hs, row = aligned_zeros(n_states, width), np.zeros(width + LANES, np.float32)
+    xs, ys, others = (
+        aligned_zeros(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
+    )
+    Bs, Cs, BT = aligned_zeros(CHUNK, n_states), aligned_zeros(CHUNK, n_states), aligned_zeros(n_states, CHUNK)
+    scores, pairs, weights = aligned_zeros(CHUNK, CHUNK), aligned_zeros(CHUNK, CHUNK), aligned_zeros(CHUNK, CHUNK)
+    dts, decays = aligned_zeros(heads_per_task, CHUNK), aligned_zeros(heads_per_task, CHUNK)
     enter, leave, drive = (
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
     )
     identity, _ = _square_masks()
     for task in range(first, last):
@@ -440,7 +432,7 @@ def _differentiate(grad_weights, scores, pairs, dts, leave, left, h, n, below, g
     row, leave[h, j] left[h, j]. direct[h, j] becomes the sum of G[i, j] over i, and parts[t] a vector that sums to the
     sum of dt[j] G[i, j] over j < t <= i, which is what the log decay of token t changes. Adds to grad_scores.
     """
-    for t in range(_rounded(n, STATES)):
+    for t in range(rounded_up(n, STATES)):
         store(parts, (t, 0), full(0.0))
     for j in range(0, n, LANES):
         dt, s = load(dts, (h, j)), load(leave, (h, j)) * load(left, (h, j))
@@ -487,43 +479,47 @@ def backward(
     """
     L, H, G, N = x.shape[1], dt.shape[2], B.shape[2], B.shape[3]
     P, heads_per_group = x.shape[2] // H, H // G
-    width, n_states = _rounded(heads_per_task * P, LANES), _rounded(N, LANES)
+    width, n_states = rounded_up(heads_per_task * P, LANES), rounded_up(N, LANES)
     given = initial_state.shape[0] > 0
-    states, rs = _scratch(SPAN // CHUNK * n_states, width), _scratch(n_states, width)
+    states, rs = aligned_zeros(SPAN // CHUNK * n_states, width), aligned_zeros(n_states, width)
     row, kept = np.zeros(width + LANES, np.float32), np.zeros(width, np.float32)
     xs, gs, others, grad_xs = (
-        _scratch(CHUNK, width + PAIR),
-        _scratch(CHUNK, width + PAIR),
-        _scratch(CHUNK, width + PAIR),
-        _scratch(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
+        aligned_zeros(CHUNK, width + PAIR),
     )
-    xT, gT = _scratch(width, CHUNK), _scratch(width, CHUNK)
+    xT, gT = aligned_zeros(width, CHUNK), aligned_zeros(width, CHUNK)
     Bs, Cs, grad_Bs, grad_Cs = (
-        _scratch(CHUNK, n_states),
-        _scratch(CHUNK, n_states),
-        _scratch(CHUNK, n_states),
-        _scratch(CHUNK, n_states),
+        aligned_zeros(CHUNK, n_states),
+        aligned_zeros(CHUNK, n_states),
+        aligned_zeros(CHUNK, n_states),
+        aligned_zeros(CHUNK, n_states),
     )
     BT, CT, grad_BT, grad_CT = (
-        _scratch(n_states, CHUNK),
-        _scratch(n_states, CHUNK),
-        _scratch(n_states, CHUNK),
-        _scratch(n_states, CHUNK),
+        aligned_zeros(n_states, CHUNK),
+        aligned_zeros(n_states, CHUNK),
+        aligned_zeros(n_states, CHUNK),
+        aligned_zeros(n_states, CHUNK),
     )
-    scores, pairs, weights = _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK)
-    grad_scores, grad_weights, block = _scratch(CHUNK, CHUNK), _scratch(CHUNK, CHUNK), _scratch(BLOCK_ROWS, CHUNK)
-    dts, decays = _scratch(heads_per_task, CHUNK), _scratch(heads_per_task, CHUNK)
+    scores, pairs, weights = aligned_zeros(CHUNK, CHUNK), aligned_zeros(CHUNK, CHUNK), aligned_zeros(CHUNK, CHUNK)
+    grad_scores, grad_weights, block = (
+        aligned_zeros(CHUNK, CHUNK),
+        aligned_zeros(CHUNK, CHUNK),
+        aligned_zeros(BLOCK_ROWS, CHUNK),
+    )
+    dts, decays = aligned_zeros(heads_per_task, CHUNK), aligned_zeros(heads_per_task, CHUNK)
     enter, leave, drive = (
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
     )
     entered, left, direct = (
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
-        _scratch(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
+        aligned_zeros(heads_per_task, CHUNK),
     )
-    parts, logs = _scratch(CHUNK, LANES), np.zeros(CHUNK, np.float32)
+    parts, logs = aligned_zeros(CHUNK, LANES), np.zeros(CHUNK, np.float32)
     begins = np.zeros(CHUNK, np.int64)
     identity, below = _square_masks()
     for task in range(first, last):
