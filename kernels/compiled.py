@@ -55,7 +55,7 @@ KEPT = 16
 _PATIENCE = 60.0
 """Seconds to wait for another process that compiles the same kernel, before doing it too."""
 
-SHARED = ("blocks.py", "compiled.py", "products.py", "simd.py", "step/instruction.py")
+SHARED = ("blocks.py", "chunks.py", "compiled.py", "products.py", "simd.py", "step/instruction.py")
 """Files of this folder that kernels may take code and numbers from, besides their own."""
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..chunks import transpose_into
 from ..simd import (
     BLOCK_ROWS,
     LANES,
@@ -39,7 +40,6 @@ from ..simd import (
     store,
     store_first,
     total,
-    transpose,
     usual_nan,
 )
 
@@ -108,18 +108,10 @@ def _write(scratch, factor, x, b, t0, h, n_tokens):
 
 
 @called
-def _transpose(tokens, n_channels, columns):
-    """columns[p, t] = tokens[t, p] for a block of tokens."""
-    for p in range(0, n_channels, LANES):
-        for t in range(0, BLOCK, LANES):
-            transpose(tokens, t, p, columns)
-
-
-@called
 def _transpose_blocks(tokens, n_channels, columns):
     """columns[block, p, t] = tokens[block * BLOCK + t, p]."""
     for block in range(columns.shape[0]):
-        _transpose(tokens[block * BLOCK : (block + 1) * BLOCK], n_channels, columns[block])
+        transpose_into(columns[block], tokens[block * BLOCK : (block + 1) * BLOCK], BLOCK, n_channels)
 
 
 # A block of queries and keys, which on the diagonal are those of the same tokens
@@ -319,8 +311,8 @@ def backward(
                 _read(q, b, i, h, n_queries, one, queries)
                 _read(grad_o, b, i, h, n_queries, one, grads)
                 _read(o, b, i, h, n_queries, one, outputs)
-                _transpose(grads, V, gs)
-                _transpose(outputs, V, os)
+                transpose_into(gs, grads, BLOCK, V)
+                transpose_into(os, outputs, BLOCK, V)
                 _dot_columns(gs, os, V, means)
                 for t in range(n_queries):
                     peaks[t], shares[t] = maxima[b, h, i + t], one / sums[b, h, i + t]

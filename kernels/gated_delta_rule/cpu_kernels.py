@@ -21,31 +21,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..chunks import clear, copy, multiply, read, transpose_into, write
 from ..simd import (
     BLOCK_ROWS,
     LANES,
-    PAIR,
     STATES,
     Bools2,
     Floats3,
     Floats4,
-    add_narrow_product,
-    add_product,
     aligned_zeros,
     called,
     exp,
     full,
     kernel,
     load,
-    load_first,
     load_tile,
-    narrow_product,
-    product,
     rounded_up,
     store,
-    store_first,
     total,
-    transpose,
 )
 
 CHUNK = 16
@@ -58,49 +51,6 @@ assert CHUNK % LANES == 0
 
 
 # Memory
-
-
-@called
-def _read(x, b, t0, h, p0, n_tokens, n_channels, scratch, row):
-    """scratch[row + t, p] = x[b, t0 + t, h, p0 + p], with zeros beyond, up to whole blocks of tokens."""
-    n = min(n_channels, x.shape[3] - p0)
-    whole = n // LANES * LANES
-    for t in range(n_tokens):
-        for p in range(0, whole, LANES):
-            store(scratch, (row + t, p), load(x, (b, t0 + t, h, p0 + p)))
-        if whole < scratch.shape[1]:
-            store(scratch, (row + t, whole), load_first(x, (b, t0 + t, h, p0 + whole), n - whole))
-            for p in range(whole + LANES, scratch.shape[1], LANES):
-                store(scratch, (row + t, p), full(0.0))
-    _clear(scratch, row, n_tokens)
-
-
-@called
-def _clear(scratch, row, n_tokens):
-    """Zeros behind the tokens of rows `row` on, up to whole blocks."""
-    for t in range(n_tokens, rounded_up(n_tokens, BLOCK_ROWS)):
-        for p in range(0, scratch.shape[1], LANES):
-            store(scratch, (row + t, p), full(0.0))
-
-
-@called
-def _write(scratch, row, x, b, t0, h, p0, n_tokens, n_channels):
-    """x[b, t0 + t, h, p0 + p] = scratch[row + t, p]."""
-    n = min(n_channels, x.shape[3] - p0)
-    whole = n // LANES * LANES
-    for t in range(n_tokens):
-        for p in range(0, whole, LANES):
-            store(x, (b, t0 + t, h, p0 + p), load(scratch, (row + t, p)))
-        if whole < n:
-            store_first(x, (b, t0 + t, h, p0 + whole), load(scratch, (row + t, whole)), n - whole)
-
-
-@called
-def _copy(source, row, n_rows, target, to):
-    """target[to + i] = source[row + i]."""
-    for i in range(n_rows):
-        for j in range(0, target.shape[1], LANES):
-            store(target, (to + i, j), load(source, (row + i, j)))
 
 
 @called
@@ -119,14 +69,6 @@ def _dot(a, b, n_rows, four):
     for i in range(LANES):
         s += four[0, i]
     return s
-
-
-@called
-def _transpose(scratch, n_rows, result):
-    """result[j, i] = scratch[i, j]."""
-    for i in range(0, n_rows, LANES):
-        for j in range(0, scratch.shape[1], LANES):
-            transpose(scratch, i, j, result)
 
 
 @called
@@ -157,30 +99,6 @@ def _scale_rows(scratch, row, n_rows, factors):
     for i in range(row, row + n_rows):
         for j in range(0, scratch.shape[1], LANES):
             store(scratch, (i, j), load(scratch, (i, j)) * factors[i])
-
-
-# Products
-
-
-@called
-def _multiply(a, b, first, n_rows, begin, end, c, add):
-    """c[i, j] = the sum of a[k, i] b[k, j] over k = begin .. end - 1, and what c held if `add`.
-
-    i goes from `first` over `n_rows`, rounded up to whole BLOCK_ROWS.
-    """
-    width = c.shape[1]
-    for j in range(0, width - LANES, PAIR):
-        for i in range(first, first + n_rows, BLOCK_ROWS):
-            if add:
-                add_product(c, i, j, a, b, begin, end)
-            else:
-                product(c, i, j, a, b, begin, end)
-    if width % PAIR:
-        for i in range(first, first + n_rows, BLOCK_ROWS):
-            if add:
-                add_narrow_product(c, i, width - LANES, a, b, begin, end)
-            else:
-                narrow_product(c, i, width - LANES, a, b, begin, end)
 
 
 # A chunk
@@ -220,8 +138,8 @@ def _read_residuals(residuals, task, t0, n_tokens, betas, us, rs):
             r = load(residuals, (task, t0 + t, p))
             store(rs, (t, p), r)
             store(us, (t, p), betas[t] * r)
-    _clear(us, 0, n_tokens)
-    _clear(rs, 0, n_tokens)
+    for rows in (us, rs):
+        clear(rows, n_tokens, rounded_up(n_tokens, BLOCK_ROWS))
 
 
 @called
@@ -258,7 +176,7 @@ def _mix(tokens_t, N, factors, n_tokens, enter, decays, mixing):
         for i in range(j + 1, n_tokens):
             d *= factors[i]
             decays[j, i], decays[j, CHUNK + i] = -d, d
-    _multiply(tokens_t, tokens_t, 0, n_tokens, 0, N, mixing, False)
+    multiply(mixing, tokens_t, tokens_t, 0, n_tokens, mixing.shape[1], 0, N, False)
     for j in range(CHUNK):
         for i in range(0, 2 * CHUNK, LANES):
             store(mixing, (j, i), load(mixing, (j, i)) * load(decays, (j, i)))
@@ -268,7 +186,7 @@ def _mix(tokens_t, N, factors, n_tokens, enter, decays, mixing):
 def _solve(mixing, betas, n_tokens, outcomes, us):
     """Subtracts from the rows r what tokens before have written, and writes u = b r, a block of rows at a time."""
     for i in range(0, n_tokens, BLOCK_ROWS):
-        _multiply(mixing, us, i, BLOCK_ROWS, 0, i, outcomes, True)
+        multiply(outcomes, mixing, us, i, BLOCK_ROWS, outcomes.shape[1], 0, i, True)
         for t in range(i, i + BLOCK_ROWS):
             for p in range(0, us.shape[1], LANES):
                 r = load(outcomes, (t, p))
@@ -283,8 +201,8 @@ def _solve_back(mixing_t, betas, n_tokens, grad_outcomes, grad_us):
     """The adjoint of `_solve`: adds to du what later tokens and outputs have read, and writes the rows dr = b du."""
     for i in range((n_tokens - 1) // BLOCK_ROWS * BLOCK_ROWS, -1, -BLOCK_ROWS):
         end = i + BLOCK_ROWS
-        _multiply(mixing_t, grad_outcomes, i, BLOCK_ROWS, end, n_tokens, grad_us, True)
-        _multiply(mixing_t, grad_outcomes, i, BLOCK_ROWS, CHUNK + i, CHUNK + n_tokens, grad_us, True)
+        multiply(grad_us, mixing_t, grad_outcomes, i, BLOCK_ROWS, grad_us.shape[1], end, n_tokens, True)
+        multiply(grad_us, mixing_t, grad_outcomes, i, BLOCK_ROWS, grad_us.shape[1], CHUNK + i, CHUNK + n_tokens, True)
         for t in range(end - 1, i - 1, -1):
             for p in range(0, grad_us.shape[1], LANES):
                 u = load(grad_us, (t, p))
@@ -299,7 +217,7 @@ def _advance(tokens, N, us, leave, whole, n_tokens, S):
     """S = whole S + the sum of leave[j] k[j]^T u[j]; scales the keys."""
     _scale_rows(tokens, 0, n_tokens, leave)
     _scale(S, N, whole)
-    _multiply(tokens, us, 0, N, 0, n_tokens, S, True)
+    multiply(S, tokens, us, 0, N, S.shape[1], 0, n_tokens, True)
 
 
 @kernel
@@ -356,25 +274,26 @@ def forward(
         t = 0
         while t < L:
             if keep and t % SPAN == 0:
-                _copy(S, 0, N, checkpoints[task, t // SPAN], 0)
+                copy(S, checkpoints[task, t // SPAN])
             if starts[b, t]:
                 S[:] = 0
             n_tokens = _end(starts, b, t, L) - t
-            _read(k, b, t, h, 0, n_tokens, N, tokens, 0)
-            _read(q, b, t, h, 0, n_tokens, N, tokens, CHUNK)
-            _transpose(tokens, 2 * CHUNK, tokens_t)
+            read(k[b, :, h], t, 0, n_tokens, N, tokens, 0)
+            read(q[b, :, h], t, 0, n_tokens, N, tokens, CHUNK)
+            transpose_into(tokens_t, tokens, 2 * CHUNK, channels)
             _decay(log_decay, b, t, h, n_tokens, factors)
             whole = _leaving(factors, n_tokens, leave)
             _mix(tokens_t, N, factors, n_tokens, enter, decays, mixing)
             _read_strengths(beta, b, t, h, n_tokens, betas)
             _scale_columns(tokens_t, N, enter)
-            _read(v, b, t, h, p0, n_tokens, n_channels, outcomes, 0)
-            _multiply(tokens_t, S, 0, n_tokens, 0, N, outcomes, True)
-            _multiply(tokens_t, S, CHUNK, n_tokens, 0, N, outcomes, False)
+            read(v[b, :, h], t, p0, n_tokens, n_channels, outcomes, 0)
+            multiply(outcomes, tokens_t, S, 0, n_tokens, width, 0, N, True)
+            multiply(outcomes, tokens_t, S, CHUNK, n_tokens, width, 0, N, False)
             _solve(mixing, betas, n_tokens, outcomes, us)
             for i in range(0, n_tokens, BLOCK_ROWS):
-                _multiply(mixing, us, CHUNK + i, BLOCK_ROWS, 0, min(i + BLOCK_ROWS, n_tokens), outcomes, True)
-            _write(outcomes, CHUNK, o, b, t, h, p0, n_tokens, n_channels)
+                end = min(i + BLOCK_ROWS, n_tokens)
+                multiply(outcomes, mixing, us, CHUNK + i, BLOCK_ROWS, width, 0, end, True)
+            write(outcomes, CHUNK, n_tokens, n_channels, o[b, :, h], t, p0)
             if keep:
                 for i in range(n_tokens):
                     for p in range(0, width, LANES):
@@ -439,7 +358,7 @@ def _sum_decays(grad_pairs, later, entered, left, kept, n_tokens, sums, grad_log
     for i in range(rounded_up(n_tokens, BLOCK_ROWS)):
         for t in range(0, CHUNK, LANES):
             store(sums, (i, t), full(entered[i] + entered[CHUNK + i]))
-    _multiply(grad_pairs, later, 0, n_tokens, 0, n_tokens, sums, True)  # [i, t] over j < t
+    multiply(sums, grad_pairs, later, 0, n_tokens, sums.shape[1], 0, n_tokens, True)  # [i, t] over j < t
     for t in range(0, CHUNK, LANES):
         grad = full(kept)
         for i in range(n_tokens):
@@ -510,18 +429,19 @@ def backward(
                 dS[n, p] = grad_state[b, h, p0 + p, n]
         for t0 in range((L - 1) // SPAN * SPAN, -1, -SPAN):
             end = min(t0 + SPAN, L)
-            _copy(checkpoints[task, t0 // SPAN], 0, N, S, 0)
+            copy(checkpoints[task, t0 // SPAN], S)
             n_chunks, t = 0, t0
             while t < end:
                 if starts[b, t]:
                     S[:] = 0
                 if t % CHUNK == 0:
-                    _copy(S, 0, N, states, (t - t0) // CHUNK * n_states)
+                    at = (t - t0) // CHUNK * n_states
+                    copy(S, states[at : at + n_states])
                 begins[n_chunks] = t
                 n_chunks += 1
                 n_tokens = _end(starts, b, t, L) - t
                 if t + n_tokens < end:
-                    _read(k, b, t, h, 0, n_tokens, N, tokens, 0)
+                    read(k[b, :, h], t, 0, n_tokens, N, tokens, 0)
                     _decay(log_decay, b, t, h, n_tokens, factors)
                     whole = _leaving(factors, n_tokens, leave)
                     _read_strengths(beta, b, t, h, n_tokens, betas)
@@ -534,47 +454,47 @@ def backward(
                 is_start = starts[b, t]
                 at = (t - t0) // CHUNK * n_states
                 before = states[at : at + n_states]
-                _read(k, b, t, h, 0, n_tokens, N, tokens, 0)
-                _read(q, b, t, h, 0, n_tokens, N, tokens, CHUNK)
-                _transpose(tokens, 2 * CHUNK, tokens_t)
+                read(k[b, :, h], t, 0, n_tokens, N, tokens, 0)
+                read(q[b, :, h], t, 0, n_tokens, N, tokens, CHUNK)
+                transpose_into(tokens_t, tokens, 2 * CHUNK, channels)
                 _decay(log_decay, b, t, h, n_tokens, factors)
                 whole = _leaving(factors, n_tokens, leave)
                 _mix(tokens_t, N, factors, n_tokens, enter, decays, mixing)
-                _transpose(mixing, CHUNK, mixing_t)
+                transpose_into(mixing_t, mixing, CHUNK, 2 * CHUNK)
                 _read_strengths(beta, b, t, h, n_tokens, betas)
                 _read_residuals(residuals, task, t, n_tokens, betas, us, rs)
-                _read(grad_o, b, t, h, p0, n_tokens, n_channels, grad_outcomes, CHUNK)
+                read(grad_o[b, :, h], t, p0, n_tokens, n_channels, grad_outcomes, CHUNK)
                 # through the state that leaves, and what is read inside the chunk
-                _multiply(tokens_t, dS, 0, n_tokens, 0, N, grad_us, False)
+                multiply(grad_us, tokens_t, dS, 0, n_tokens, width, 0, N, False)
                 _scale_rows(grad_us, 0, n_tokens, leave)
                 _solve_back(mixing_t, betas, n_tokens, grad_outcomes, grad_us)
                 _dot_rows(grad_us, rs, n_tokens, sums, grad_betas)
-                _write(grad_outcomes, 0, grad_v, b, t, h, p0, n_tokens, n_channels)
+                write(grad_outcomes, 0, n_tokens, n_channels, grad_v[b, :, h], t, p0)
                 # products of what was written with what was read
-                _transpose(us, CHUNK, us_t)
-                _transpose(grad_outcomes, 2 * CHUNK, grad_outcomes_t)
-                _multiply(us_t, grad_outcomes_t, 0, n_tokens, 0, n_channels, grad_mixing, False)
+                transpose_into(us_t, us, CHUNK, width)
+                transpose_into(grad_outcomes_t, grad_outcomes, 2 * CHUNK, width)
+                multiply(grad_mixing, us_t, grad_outcomes_t, 0, n_tokens, 2 * CHUNK, 0, n_channels, False)
                 _mixed(grad_mixing, mixing, decays, n_tokens, grad_pairs)
-                _transpose(grad_mixing, CHUNK, grad_mixing_t)
+                transpose_into(grad_mixing_t, grad_mixing, CHUNK, 2 * CHUNK)
                 # keys in the state that leaves
-                _multiply(dS.T, us_t, 0, N, 0, n_channels, grad_keys_t, False)
+                multiply(grad_keys_t, dS.T, us_t, 0, N, CHUNK, 0, n_channels, False)
                 _decayed(grad_keys_t, tokens_t, N, leave, left)
                 # what is read of the state that enters
                 if is_start:
                     entered[:], kept = 0, np.float32(0.0)
                 else:
-                    _multiply(before.T, grad_outcomes_t, 0, N, 0, n_channels, grad_tokens_t, False)
+                    multiply(grad_tokens_t, before.T, grad_outcomes_t, 0, N, 2 * CHUNK, 0, n_channels, False)
                     _decayed(grad_tokens_t, tokens_t, N, enter, entered)
                     kept = whole * _dot(before, dS, n_states, sums)
                 _sum_decays(grad_pairs, later, entered, left, kept, n_tokens, sums_of_pairs, grad_logs)
                 # what tokens are multiplied by each other for
-                _multiply(tokens, grad_mixing, 0, N, 0, n_tokens, grad_tokens_t, not is_start)
-                _multiply(tokens, grad_mixing_t, 0, N, 0, n_tokens, grad_keys_t, True)
-                _multiply(tokens, grad_mixing_t, 0, N, CHUNK, CHUNK + n_tokens, grad_keys_t, True)
+                multiply(grad_tokens_t, tokens, grad_mixing, 0, N, 2 * CHUNK, 0, n_tokens, not is_start)
+                multiply(grad_keys_t, tokens, grad_mixing_t, 0, N, CHUNK, 0, n_tokens, True)
+                multiply(grad_keys_t, tokens, grad_mixing_t, 0, N, CHUNK, CHUNK, CHUNK + n_tokens, True)
                 _add(grad_keys_t, N, grad_tokens_t)
-                _transpose(grad_tokens_t, channels, grad_tokens)
-                _write(grad_tokens, 0, grad_k, b_part, t, h, 0, n_tokens, N)
-                _write(grad_tokens, CHUNK, grad_q, b_part, t, h, 0, n_tokens, N)
+                transpose_into(grad_tokens, grad_tokens_t, channels, 2 * CHUNK)
+                write(grad_tokens, 0, n_tokens, N, grad_k[b_part, :, h], t, 0)
+                write(grad_tokens, CHUNK, n_tokens, N, grad_q[b_part, :, h], t, 0)
                 for i in range(n_tokens):
                     grad_log_decay[b_part, t + i, h], grad_beta[b_part, t + i, h] = grad_logs[i], grad_betas[i]
                 # the state that entered
@@ -584,8 +504,8 @@ def backward(
                     _scale_rows(tokens, 0, n_tokens, enter)
                     _scale_rows(tokens, CHUNK, n_tokens, enter)
                     _scale(dS, N, whole)
-                    _multiply(tokens, grad_outcomes, 0, N, 0, n_tokens, dS, True)
-                    _multiply(tokens, grad_outcomes, 0, N, CHUNK, CHUNK + n_tokens, dS, True)
+                    multiply(dS, tokens, grad_outcomes, 0, N, width, 0, n_tokens, True)
+                    multiply(dS, tokens, grad_outcomes, 0, N, width, CHUNK, CHUNK + n_tokens, True)
         for p in range(n_channels):
             for n in range(N):
                 grad_initial_state[b, h, p0 + p, n] = dS[n, p]

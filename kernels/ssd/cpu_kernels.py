@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..chunks import clear, copy, multiply, read, transpose_into, write
 from ..simd import (
     BLOCK_ROWS,
     LANES,
@@ -39,15 +40,12 @@ from ..simd import (
     full,
     kernel,
     load,
-    load_first,
     load_tile,
     narrow_product,
     product,
     rounded_up,
     store,
-    store_first,
     total,
-    transpose,
 )
 
 CHUNK = 32
@@ -77,54 +75,6 @@ def _square_masks():
 
 
 @called
-def _read(x, b, t0, e0, n, width, scratch):
-    """scratch[t, i] = x[b, t0 + t, e0 + i] for i < width and n tokens; zeros fill up whole vectors either way."""
-    whole = width // LANES * LANES
-    for t in range(n):
-        for i in range(0, whole, LANES):
-            store(scratch, (t, i), load(x, (b, t0 + t, e0 + i)))
-        if whole < width:
-            store(scratch, (t, whole), load_first(x, (b, t0 + t, e0 + whole), width - whole))
-    for t in range(n, rounded_up(n, LANES)):
-        for i in range(0, width, LANES):
-            store(scratch, (t, i), full(0.0))
-
-
-@called
-def _write(scratch, n, width, x, b, t0, e0):
-    """The reverse of `_read`."""
-    whole = width // LANES * LANES
-    for t in range(n):
-        for i in range(0, whole, LANES):
-            store(x, (b, t0 + t, e0 + i), load(scratch, (t, i)))
-        if whole < width:
-            store_first(x, (b, t0 + t, e0 + whole), load(scratch, (t, whole)), width - whole)
-
-
-@called
-def _transpose(scratch, n_rows, n_columns, result):
-    """result[j, i] = scratch[i, j], in whole vectors."""
-    for i in range(0, n_rows, LANES):
-        for j in range(0, n_columns, LANES):
-            transpose(scratch, i, j, result)
-
-
-@called
-def _clear(scratch):
-    for i in range(scratch.shape[0]):
-        for j in range(0, scratch.shape[1], LANES):
-            store(scratch, (i, j), full(0.0))
-
-
-@called
-def _copy(source, target):
-    """Copies the rows that both have."""
-    for i in range(min(source.shape[0], target.shape[0])):
-        for j in range(0, target.shape[1], LANES):
-            store(target, (i, j), load(source, (i, j)))
-
-
-@called
 def _pack(source, b, e0, width, state):
     """state[n, i] = source[b, e0 + i, n]."""
     for i in range(width):
@@ -141,28 +91,6 @@ def _unpack(state, target, b, e0, width):
 
 
 # Products
-
-
-@called
-def _multiply(c, a, b, n_rows, width, begin, end):
-    """c = a^T b, in whole blocks; the rows begin .. end - 1 of a and b are summed over."""
-    for j in range(0, width, PAIR):
-        for i in range(0, n_rows, BLOCK_ROWS):
-            if width - j > LANES:
-                product(c, i, j, a, b, begin, end)
-            else:
-                narrow_product(c, i, j, a, b, begin, end)
-
-
-@called
-def _add(c, a, b, n_rows, width, end):
-    """c += a^T b, in whole blocks; the rows before `end` of a and b are summed over."""
-    for j in range(0, width, PAIR):
-        for i in range(0, n_rows, BLOCK_ROWS):
-            if width - j > LANES:
-                add_product(c, i, j, a, b, 0, end)
-            else:
-                add_narrow_product(c, i, j, a, b, 0, end)
 
 
 @called
@@ -308,7 +236,7 @@ def _advance(hs, xs, Bs, enter, drive, n, n_heads, P, driven, row):
     _spread(enter, n - 1, n_heads, P, row)
     _decay(hs, row, n_heads * P)
     _scaled(xs, drive, n, n_heads, P, driven)
-    _add(hs, Bs, driven, hs.shape[0], n_heads * P, n)
+    multiply(hs, Bs, driven, 0, hs.shape[0], n_heads * P, 0, n, True)
 
 
 @called
@@ -380,7 +308,7 @@ def forward(
         h0 = g * heads_per_group + part * heads_per_task
         n_heads = min(heads_per_task, heads_per_group - part * heads_per_task)
         e0, E = h0 * P, n_heads * P
-        _clear(hs)
+        clear(hs, 0, hs.shape[0])
         alive = initial_state.shape[0] > 0
         if alive:
             _pack(initial_state, b, e0, E, hs)
@@ -388,23 +316,23 @@ def forward(
         while t0 < L:
             n = _end(starts, b, t0, L) - t0
             if starts[b, t0]:
-                _clear(hs)
+                clear(hs, 0, hs.shape[0])
                 alive = False
             if keep and t0 % SPAN == 0:
-                _copy(hs, checkpoints[task, t0 // SPAN])
-            _read(x, b, t0, e0, n, E, xs)
-            _read(B[:, :, g], b, t0, 0, n, N, Bs)
-            _read(C[:, :, g], b, t0, 0, n, N, Cs)
+                copy(hs, checkpoints[task, t0 // SPAN])
+            read(x[b], t0, e0, n, E, xs, 0)
+            read(B[b, :, g], t0, 0, n, N, Bs, 0)
+            read(C[b, :, g], t0, 0, n, N, Cs, 0)
             _decays(dt, A, b, t0, h0, n, n_heads, dts, decays, enter, leave, drive)
-            _transpose(Bs, n, N, BT)
-            _multiply(scores, Cs.T, BT, n, n, 0, N)
+            transpose_into(BT, Bs, n, N)
+            multiply(scores, Cs.T, BT, 0, n, n, 0, N, False)
             for h in range(n_heads):
                 _weigh(scores, decays, dts, h, D[h0 + h], n, identity, pairs, weights)
                 _multiply_triangle(ys, weights.T, xs, h * P, P, n, True)
             if alive:
-                _multiply(others, Cs.T, hs, n, E, 0, N)
+                multiply(others, Cs.T, hs, 0, n, E, 0, N, False)
                 _add_scaled(others, enter, n, n_heads, P, row, ys)
-            _write(ys, n, E, y, b, t0, e0)
+            write(ys, 0, n, E, y[b], t0, e0)
             _advance(hs, xs, Bs, enter, drive, n, n_heads, P, others, row)
             alive = True
             t0 += n
@@ -529,24 +457,24 @@ def backward(
         e0, E = h0 * P, n_heads * P
         for h in range(h0, h0 + n_heads):
             grad_A[b, h], grad_D[b, h] = 0, 0
-        _clear(rs)
+        clear(rs, 0, rs.shape[0])
         leaves = grad_state.shape[0] > 0
         if leaves:
             _pack(grad_state, b, e0, E, rs)
         for span in range((L - 1) // SPAN, -1, -1):
-            _copy(checkpoints[task, span], states[:n_states])
+            copy(checkpoints[task, span], states[:n_states])
             span_end = min(span * SPAN + SPAN, L)
             n_chunks = -(-(span_end - span * SPAN) // CHUNK)
             for chunk in range(n_chunks - 1):
                 hs = states[chunk * n_states + n_states : chunk * n_states + 2 * n_states]
-                _copy(states[chunk * n_states : chunk * n_states + n_states], hs)
+                copy(states[chunk * n_states : chunk * n_states + n_states], hs)
                 t0 = span * SPAN + chunk * CHUNK
                 while t0 < span * SPAN + chunk * CHUNK + CHUNK:
                     n = _end(starts, b, t0, L) - t0
                     if starts[b, t0]:
-                        _clear(hs)
-                    _read(x, b, t0, e0, n, E, xs)
-                    _read(B[:, :, g], b, t0, 0, n, N, Bs)
+                        clear(hs, 0, hs.shape[0])
+                    read(x[b], t0, e0, n, E, xs, 0)
+                    read(B[b, :, g], t0, 0, n, N, Bs, 0)
                     _decays(dt, A, b, t0, h0, n, n_heads, dts, decays, enter, leave, drive)
                     _advance(hs, xs, Bs, enter, drive, n, n_heads, P, others, row)
                     t0 += n
@@ -563,33 +491,33 @@ def backward(
                     n = (begins[piece + 1] if piece + 1 < n_pieces else chunk_end) - t0
                     begun = starts[b, t0]
                     enters = piece == 0 and not begun and (t0 > 0 or given)
-                    _read(x, b, t0, e0, n, E, xs)
-                    _read(grad_y, b, t0, e0, n, E, gs)
-                    _read(B[:, :, g], b, t0, 0, n, N, Bs)
-                    _read(C[:, :, g], b, t0, 0, n, N, Cs)
+                    read(x[b], t0, e0, n, E, xs, 0)
+                    read(grad_y[b], t0, e0, n, E, gs, 0)
+                    read(B[b, :, g], t0, 0, n, N, Bs, 0)
+                    read(C[b, :, g], t0, 0, n, N, Cs, 0)
                     _decays(dt, A, b, t0, h0, n, n_heads, dts, decays, enter, leave, drive)
-                    _transpose(xs, n, E, xT)
-                    _transpose(gs, n, E, gT)
-                    _transpose(Bs, n, N, BT)
-                    _multiply(scores, Cs.T, BT, n, n, 0, N)
-                    _clear(grad_scores)
-                    _clear(entered)
-                    _clear(left)
+                    transpose_into(xT, xs, n, E)
+                    transpose_into(gT, gs, n, E)
+                    transpose_into(BT, Bs, n, N)
+                    multiply(scores, Cs.T, BT, 0, n, n, 0, N, False)
+                    clear(grad_scores, 0, grad_scores.shape[0])
+                    clear(entered, 0, entered.shape[0])
+                    clear(left, 0, left.shape[0])
                     # between the tokens and the states that enter and leave
                     if enters:
-                        _transpose(Cs, n, N, CT)
-                        _clear(grad_CT)
+                        transpose_into(CT, Cs, n, N)
+                        clear(grad_CT, 0, grad_CT.shape[0])
                         _by_head(hs, gT, enter, CT, n, n_heads, P, N, block, grad_CT, entered)
-                        _transpose(grad_CT, n_states, n, grad_Cs)
+                        transpose_into(grad_Cs, grad_CT, n_states, n)
                     else:
-                        _clear(grad_Cs)
+                        clear(grad_Cs, 0, grad_Cs.shape[0])
                     if leaves:
-                        _clear(grad_BT)
+                        clear(grad_BT, 0, grad_BT.shape[0])
                         _by_head(rs, xT, drive, BT, n, n_heads, P, N, block, grad_BT, left)
-                        _transpose(grad_BT, n_states, n, grad_Bs)
-                        _multiply(others, Bs.T, rs, n, E, 0, N)
+                        transpose_into(grad_Bs, grad_BT, n_states, n)
+                        multiply(others, Bs.T, rs, 0, n, E, 0, N, False)
                     else:
-                        _clear(grad_Bs)
+                        clear(grad_Bs, 0, grad_Bs.shape[0])
                     # what the state that enters was worth by what is left of it
                     _spread(enter, n - 1, n_heads, P, row)
                     if leaves:
@@ -598,7 +526,7 @@ def backward(
                     # between the tokens
                     for h in range(n_heads):
                         _weigh(scores, decays, dts, h, D[h0 + h], n, identity, pairs, weights)
-                        _multiply(grad_weights, gs.T, xT, n, n, h * P, h * P + P)
+                        multiply(grad_weights, gs.T, xT, 0, n, n, h * P, h * P + P, False)
                         for t in range(n):
                             grad_D[b, h0 + h] += grad_weights[t, t]
                         _differentiate(
@@ -617,18 +545,18 @@ def backward(
                         _multiply_triangle(grad_xs, weights, gs, h * P, P, n, False)
                     if leaves:
                         _add_scaled(others, drive, n, n_heads, P, row, grad_xs)
-                    _write(grad_xs, n, E, grad_x, b, t0, e0)
+                    write(grad_xs, 0, n, E, grad_x[b], t0, e0)
                     _add_triangle(grad_Cs, grad_scores.T, Bs, n, n_states, True)
                     _add_triangle(grad_Bs, grad_scores, Cs, n, n_states, False)
-                    _write(grad_Bs, n, N, grad_B[:, :, g], part * x.shape[0] + b, t0, 0)
-                    _write(grad_Cs, n, N, grad_C[:, :, g], part * x.shape[0] + b, t0, 0)
+                    write(grad_Bs, 0, n, N, grad_B[part * x.shape[0] + b, :, g], t0, 0)
+                    write(grad_Cs, 0, n, N, grad_C[part * x.shape[0] + b, :, g], t0, 0)
                     # the state that enters
                     if begun:
-                        _clear(rs)
+                        clear(rs, 0, rs.shape[0])
                         leaves = False
                     elif t0 > 0 or given:
                         _scaled(gs, enter, n, n_heads, P, others)
-                        _add(rs, Cs, others, n_states, E, n)
+                        multiply(rs, Cs, others, 0, n_states, E, 0, n, True)
                         leaves = True
         if given:
             _unpack(rs, grad_initial_state, b, e0, E)
