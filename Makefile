@@ -20,7 +20,7 @@ test: .venv/.dev  ## run the whole test suite, on every core
 quick: test  ## one cheap test of everything, for daily work: under a minute on two cores
 quick: override PYTEST += -m quick
 
-fuzz: .venv/.dev  ## feed 10,000 broken files to every reader, and kill a comparison at every point it writes: an hour
+fuzz: .venv/.dev  ## 10,000 broken files for every reader, 10,000 sizes for the operations, a kill wherever a comparison writes: hours
 	@FUZZ=100 $(MAKE) --no-print-directory test PYTEST="-m fuzz $(PYTEST)"
 
 test-avx2: .venv/.dev  ## the same as on a processor without AVX-512, whose vectors are half as wide
