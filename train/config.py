@@ -288,6 +288,12 @@ class TrainConfig:
     """Held-out tokens read by the last validation, whose score is the result of the run."""
     position_len: CountOrNone = 1024
     """Window of the final loss-by-position evaluation, best beyond seq_len; 0 leaves it out."""
+    lengths: tuple[Count, ...] = ()
+    """Context lengths at which held-out documents are read at the end, trained or not: each document of at least so
+    many tokens from its start, in windows of this length, of which 8 documents and 64 KiB are needed. Those of seq_len
+    are also read with the context cut to 1/2, 1/4, ... of it, down to 64."""
+    length_tokens: Annotated[Count, Range(2**16)] = 2**16
+    """Held-out tokens read at each of these lengths."""
     sample_tokens: CountOrNone = 128
     """Tokens of sample text written at each validation; 0 for none."""
     log_every: Count = 10

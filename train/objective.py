@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .config import RunConfig, TrainConfig
     from .data import Data
 
-__all__ = ["BITS_PER_BYTE", "Batch", "NoOptions", "Objective", "Score"]
+__all__ = ["BITS_PER_BYTE", "Batch", "Judge", "NoOptions", "Objective", "Score"]
 
 Row = TypeVar("Row")
 B = TypeVar("B", bound="Batch")
@@ -51,6 +51,14 @@ class Batch:
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """Options of an objective that has none."""
+
+
+class Judge(Protocol):
+    """The metrics of held-out rows, which may be of any length."""
+
+    def __call__(self, rows: Sequence[Any], *, rows_at_once: int, what: str) -> dict[str, float]:
+        """Reads so many rows in one forward pass; `what` says what is being done."""
+        ...
 
 
 class Objective(abc.ABC, Generic[Row, B]):
@@ -153,8 +161,14 @@ class Objective(abc.ABC, Generic[Row, B]):
         """Something to read at each validation: a pure function of the weights."""
         return None
 
-    def examine(self, model: Any, *, poll: Callable[[], None]) -> dict[str, Any]:
-        """Entries of result.json that are found once, at the end; calls `poll` now and then, which may raise."""
+    def examine(self, model: Any, *, judge: Judge, poll: Callable[[], None]) -> dict[str, Any]:
+        """Entries of result.json that are found once, at the end.
+
+        Args:
+            model: the trained model.
+            judge: gives the metrics of rows, by the loop that every validation goes through.
+            poll: to be called now and then by what does not go through it; may raise.
+        """
         return {}
 
     @abc.abstractmethod

@@ -227,8 +227,14 @@ class Trainer:
                 if self._state.step == 1 or self._is_due(run.train.log_every):
                     self._log(values, log, display)
             display.doing("examining")
+
+            def judge(rows: Sequence[Any], *, rows_at_once: int, what: str) -> dict[str, float]:
+                display.doing(what)
+                options: dict[str, Any] = {"precision": self.precision, "rows_at_once": rows_at_once, "poll": poll}
+                return evaluate(learner, objective, rows, **options)
+
             with _losing_no_step(save), self._naming_the_step(), evaluating(model, self.precision):
-                found = objective.examine(model, poll=poll)
+                found = objective.examine(model, judge=judge, poll=poll)
                 check_finite(found, "held-out")
                 self._found = found
             log.finish()
@@ -382,6 +388,7 @@ class Trainer:
             **{f"val_{name}": value for name, value in metrics.items() if name != "step"},
             "tokens": state.tokens,
             "steps": state.step,
+            "train_flops": None if state.tokens is None else self._facts["flops_per_token"] * state.tokens,
             "train_seconds": self._watch.seconds,
             "tokens_per_second": self._watch.tokens_per_second,
             "peak_bytes": state.peak_bytes,

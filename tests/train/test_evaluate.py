@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from crossover.archs import LanguageModel, build
 from crossover.train.config import DataConfig, TrainConfig
-from crossover.train.data import Corpus, load_corpus, val_windows
+from crossover.train.data import Corpus, document_windows, load_corpus, val_windows
 from crossover.train.evaluate import evaluate, evaluating
 from crossover.train.learner import Learner
+from crossover.train.objectives import next_token
 from crossover.train.objectives.next_token import NextToken, buckets
 from crossover.train.runtime import Interrupted, Precision
 from crossover.train.score import bits_per_byte
@@ -34,6 +36,16 @@ class Judge:
     def by_position(self, windows: np.ndarray) -> list[dict[str, Any]]:
         with evaluating(self.model, self.precision):
             return self.objective.by_position(self.model, windows)
+
+    def examine(self) -> dict[str, Any]:
+        def judge(rows: Sequence[Any], *, rows_at_once: int, what: str) -> dict[str, float]:
+            self.read.append((len(rows), len(rows[0]) - 1))
+            learner = Learner(self.model, self.objective)
+            return evaluate(learner, self.objective, rows, precision=self.precision, rows_at_once=rows_at_once)
+
+        self.read: list[tuple[int, int]] = []
+        with evaluating(self.model, self.precision):
+            return self.objective.examine(self.model, judge=judge, poll=lambda: None)
 
     def sample(self) -> str:
         with evaluating(self.model, self.precision):
@@ -174,3 +186,84 @@ def test_evaluation_runs_in_the_arithmetic_of_training(corpus: Corpus) -> None:
     exact, rounded = (judge.validate(windows, precision=Precision(name, ""))["loss"] for name in ("fp32", "bf16"))
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.02)  # 8 bits
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Ten held-out documents of 9,000 bytes and two of 40,000."""
+    folder = tmp_path_factory.mktemp("books")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        n_words = 40_000 // 5 if i in (3, 17) else 1_800
+        text = " ".join(f"{word:04d}" for word in rng.integers(0, 10_000, n_words))
+        (folder / f"{i}.txt").write_text(text)
+    return load_corpus(DataConfig(source=str(folder), val_fraction=0.5, cache=tmp_path_factory.mktemp("cache")))
+
+
+def test_held_out_documents_are_read_at_every_length(books: Corpus) -> None:
+    judge = Judge(books, "gpt2")
+    judge.model = build("gpt2", d_model=16, n_layers=1, vocab_size=256, max_positions=3000)
+    judge.objective.train = TrainConfig(seq_len=96, position_len=0, lengths=(30, 96, 1000, 5000, 20_000))
+    found = judge.examine()
+    status = {entry["context_len"]: entry["status"] for entry in found["by_length"]}
+    assert status == {
+        30: "done", 96: "done", 1000: "done", 5000: "beyond_positions", 20_000: "beyond_positions"
+    }  # fmt: skip
+    for entry in found["by_length"]:
+        assert (entry["bits_per_byte"] is None) == (entry["status"] != "done")
+    windows, n_documents = document_windows(books, 1000, max_tokens=2**16, min_documents=8)
+    nats = token_nats(judge.model, windows)
+    entry = found["by_length"][2]
+    assert entry["bits_per_byte"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+    assert (entry["n_documents"], entry["n_bytes"]) == (n_documents, nats.numel())
+    assert [entry["context_len"] for entry in found["context_cut"]] == [96]  # 48 tokens are too few
+
+
+def test_a_length_of_too_few_documents_or_bytes_is_refused_with_what_is_there(books: Corpus) -> None:
+    judge = Judge(books)
+    judge.objective.train = TrainConfig(seq_len=30_000, position_len=0, lengths=(30_000,))
+    found = judge.examine()
+    n_long = sum(len(text) >= 30_000 for text in bytes(books.val).split(b"\0"))
+    assert 0 < n_long < 8
+    assert found["by_length"] == [
+        {
+            "context_len": 30_000, "bits_per_byte": None, "n_documents": n_long, "n_bytes": 30_000 * n_long,
+            "status": "too_little_text",
+        }
+    ]  # fmt: skip
+    assert found["context_cut"] == []
+    assert judge.read == []
+
+
+def test_cutting_the_context_scores_the_same_bytes(books: Corpus) -> None:
+    judge = Judge(books)
+    judge.objective.train = TrainConfig(seq_len=260, position_len=0, lengths=(260,))
+    cuts = judge.examine()["context_cut"]
+    assert [entry["context_len"] for entry in cuts] == [260, 130, 65]
+    windows, _ = document_windows(books, 260, max_tokens=2**16, min_documents=8)
+    assert {entry["n_bytes"] for entry in cuts} == {windows[:, 1:].size}
+    assert judge.read == [(len(windows) * parts, 260 // parts) for parts in (1, 2, 4)]
+    halves = np.concatenate([windows[:, :131], windows[:, 130:]])
+    expected = token_nats(judge.model, halves).mean().item() / math.log(2)
+    assert cuts[1]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert cuts[1]["bits_per_byte"] != pytest.approx(cuts[0]["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["transformer", "mamba", "s4"])
+@pytest.mark.parametrize("packing", ["concat", "reset"])
+def test_a_long_text_read_in_parts_has_the_loss_of_the_whole(
+    corpus: Corpus, arch: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(corpus, arch)
+    judge.objective.packing = packing
+    judge.objective.train = TrainConfig(batch_size=1, seq_len=16)
+    windows = val_windows(corpus, 150, 300)
+    whole = judge.validate(windows)["loss"], judge.by_position(windows)
+    monkeypatch.setattr(next_token, "_AT_ONCE", 37)
+    calls = []
+    judge.model.backbone.register_forward_pre_hook(lambda _, given: calls.append(given[0].shape[1]))
+    parts = judge.validate(windows)["loss"], judge.by_position(windows)
+    assert max(calls) == 37
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    for entry, expected in zip(parts[1], whole[1], strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4)

@@ -124,6 +124,7 @@ def test_a_run_leaves_what_benchmarks_read(tmp_path: Path, corpus: Corpus) -> No
     assert {"precision", "peak_memory_method", "git_commit", "command"} <= set(record["provenance"])
     assert (result["status"], result["error"], result["seed"]) == ("done", None, 0)
     assert (result["steps"], result["tokens"]) == (6, 6 * 4 * 16)
+    assert result["train_flops"] == pytest.approx(6 * 4 * 16 * 3 * model.mean_flops_per_token(16))
     assert result["corpus_digest"] == corpus.digest
     assert result["device"] == "cpu"
     assert [entry["stop"] for entry in result["position_bits_per_byte"]] == [1, 2, 4, 8, 16, 32]

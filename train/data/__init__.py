@@ -1,7 +1,16 @@
 """Data sets: where text and rows come from, how they are split, and how they become tokens."""
 
 from .cache import DataError, cache_folder
-from .corpus import Corpus, Data, check_lengths, document_starts, load_corpus, train_batch, val_windows
+from .corpus import (
+    Corpus,
+    Data,
+    check_lengths,
+    document_starts,
+    document_windows,
+    load_corpus,
+    train_batch,
+    val_windows,
+)
 
 __all__ = [
     "Corpus",
@@ -10,6 +19,7 @@ __all__ = [
     "cache_folder",
     "check_lengths",
     "document_starts",
+    "document_windows",
     "load_corpus",
     "train_batch",
     "val_windows",

@@ -32,6 +32,7 @@ __all__ = [
     "check_lengths",
     "digest_of",
     "document_starts",
+    "document_windows",
     "draw_indices",
     "encode",
     "load_corpus",
@@ -200,6 +201,41 @@ def val_windows(corpus: Corpus, seq_len: int, max_tokens: int) -> np.ndarray:
     last = len(corpus.val) - 1 - seq_len
     n = max(1, min(max_tokens, len(corpus.val) - 1) // seq_len)
     return _windows(corpus.val, np.arange(n) * last // max(n - 1, 1), seq_len)
+
+
+def document_windows(corpus: Corpus, length: int, *, max_tokens: int, min_documents: int = 1) -> tuple[np.ndarray, int]:
+    """Returns fixed windows of the held-out documents that have at least `length` tokens.
+
+    Each document is read from its start, after a separator, in windows that follow each other; what is left at its end
+    is not read. Where there are more than needed, every document gives as many as another, if it has them.
+
+    Args:
+        corpus: the data.
+        length: tokens to predict per window.
+        max_tokens: predicted tokens that are enough: no window beyond them but for min_documents.
+        min_documents: documents that are read at least, where there are so many.
+
+    Returns:
+        The windows, (n, length + 1) int64, in the order of the stream, and the number of documents that they are of.
+    """
+    ends = np.append(np.flatnonzero(corpus.val == corpus.separator), len(corpus.val))
+    starts = np.append(0, ends[:-1] + 1)
+    n_windows = (ends - starts) // length  # of each document
+    starts, n_windows = starts[n_windows > 0], n_windows[n_windows > 0]
+    wanted = min(max(-(-max_tokens // length), min_documents), int(n_windows.sum()))
+    share = 0
+    while np.minimum(n_windows, share).sum() < wanted:
+        share += 1
+    taken = np.minimum(n_windows, share)
+    surplus = int(taken.sum()) - wanted  # documents of the last round that give one less, spread evenly
+    last = np.flatnonzero(taken == share)
+    taken[last[np.arange(surplus) * len(last) // max(surplus, 1)]] -= 1
+    document = np.repeat(np.arange(len(starts)), taken)
+    number = np.arange(wanted) - np.repeat(np.cumsum(taken) - taken, taken)  # of those taken of its document
+    before = starts[document] - 1 + length * (number * n_windows[document] // taken[document])
+    index = before[:, None] + np.arange(length + 1)
+    windows = np.where(index < 0, corpus.separator, corpus.val[index]).astype(np.int64)
+    return windows, int((taken > 0).sum())
 
 
 def document_starts(tokens: np.ndarray, separator: int) -> np.ndarray:

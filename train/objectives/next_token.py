@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import RunConfig, TrainConfig
-from ..data import Corpus, check_lengths, document_starts, load_corpus, train_batch, val_windows
-from ..objective import Batch, Objective
+from ..data import (
+    Corpus,
+    check_lengths,
+    document_starts,
+    document_windows,
+    load_corpus,
+    train_batch,
+    val_windows,
+)
+from ..objective import Batch, Judge, Objective
 from ..score import bits_per_byte
 
 __all__ = ["NextToken", "NextTokenConfig", "RandomTokens", "Tokens", "buckets"]
+
+
+MIN_DOCUMENTS, MIN_BYTES = 8, 2**16
+"""What must have been read at a context length before a score there means something."""
+
+_SHORTEST_CUT = 64
+"""Tokens, below which cutting the context says nothing that is still of interest."""
+
+_AT_ONCE = 2048
+"""Tokens of a text that are read at once, or as many as in training: longer ones are read in parts, with a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +115,39 @@ class NextToken(Objective[np.ndarray, Tokens]):
 
     def terms(self, model: Any, batch: Tokens) -> dict[str, Tensor]:
         """Nats per token, and the auxiliary loss of the layers."""
-        out = model(batch.tokens, targets=batch.targets, starts=batch.starts)
-        return {"loss": out.loss, "aux_loss": out.aux_loss}
+        if batch.tokens.shape[1] <= self._at_once or torch.is_grad_enabled():
+            out = model(batch.tokens, targets=batch.targets, starts=batch.starts)
+            return {"loss": out.loss, "aux_loss": out.aux_loss}
+        shares: list[Tensor] = []
+        for x, targets, aux_loss in self._parts(model, batch):
+            share = targets.numel() / batch.targets.numel()
+            shares.append(torch.stack([model.cross_entropy(x, targets), aux_loss]) * share)
+        loss, aux_loss = torch.stack(shares).sum(0)
+        return {"loss": loss, "aux_loss": aux_loss}
+
+    def _parts(self, model: Any, batch: Tokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Reads texts part by part: what the backbone makes of each, its targets, and the auxiliary loss."""
+        length = batch.tokens.shape[1]
+        state = model.init_state(len(batch.tokens), length)
+        for first in range(0, length, self._at_once):
+            part = slice(first, first + self._at_once)
+            starts = None if batch.starts is None else batch.starts[:, part]
+            x, state, aux_loss = model.hidden(batch.tokens[:, part], state, starts=starts)
+            yield x, batch.targets[:, part], aux_loss
+
+    def _token_losses(self, model: Any, batch: Tokens) -> Tensor:
+        """Nats of every token, (B, L); logits of one part at a time are in memory."""
+        if batch.tokens.shape[1] <= self._at_once:
+            return model.token_losses(batch.tokens, batch.targets, starts=batch.starts)
+        losses = [
+            F.cross_entropy(model.logits(x).float().mT, targets, reduction="none")
+            for x, targets, _ in self._parts(model, batch)
+        ]
+        return torch.cat(losses, dim=1)
+
+    @property
+    def _at_once(self) -> int:
+        return max(_AT_ONCE, self.forward_tokens)
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[np.ndarray]) -> dict[str, float]:
         """The loss in nats per token, and bits per byte."""
@@ -121,13 +171,59 @@ class NextToken(Objective[np.ndarray, Tokens]):
         tokens = model.generate(prompt, max_new_tokens=n_tokens, **options)
         return tokenizer.decode(tokens[0, 1:].cpu().numpy())
 
-    def examine(self, model: Any, *, poll: Callable[[], None]) -> dict[str, Any]:
-        """Bits per byte by position, beyond the trained length too, as far as the model's positions go."""
-        length = self._position_len(model.config)
-        if not length:
-            return {}
-        windows = val_windows(self.corpus, length, self.train.final_eval_tokens)
-        return {"position_bits_per_byte": self.by_position(model, windows, poll=poll)}
+    def examine(self, model: Any, *, judge: Judge, poll: Callable[[], None]) -> dict[str, Any]:
+        """Bits per byte by position, beyond the trained length too, as far as the model's positions go; by length."""
+        found: dict[str, Any] = {}
+        if length := self._position_len(model.config):
+            windows = val_windows(self.corpus, length, self.train.final_eval_tokens)
+            found["position_bits_per_byte"] = self.by_position(model, windows, poll=poll)
+        if self.train.lengths:
+            lengths = sorted(set(self.train.lengths))
+            n_positions = model.config.max_positions or sys.maxsize
+            of_length = {n: self._at_length(n, n_positions, judge) for n in sorted({*lengths, self.train.seq_len})}
+            found["by_length"] = [of_length[n] for n in lengths]
+            found["context_cut"] = self._with_less_context(of_length[self.train.seq_len], judge)
+        return found
+
+    def _at_length(self, length: int, n_positions: int, judge: Judge) -> dict[str, Any]:
+        """The score of held-out documents that are read at a context length, or why there is none."""
+        windows, n_documents, n_bytes = self._documents(length)
+        entry: dict[str, Any] = {"context_len": length, self.score.name: None}
+        entry |= {"n_documents": n_documents, "n_bytes": n_bytes}
+        if length > n_positions:
+            return entry | {"status": "beyond_positions"}
+        if n_documents < MIN_DOCUMENTS or n_bytes < MIN_BYTES:
+            return entry | {"status": "too_little_text"}
+        return entry | {self.score.name: self._score(windows, judge), "status": "done"}
+
+    def _with_less_context(self, whole: Mapping[str, Any], judge: Judge) -> list[dict[str, Any]]:
+        """The score of the same tokens of held-out documents with the trained length, its half, its quarter, ...
+
+        `whole` is what `_at_length` says of the trained length; nothing is cut where that has no score.
+        """
+        if whole["status"] != "done":
+            return []
+        length = cut = whole["context_len"]
+        windows, _, n_bytes = self._documents(length)
+        entries = [{key: whole[key] for key in ("context_len", self.score.name, "n_bytes")}]
+        while cut % 2 == 0 and cut // 2 >= _SHORTEST_CUT:
+            cut //= 2
+            parts = [windows[:, first : first + cut + 1] for first in range(0, length, cut)]
+            score = self._score(np.concatenate(parts), judge)
+            entries.append({"context_len": cut, self.score.name: score, "n_bytes": n_bytes})
+        return entries
+
+    def _documents(self, length: int) -> tuple[np.ndarray, int, int]:
+        """Windows of held-out documents that are so long, the number of these documents and of the windows' bytes."""
+        windows, n_documents = document_windows(
+            self.corpus, length, max_tokens=self.train.length_tokens, min_documents=MIN_DOCUMENTS
+        )
+        return windows, n_documents, self.corpus.tokenizer.n_bytes(windows[:, 1:])
+
+    def _score(self, windows: np.ndarray, judge: Judge) -> float:
+        length = windows.shape[1] - 1
+        rows_at_once = max(1, self.forward_tokens // length)
+        return judge(list(windows), rows_at_once=rows_at_once, what=f"reading {length:,} tokens")[self.score.name]
 
     def by_position(
         self, model: Any, windows: np.ndarray, *, poll: Callable[[], None] = lambda: None
@@ -142,7 +238,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
         for first in range(0, len(windows), rows_at_once):
             poll()
             batch = self.collate(list(windows[first : first + rows_at_once])).to(device)
-            losses = model.token_losses(batch.tokens, batch.targets, starts=batch.starts)
+            losses = self._token_losses(model, batch)
             nats += losses.sum(0, dtype=torch.float64).cpu()
         table = []
         for start, stop in buckets(length):

@@ -20,6 +20,7 @@ from crossover.train.data import (
     DataError,
     check_lengths,
     document_starts,
+    document_windows,
     load_corpus,
     train_batch,
     val_windows,
@@ -415,3 +416,34 @@ def test_the_default_corpus_loads(cache: Path) -> None:
     assert (corpus.train != 0).sum() == corpus.train_bytes - corpus.n_train_documents + 1
     assert 1 < corpus.reference_bits_per_byte["xz"] < corpus.reference_bits_per_byte["zlib"] < 3
     check_lengths(corpus, 8192)
+
+
+@pytest.mark.quick
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    length=st.integers(1, 17),
+    max_tokens=st.integers(1, 200),
+    min_documents=st.integers(1, 5),
+)
+def test_windows_of_documents_follow_each_other_from_their_starts(
+    lengths: list[int], length: int, max_tokens: int, min_documents: int
+) -> None:
+    texts = [[1 + 100 * i + t for t in range(n)] for i, n in enumerate(lengths)]  # a token tells document and place
+    val = np.array([token for text in texts for token in [*text, 0]][:-1], dtype=np.int64)
+    corpus: Any = SimpleNamespace(val=val, separator=0)
+    windows, n_documents = document_windows(corpus, length, max_tokens=max_tokens, min_documents=min_documents)
+
+    long = [i for i, n in enumerate(lengths) if n >= length]
+    n_there = sum(n // length for n in lengths)
+    assert windows.shape == (min(n_there, max(-(-max_tokens // length), min_documents)), length + 1)
+    documents, places = np.divmod(windows[:, 1:] - 1, 100)
+    assert (documents == documents[:, :1]).all()  # no window has two documents in it
+    assert (np.diff(places, axis=1) == 1).all()
+    assert (places[:, 0] % length == 0).all()
+    assert len(np.unique(windows[:, 1])) == len(windows)
+    for window, place in zip(windows, places[:, 0], strict=True):
+        assert window[0] == (window[1] - 1 if place else 0)  # what is before a document is the separator
+    counts = {i: int((documents[:, 0] == i).sum()) for i in long}
+    assert n_documents == sum(map(bool, counts.values())) >= min(len(long), min_documents, len(windows))
+    most = max(counts.values(), default=0)
+    assert all(n >= min(most - 1, lengths[i] // length) for i, n in counts.items())
