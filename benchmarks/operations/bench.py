@@ -20,7 +20,7 @@ from ...train.verdict import apply_verdict
 from ..harness.folder import append_jsonl, folder_for
 from ..harness.progress import StatusLine
 from .limits import CpuLimits, measure_limits
-from .models import absent_rows, decoding_rows, training_rows
+from .models import absent_rows, decoding_rows, profile_rows, training_rows
 from .options import KernelsConfig
 from .race import operation_rows
 from .table import line_of, markdown, page, to_text
@@ -66,7 +66,7 @@ def bench_kernels(config: KernelsConfig, *, command: Sequence[str]) -> int:
 def _rows(
     names: Sequence[str], config: KernelsConfig, threads: Sequence[int], logs: Path, status: StatusLine
 ) -> Iterator[Mapping[str, Any]]:
-    models = {"training": training_rows, "decoding": decoding_rows}
+    models = {"training": training_rows, "profiles": profile_rows, "decoding": decoding_rows}
     if "operations" in config.parts:
         limits: dict[int, CpuLimits] = {}
         for n in threads:
@@ -74,7 +74,7 @@ def _rows(
             limits[n] = measure_limits()
             yield {"kind": "limits", **dataclasses.asdict(limits[n])}
         yield from operation_rows(names, config, limits=limits, status=status)
-    if not models.keys().isdisjoint(config.parts):
+    if not {"training", "decoding"}.isdisjoint(config.parts):
         yield from absent_rows(config)
     for part, rows in models.items():
         if part in config.parts:

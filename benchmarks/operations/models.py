@@ -1,4 +1,4 @@
-"""Training steps and decoded tokens of whole models, raced against peers, another checkout and the floor.
+"""Training steps and decoded tokens of whole models, raced against peers, another checkout and the floor, and profiles.
 
 A training step is of 4,096 tokens, or of one sequence that is longer. A token is decoded after 64 others, of one
 sequence.
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...archs import available
 from ..harness.progress import StatusLine
-from .contestants import OURS, Contestant, contestant, contestant_of, race
+from .contestants import OURS, Contestant, Race, contestant, contestant_of, race
 from .peers import PEERS
+from .profiles import shares, shares_by_kind
 from .turns import Task
 
 if TYPE_CHECKING:
     from .options import KernelsConfig
 
-__all__ = ["FLOOR", "PRODUCTS", "absent_rows", "decoding_rows", "training_rows"]
+__all__ = ["FLOOR", "PRODUCTS", "absent_rows", "decoding_rows", "profile_rows", "training_rows"]
 
 TOKENS = 4096
 """Tokens of a training step, unless one sequence has more."""
@@ -32,8 +33,10 @@ FLOOR = "floor"
 PRODUCTS = "torch.mv"
 """The contestant that multiplies by the matrices of a token and does nothing else."""
 
-_BURSTS = {"train": 0.3, "decode": 0.05}
+_BURSTS = {"train": 0.3, "profile": 0.0, "decode": 0.05}
 """Seconds of a turn, unless one step or token takes longer: a token's is over soon."""
+_PROFILES = 3
+"""Steps that are profiled."""
 
 _Turn = Callable[[], dict[str, Any] | None]
 
@@ -65,6 +68,50 @@ def training_rows(
                         turns = {c.name: functools.partial(c.turn, task) for c in racing}
                         row = _row(arch, task, racing, turns, config)
                         yield {"kind": "training", **row, "seq_len": length, "batch_size": task["batch_size"]}
+
+
+def profile_rows(
+    config: KernelsConfig, *, threads: Sequence[int], logs: Path, status: StatusLine
+) -> Iterator[dict[str, Any]]:
+    """Profiles training steps of every size on one thread, whatever `threads` are: a row for each decoder and length.
+
+    Shares are by name of the operator and by kind, of ours and of the other checkout, whose steps take turns.
+    """
+    for n_params in config.params:
+        for arch in _archs(config):
+            with _started(config, arch, n_params, [], work="profile", logs=logs) as racing:
+                for length in config.model_lengths:
+                    status.show(f"profiling {arch}, {n_params:,} parameters, {length} tokens ...")
+                    task = _task("profile", length, max(1, TOKENS // length), threads=1)
+                    found: dict[str, list[dict[str, Any]]] = {}
+                    for i in range(1 + _PROFILES):
+                        for one in racing:
+                            answer = one.turn(task)
+                            if answer is not None and i:  # the first step loads what long sequences need
+                                found.setdefault(one.name, []).append(answer)
+                    yield _profile_row(arch, task, found, {c.name: c.error for c in racing if c.error is not None})
+
+
+def _profile_row(
+    arch: str, task: Task, found: Mapping[str, Sequence[Mapping[str, Any]]], errors: Mapping[str, str]
+) -> dict[str, Any]:
+    steps = {name: answers for name, answers in found.items() if name not in errors}
+    names = {name: shares([answer["names"] for answer in answers]) for name, answers in steps.items()}
+    turns = {name: [answer["seconds"] for answer in answers] for name, answers in steps.items()}
+    return {
+        "kind": "profile",
+        "arch": arch,
+        "n_params": steps[OURS][-1]["n_params"] if OURS in steps else None,
+        "seq_len": task["length"],
+        "batch_size": task["batch_size"],
+        "threads": 1,
+        "clock": "cpu",
+        "dtype": "float32",
+        **Race(turns=turns).row(),
+        "kinds": {name: shares_by_kind(arch, by_name) for name, by_name in names.items()},
+        "names": names,
+        "errors": dict(errors),
+    }
 
 
 def decoding_rows(

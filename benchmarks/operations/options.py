@@ -10,8 +10,8 @@ from ..harness.options import check_lengths
 
 __all__ = ["PARTS", "DoctorConfig", "KernelsConfig", "Part"]
 
-Part = Literal["operations", "training", "decoding"]
-PARTS: tuple[Part, ...] = ("operations", "training", "decoding")
+Part = Literal["operations", "training", "profiles", "decoding"]
+PARTS: tuple[Part, ...] = ("operations", "training", "profiles", "decoding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,9 @@ class KernelsConfig:
 
     Operations are raced against plain PyTorch, torch.compile, the definition and PyTorch's own modules; training steps
     and decoding of whole models against those of transformers and mambapy where they are installed, and against plain
-    PyTorch. The contestants of a row take turns, so that whatever else the machine does hits all alike; one thread is
-    timed by the CPU time of its process. What is behind comes first.
+    PyTorch; profiles say what a training step spends its time on. The contestants of a row take turns, so that whatever
+    else the machine does hits all alike; one thread is timed by the CPU time of its process. What is behind comes
+    first.
     """
 
     parts: tuple[Part, ...] = PARTS
@@ -41,7 +42,7 @@ class KernelsConfig:
     """Channels of every operation."""
 
     archs: tuple[str, ...] = ()
-    """Architectures of training and decoding; all decoders when not given."""
+    """Architectures of training, profiles and decoding; all decoders when not given."""
 
     params: tuple[Count, ...] = (1_000_000,)
     """Sizes of the models that are trained: the results in the repository were made with 1M 10M."""
@@ -54,7 +55,7 @@ class KernelsConfig:
     """Sizes of the models that decode."""
 
     against: Path | None = None
-    """Folder with another checkout of this repository, whose models train and decode by turns with these."""
+    """Folder with another checkout of this repository, whose models take turns with these, but for operations."""
 
     threads: Size | None = None
     """Most CPU threads; all cores when not given. Every row is measured with one thread as well."""

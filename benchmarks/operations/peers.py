@@ -74,7 +74,7 @@ def _works_of_ours(arch: str, n_params: int) -> Works:
     ours = our_works(arch, n_params)
 
     def works(task: Task) -> tuple[Work, dict[str, Any]]:
-        if task["work"] in ("train", "decode"):
+        if task["work"] in ("train", "profile", "decode"):
             return _with_backends(*ours(task))
         lm = model_of(arch, n_params, task["length"] + 1)
         if task["work"] == "products":

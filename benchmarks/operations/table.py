@@ -10,8 +10,9 @@ from ..harness.format import DASH, count, format_bytes, number
 from ..report.document import Block, Heading, Items, Paragraph, Table, to_markdown
 from .contestants import BEFORE, OURS
 from .models import FLOOR, PRODUCTS
+from .profiles import KINDS, WELL_SPENT, kind_of
 
-__all__ = ["DECODING_GOAL", "TRAINING_GOAL", "behind", "line_of", "markdown", "page", "to_text"]
+__all__ = ["DECODING_GOAL", "SHARE_GOAL", "TRAINING_GOAL", "behind", "line_of", "markdown", "page", "to_text"]
 
 Row = Mapping[str, Any]
 
@@ -19,6 +20,8 @@ TRAINING_GOAL = 1.1
 """Times as long a peer's training step should take as ours, at least."""
 DECODING_GOAL = 1.5
 """Times as long as its floor, or its matrix products call by call where that is longer, a token should take at most."""
+SHARE_GOAL = 0.05
+"""Share of a training step that anything but products, attention, scans and long convolutions should take at most."""
 
 _WIDTH = 120
 _OTHERS = ("torch", "compiled", "definition", "peer")
@@ -37,6 +40,11 @@ _ABOUT_OPERATIONS = (
 _ABOUT_TRAINING = (
     "A step is forward, backward, clipping and AdamW, in float32. Peers compute the same with the same weights, and "
     "have our allocator setting; in brackets the middle half of turns."
+)
+_ABOUT_PROFILES = (
+    "Percent of a training step on one thread, by PyTorch's profiler, medians of three steps. products: linear layers, "
+    "the head with its loss, experts; long conv: FFTs, their kernels and H3's shift of 64 tokens; rest: embeddings, "
+    "views, autograd and Python; other: operators of no kind, by name."
 )
 _ABOUT_DECODING = (
     "Milliseconds of one token of one sequence after 64 others, in float32, without drawing it. decode: whether the "
@@ -60,10 +68,13 @@ def _shortfalls(row: Row) -> Iterator[tuple[float, str]]:
             if ratio < 1:
                 yield 1 / ratio, f"{where}: {name} takes {ratio:.2f} times as long as ours"
         return
-    if kind not in ("training", "decoding"):
+    if kind not in ("training", "profile", "decoding"):
         return
     if OURS in row["errors"]:
         yield float("inf"), f"{where}: ours {row['errors'][OURS]}"
+    if kind == "profile":
+        yield from _large_shares(row)
+        return
     goal = TRAINING_GOAL if kind == "training" else 1.0
     for name, ratio in _peers(row).items():
         if ratio < goal:
@@ -81,10 +92,23 @@ def _shortfalls(row: Row) -> Iterator[tuple[float, str]]:
             yield times / DECODING_GOAL, f"{where}: takes {times:.1f} times {limit}, and should take {DECODING_GOAL}"
 
 
+def _large_shares(row: Row) -> Iterator[tuple[float, str]]:
+    for kind, share in row["kinds"].get(OURS, {}).items():
+        if kind not in WELL_SPENT and share > SHARE_GOAL:
+            of_kind = [n for n in row["names"][OURS] if (kind_of(row["arch"], n) or n) == kind]
+            largest = ", ".join(f"{n} {_percent(row['names'][OURS][n])}" for n in of_kind[:3])
+            wanted = f"take {_percent(share)} % of a step, and should take {_percent(SHARE_GOAL)}"
+            yield share / SHARE_GOAL, f"{_where(row)}: {kind} {wanted} ({largest})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def _where(row: Row) -> str:
     if row["kind"] == "operation":
         return f"{row['op']} {row['shape']}, {row['pass']}, {_threads(row)}"
-    if row["kind"] in ("training", "decoding"):
+    if row["kind"] in ("training", "profile", "decoding"):
         length = f" at {row['seq_len']:,} tokens" if "seq_len" in row else ""
         return f"{row['kind']} {row['arch']}, {count(row['n_params'])}{length}, {_threads(row)}"
     return row["kind"]
@@ -107,6 +131,7 @@ def line_of(row: Row) -> str:
         return f"{_threads(row)}: {_limits_words(row)}"
     parts = [f"{number(1e3 * row['seconds'][OURS])} ms"] if OURS in row["seconds"] else []
     parts += [f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items() if name != FLOOR]
+    parts += [f"{kind} {_percent(share)} %" for kind, share in row.get("kinds", {}).get(OURS, {}).items() if share]
     for key, what in (("times_bound", "bound"), ("times_floor", "floor")):
         if row.get(key) is not None:
             parts.append(f"{row[key]:.1f} times its {what}")
@@ -135,6 +160,9 @@ def page(rows: Sequence[Row]) -> list[Block]:
     if kinds["training"]:
         blocks += [Heading(text="Training steps of whole models"), Paragraph(text=_ABOUT_TRAINING)]
         blocks.append(_training_table(kinds["training"]))
+    if kinds["profile"]:
+        blocks += [Heading(text="What a training step spends its time on"), Paragraph(text=_ABOUT_PROFILES)]
+        blocks.append(_profile_table(kinds["profile"]))
     if kinds["decoding"]:
         blocks += [Heading(text="Decoding"), Paragraph(text=_ABOUT_DECODING), _decoding_table(kinds["decoding"])]
     if kinds["operation"]:
@@ -145,7 +173,7 @@ def page(rows: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-_KINDS = ("limits", "training", "decoding", "operation")
+_KINDS = ("limits", "training", "profile", "decoding", "operation")
 
 
 def _absences(rows: Sequence[Row]) -> Iterator[str]:
@@ -191,6 +219,21 @@ def _training_table(rows: Sequence[Row]) -> Table:
         for name in _peers(row) or [DASH]:
             lines.append([*first, name, _factor(row, name), _middle(row, name)])
     return Table(columns=columns, rows=lines)
+
+
+def _profile_table(rows: Sequence[Row]) -> Table:
+    lines: list[list[str]] = []
+    for row in rows:
+        now, before = (row["kinds"].get(name, {}) for name in (OURS, BEFORE))
+
+        def cell(kind: str, now: Row = now, before: Row = before) -> str:
+            found = [_percent(of[kind]) for of in (before, now) if kind in of]
+            return " -> ".join(found) or DASH
+
+        others = [f"{kind} {cell(kind)}" for kind in now if kind not in KINDS and round(now[kind], 3)]
+        first = [row["arch"], count(row["n_params"]), f"{row['seq_len']:,}", *map(cell, KINDS)]
+        lines.append([*first, ", ".join(others) or DASH])
+    return Table(columns=("model", "parameters", "tokens", *KINDS, "other"), rows=lines)
 
 
 def _decoding_table(rows: Sequence[Row]) -> Table:

@@ -1,4 +1,4 @@
-"""What a model of ours does in a turn of a race: a training step, or a token decoded.
+"""What a model of ours does in a turn of a race: a training step, perhaps under the profiler, or a token decoded.
 
 Another checkout of this repository takes part by running this very file: `crossover` is then that checkout. Hence the
 imports by full name, and of nothing that is new.
@@ -21,6 +21,7 @@ from crossover.train.config import OptimConfig
 from crossover.train.optim import adamw
 from crossover.train.runtime import choose_precision, keep_freed_memory
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 __all__ = [
     "VOCAB_SIZE",
@@ -32,6 +33,7 @@ __all__ = [
     "model_of",
     "our_step",
     "our_works",
+    "profiling",
     "serve",
     "timing",
     "window_of",
@@ -80,6 +82,26 @@ def timing(work: Callable[[], object]) -> Work:
     return once
 
 
+def profiling(work: Callable[[], object]) -> tuple[Work, dict[str, Any]]:
+    """A work under PyTorch's profiler, and as "names" the seconds that each operator took in its last run.
+
+    Those of an operator are without the operators that it calls in turn; outside of all is "step".
+    """
+    names: dict[str, float] = {}
+
+    def once(clock: Clock) -> float:
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            begin = clock()
+            with record_function("step"):
+                work()
+            seconds = clock() - begin
+        names.clear()
+        names.update((event.key, event.self_cpu_time_total / 1e6) for event in found.key_averages())
+        return seconds
+
+    return once, {"names": names}
+
+
 def _turn(work: Work, clock: Clock, burst: float) -> float:
     """Seconds that count of one call: the median of a burst after a first call that gets the caches back from others.
 
@@ -95,12 +117,14 @@ def _turn(work: Work, clock: Clock, burst: float) -> float:
 
 
 def our_works(arch: str, n_params: int) -> Works:
-    """What our models do: "train" and "decode"."""
+    """What our models do: "train", "profile", which is a training step under the profiler, and "decode"."""
 
     def works(task: Task) -> tuple[Work, dict[str, Any]]:
-        if task["work"] == "train":
+        if task["work"] in ("train", "profile"):
             lm = model_of(arch, n_params, task["length"])
-            return timing(functools.partial(our_step(lm), window_of(task))), {"n_params": lm.n_params}
+            step = functools.partial(our_step(lm), window_of(task))
+            work, facts = (timing(step), {}) if task["work"] == "train" else profiling(step)
+            return work, {"n_params": lm.n_params, **facts}
         lm = model_of(arch, n_params, task["length"] + _TOKENS)
         work, facts = decoding(lm, task["length"])
         return work, {"n_params": lm.n_params, **facts}

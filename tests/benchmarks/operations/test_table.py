@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from crossover.benchmarks.operations.contestants import BEFORE, OURS
+from crossover.benchmarks.operations.profiles import KINDS
 from crossover.benchmarks.operations.table import behind, line_of, markdown, page, to_text
 
 pytestmark = pytest.mark.quick
@@ -27,6 +28,32 @@ def decoding(times: float, products: float = 0.125, **ratios: float) -> dict[str
     ratios |= {"floor": 1 / times, "torch.mv": products}
     seconds = {OURS: 0.01} | {name: 0.01 * ratio for name, ratio in ratios.items()}
     return {**row, "seconds": seconds, "ratios": ratios, "quartiles": {}, "facts": facts, "times_floor": times}
+
+
+def profile(before: dict[str, float] | None = None, **shares: float) -> dict[str, Any]:
+    row = {"kind": "profile", "arch": "mamba", "n_params": 1_000_000, "seq_len": 512, "batch_size": 8, "threads": 1}
+    kinds = dict.fromkeys(KINDS, 0.0)
+    found = {OURS: {**kinds, **shares}} | ({} if before is None else {BEFORE: {**kinds, **before}})
+    names = {"aten::mm": shares["products"], "aten::cat": shares["copies"] - 0.01, "aten::fill_": 0.01}
+    return {**row, "seconds": {OURS: 0.5}, "ratios": {}, "kinds": found, "names": {OURS: names}, "errors": {}}
+
+
+def test_what_is_no_product_and_takes_more_than_a_twentieth_of_a_step_is_behind() -> None:
+    (said,) = behind([profile(products=0.8, copies=0.061, norms=0.05)])
+    assert said.startswith(
+        "profile mamba, 1 M at 512 tokens, 1 thread: copies take 6.1 % of a step, and should take 5.0"
+    )
+    assert said.endswith("(aten::cat 5.1, aten::fill_ 1.0)")
+
+
+def test_shares_stand_beside_those_of_before_and_what_has_no_kind_under_its_name() -> None:
+    row = profile({"products": 0.5, "copies": 0.2}, products=0.7, copies=0.04, **{"aten::new": 0.012, "tiny": 1e-5})
+    table = to_text(page([row])).split("WHAT A TRAINING STEP SPENDS ITS TIME ON")[1]
+    for words in ("50.0 -> 70.0", "20.0 -> 4.0", "aten::new 1.2"):
+        assert words in table
+    assert "tiny" not in table
+    (line,) = [line for line in to_text(page([profile(products=0.7, copies=0.04)])).split("\n") if "70.0" in line]
+    assert "->" not in line
 
 
 def test_every_peer_that_is_faster_and_every_goal_that_is_missed_is_behind_the_worst_first() -> None:
