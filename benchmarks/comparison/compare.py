@@ -15,7 +15,7 @@ from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
 from ..context.cell import read_cells
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
-from ..context.jobs import PHASES, ContextJob, context_jobs
+from ..context.jobs import ContextJob, context_jobs
 from ..context.options import ContextConfig
 from ..harness.folder import folder_for
 from ..harness.format import format_bytes
@@ -219,7 +219,8 @@ def _context_jobs(
         threads=config.threads,
         provenance=provenance,
         before=read_cells(config.out / "context.jsonl"),
-        phases=config.phases if isinstance(config, ContextConfig) else PHASES,
+        phases=config.phases,
+        repeats=config.repeats,
     )
 
 

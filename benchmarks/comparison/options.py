@@ -1,29 +1,28 @@
 """Options of the commands of this room. Nothing heavy is imported, so that `--help` is fast."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from ...options import Length, Range
+from ...options import Length, Range, Size
 from ...train.config import Count
-from ..context.options import MeasureConfig
-from ..harness.options import Budget, Models, Place, check_lengths
+from ..context.options import CellsConfig
+from ..harness.options import Budget, Models, Place
 
 __all__ = ["CompareConfig", "LearningRateConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(Place, Budget, Models):
+class CompareConfig(CellsConfig, Place, Budget, Models):
     """Train every architecture at one budget, measure them against the context length, write the report.
 
     The defaults are a demo for two CPU cores: some minutes, under 4 GiB, no download. Finished runs and measurements of
     the same settings are kept, so the same command goes on where it stopped.
     """
 
-    context: tuple[int, ...] = (128, 512, 2048, 8192)
-    """Context lengths in tokens at which speed and memory are measured."""
+    repeats: Size = 1
+    """Processes that measure the same, one after the other, each after all models have had the one before: 3 or more
+    where speeds are to be told apart, for which the demo has no time."""
 
     eval_tokens: Count = 8_192
     """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
@@ -34,12 +33,9 @@ class CompareConfig(Place, Budget, Models):
     out: Path = Path("runs/compare")
     """Folder of the comparison."""
 
-    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
-
     def __post_init__(self) -> None:
-        for part in (Models, Budget, Place):
+        for part in (Models, Budget, Place, CellsConfig):
             part.__post_init__(self)
-        check_lengths(self.context, self.measure.tokens_per_batch)
         if self.position_len is not None and self.position_len < self.seq_len:
             raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from ...files import FORMAT, read_json_lines
 from ...options import Length, Positive, Range, from_plain
 
-__all__ = ["Cell", "Status", "read_cells"]
+__all__ = ["Cell", "Status", "over_repeats", "read_cells"]
 
 Bytes = Annotated[int, Range(0, 2**60)]
 Status = Literal["done", "out_of_memory", "timeout", "beyond_positions", "failed"]
@@ -38,6 +39,17 @@ class Cell:
     spread: Annotated[tuple[float, float], Range(above=0)] | None = None
     """Tenth and ninetieth percentile over the repeats, in tokens per second; lowest and highest of two."""
     repeats: int | None = None
+    """Of the timed work, in one process."""
+    seconds: Positive | None = None
+    """Time on the wall of one of them: median."""
+    cpu_seconds: Annotated[float, Range(0)] | None = None
+    """Processor time of one of them, all threads together: mean."""
+    load: Annotated[float, Range(0)] | None = None
+    """Processors that other processes kept busy meanwhile, on average; None where the system does not tell."""
+    disturbed: bool = False
+    """Whether something else took a share of the machine that makes the speed doubtful (harness/effort.py)."""
+    repeat: Annotated[int, Range(0)] = 0
+    """Number of the process that measured it, where several measure the same one after the other."""
     peak_bytes: Bytes | None = None
     """Most memory above what the process used before the model was built."""
     peak_method: str | None = None
@@ -57,9 +69,9 @@ class Cell:
     """Machine and versions: cpu, device, torch, git_commit."""
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """Architecture, phase and length. Of two cells in a file with the same key the later one counts."""
-        return self.arch, self.phase, self.context_len
+    def key(self) -> tuple[str, str, int, int]:
+        """Architecture, phase, length and repeat. Of two cells in a file with the same key the later one counts."""
+        return self.arch, self.phase, self.context_len, self.repeat
 
     @property
     def is_compiled(self) -> bool:
@@ -100,3 +112,37 @@ def read_cells(path: Path) -> list[Cell]:
         except ValueError as error:
             raise ValueError(f"{path}, measurement {number}: {error}") from None
     return cells
+
+
+def over_repeats(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell for each architecture, phase and length: medians over the processes that measured it.
+
+    The spread is that between the processes, lowest to highest, where there are several. Where most of them ended
+    without a measurement, so does the cell.
+    """
+    groups: dict[tuple[str, str, int], dict[int, Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.arch, cell.phase, cell.context_len), {})[cell.repeat] = cell
+    return [_median(list(group.values())) for group in groups.values()]
+
+
+def _median(cells: Sequence[Cell]) -> Cell:
+    done = [cell for cell in cells if cell.done]
+    if 2 * len(done) <= len(cells):
+        return next(cell for cell in cells if not cell.done)
+    if len(done) == 1:
+        return done[0]
+    found = {}
+    for name in ("tokens_per_second", "seconds", "cpu_seconds", "load", "peak_bytes"):
+        values = [value for cell in done if (value := getattr(cell, name)) is not None]
+        found[name] = statistics.median(values) if values else None
+    if found["peak_bytes"] is not None:
+        found["peak_bytes"] = round(found["peak_bytes"])
+    speeds = [cell.tokens_per_second for cell in done if cell.tokens_per_second is not None]
+    return dataclasses.replace(
+        done[0],
+        **found,
+        spread=(min(speeds), max(speeds)) if speeds else None,
+        repeats=sum(cell.repeats or 0 for cell in done),
+        disturbed=any(cell.disturbed for cell in done),
+    )

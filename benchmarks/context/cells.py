@@ -20,6 +20,8 @@ from .jobs import ContextJob
 
 __all__ = ["Failure", "cause_of_death", "cell_tasks", "measure_cells", "reusable_cells"]
 
+Key = tuple[str, str, int, int]
+
 _RESULTS = ("done", "out_of_memory", "timeout", "beyond_positions")  # whatever else a cell holds is tried again
 _SAME_MACHINE = ("cpu", "device", "torch")
 _START_SECONDS = 3.0  # the first call of every kernel
@@ -44,16 +46,19 @@ def cell_tasks(jobs: Sequence[ContextJob]) -> list[Task]:
     ]
 
 
-def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, str, int], Cell]:
-    """Cells already measured for these jobs, by architecture, phase and length.
+def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[Key, Cell]:
+    """Cells already measured for these jobs, by architecture, phase, length and repeat.
+
+    One that was disturbed has been measured when it has been tried twice.
 
     Raises:
         ValueError: if the file holds cells of other settings, other models, another machine or another torch, with
             which these cannot be compared.
     """
     by_arch = {job.arch: job for job in jobs}
-    wanted = {(job.arch, job.context_len) for job in jobs}
-    cells = {}
+    wanted = {(job.arch, job.context_len, job.repeat) for job in jobs}
+    cells: dict[Key, Cell] = {}
+    seen: set[Key] = set()
     for cell in read_cells(path):
         job = by_arch.get(cell.arch, jobs[0])
         differing = _differences(cell.settings, job.settings)
@@ -65,8 +70,10 @@ def reusable_cells(path: Path, jobs: Sequence[ContextJob]) -> dict[tuple[str, st
                 f"{path} holds measurements with another {', '.join(dict.fromkeys(differing))}; "
                 "give the same options, another --out, or --fresh to start over"
             )
-        if (cell.arch, cell.context_len) in wanted and cell.status in _RESULTS:
-            cells[cell.key] = cell
+        if (cell.arch, cell.context_len, cell.repeat) in wanted and cell.status in _RESULTS:
+            if cell.key in seen or not cell.disturbed:
+                cells[cell.key] = cell
+            seen.add(cell.key)
     return cells
 
 
@@ -77,36 +84,45 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def measure_cells(jobs: Sequence[ContextJob], path: Path, progress: Progress, *, logs: Path) -> list[Failure]:
     """Measures every job that is not in the file yet, and appends each cell as its phase ends.
 
+    What was disturbed is measured once more, in another process. What ran out of memory, of time or of positions at the
+    first repeat is not tried at the others.
+
     Returns:
         The cells that failed; running out of memory, of time or of positions is a result.
     """
     existing = reusable_cells(path, jobs)
     _warn_of_other_commits(existing.values(), jobs, progress)
     failed: list[Failure] = []
+    hopeless = {cell.key[:3] for cell in existing.values() if not cell.done}
     for job in jobs:
-        phases = [phase for phase in job.phases if (job.arch, phase, job.context_len) not in existing]
+        keys = {phase: (job.arch, phase, job.context_len) for phase in job.phases}
+        phases = [p for p, key in keys.items() if (*key, job.repeat) not in existing and key not in hopeless]
         if not phases:
             progress.skip(job.name, "measured before")
             continue
         progress.begin(job.name)
         log = logs / f"context-{job.arch}-{job.context_len}.log"
-        log.unlink(missing_ok=True)
-        cells: list[Cell] = []
+        if not job.repeat:
+            log.unlink(missing_ok=True)
+        cells: dict[str, Cell] = {}
 
-        def keep(cell: Cell, cells: list[Cell] = cells) -> None:
+        def keep(cell: Cell, cells: dict[str, Cell] = cells) -> None:
             append_jsonl(path, cell.to_dict())
-            cells.append(cell)
+            cells[cell.phase] = cell
 
         for phase in phases:
             if (reason := job.beyond_positions(phase)) is not None:
                 keep(job.cell(phase, status="beyond_positions", error=reason))
         # a phase that kills its process leaves the others to a new one
-        while left := [phase for phase in phases if phase not in {cell.phase for cell in cells}]:
+        while left := [phase for phase in phases if phase not in cells]:
             _run_worker(job, left, progress, keep, log=log)
-        progress.finish(job.name, ", ".join(map(_brief, cells)))
+        if disturbed := [cell.phase for cell in cells.values() if cell.disturbed]:
+            _run_worker(job, disturbed, progress, keep, log=log)
+        hopeless |= {cell.key[:3] for cell in cells.values() if cell.status in _RESULTS and not cell.done}
+        progress.finish(job.name, ", ".join(map(_brief, cells.values())))
         failed += [
             Failure(name=f"{job.name}, {cell.phase}", reason=cell.error or "", log=log)
-            for cell in cells
+            for cell in cells.values()
             if cell.status == "failed"
         ]
     return failed
@@ -122,7 +138,8 @@ def _warn_of_other_commits(cells: Iterable[Cell], jobs: Sequence[ContextJob], pr
 
 def _brief(cell: Cell) -> str:
     if cell.tokens_per_second is not None:
-        return f"{cell.phase} {cell.tokens_per_second:,.0f} tokens/s"
+        disturbed = " (disturbed)" if cell.disturbed else ""
+        return f"{cell.phase} {cell.tokens_per_second:,.0f} tokens/s{disturbed}"
     return f"{cell.phase} {cell.status.replace('_', ' ')}"
 
 

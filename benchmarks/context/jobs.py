@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..harness.sizes import SizedArch
 from .cell import Cell
-from .options import MeasureConfig
+from .options import MeasureConfig, Phase
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PHASES", "ContextJob", "context_jobs", "default_memory_limit"]
+__all__ = ["BASIC_PHASES", "PHASES", "ContextJob", "context_jobs", "default_memory_limit"]
 
-PHASES = ("decode", "prefill", "train")
+PHASES = get_args(Phase)
 """Phases from the lightest to the heaviest."""
+
+BASIC_PHASES = ("decode", "prefill", "train")
+"""Those that are measured unless others are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,10 @@ class ContextJob:
     threads: int
     provenance: Mapping[str, Any]
     """Machine and versions: cpu, device, torch, git_commit."""
-    phases: Sequence[str] = PHASES
+    phases: Sequence[str] = BASIC_PHASES
     """What is measured, the lightest first."""
+    repeat: int = 0
+    """Number of the process, where several measure the same one after the other."""
 
     def __post_init__(self) -> None:
         if "source" in self.model:
@@ -55,7 +60,8 @@ class ContextJob:
     @property
     def name(self) -> str:
         """Name of the job in progress and messages."""
-        return f"{self.label} at {self.context_len:,} tokens"
+        again = f", repeat {self.repeat + 1}" if self.repeat else ""
+        return f"{self.label} at {self.context_len:,} tokens{again}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,7 +77,7 @@ class ContextJob:
     def beyond_positions(self, phase: str) -> str | None:
         """Says that the model has too few learned positions for a phase; None where it has enough."""
         n_positions = self.model["max_positions"]
-        needed = self.context_len + (self.measure.decode_tokens if phase == "decode" else 0)
+        needed = self.context_len + (self.measure.decode_tokens if phase.startswith("decode") else 0)
         if n_positions is None or needed <= n_positions:
             return None
         return f"{needed:,} tokens are beyond its {n_positions:,} positions"
@@ -89,6 +95,7 @@ class ContextJob:
             model=self.model,
             settings=self.settings,
             provenance=self.provenance,
+            repeat=self.repeat,
             **found,
         )
 
@@ -103,9 +110,13 @@ def context_jobs(
     threads: int | None,
     provenance: Mapping[str, Any],
     before: Sequence[Cell] = (),
-    phases: Collection[str] = PHASES,
+    phases: Collection[str] = BASIC_PHASES,
+    repeats: int = 1,
 ) -> list[ContextJob]:
     """Every architecture at every length, short lengths first, so that an unfinished comparison can be compared.
+
+    All that is measured again is so after everything was measured once: whatever the machine does for a while then hits
+    one repeat of all models, and not all repeats of one.
 
     Args:
         sizes: the architectures.
@@ -118,6 +129,7 @@ def context_jobs(
         provenance: machine and versions, of which cells keep cpu, device, torch and git_commit.
         before: cells of the comparison that these jobs extend.
         phases: what is measured.
+        repeats: processes that measure the same, one after the other.
 
     Raises:
         ValueError: if the device cannot be used, a model is an encoder, or it reads a source and writes a target.
@@ -153,7 +165,9 @@ def context_jobs(
             threads=threads if threads is not None else torch.get_num_threads(),
             provenance={key: provenance[key] for key in ("cpu", "device", "torch", "git_commit")},
             phases=[phase for phase in PHASES if phase in phases],
+            repeat=repeat,
         )
+        for repeat in range(repeats)
         for context_len in lengths
         for sized in sizes
     ]

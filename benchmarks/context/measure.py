@@ -10,10 +10,11 @@ import dataclasses
 import gc
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -22,15 +23,17 @@ from torch import Tensor, nn
 from ...archs import LanguageModel, LMLoss, Seq2Seq
 from ...archs.decoding import Decoder
 from ...archs.mixer import State
+from ...archs.state import States
 from ...kernels.dispatch import record_backends
 from ...train.config import OptimConfig
 from ...train.learner import Learner, Update
 from ...train.objectives.next_token import RandomTokens
 from ...train.optim import adamw
-from ...train.runtime import PeakMemory, Precision, choose_precision, keep_freed_memory
+from ...train.runtime import PeakMemory, Precision, choose_precision, is_out_of_memory, keep_freed_memory
 from ...train.verdict import apply_verdict
+from ..harness.effort import Effort
 from ..harness.timing import quantiles, rounds, timed
-from .options import MeasureConfig
+from .options import MeasureConfig, Phase
 
 __all__ = ["Bench", "Measurement", "measure"]
 
@@ -47,6 +50,14 @@ class Measurement:
     spread: tuple[float, float]
     """Tenth and ninetieth percentile over the repeats, in tokens per second; lowest and highest of two."""
     repeats: int
+    seconds: float
+    """Time on the wall of one repeat: median."""
+    cpu_seconds: float
+    """Processor time of one repeat, all threads together: mean."""
+    load: float | None
+    """Processors that other processes kept busy meanwhile, on average; None where the system does not tell."""
+    disturbed: bool
+    """Whether something else took a share of the machine that makes the speed doubtful."""
     peak_bytes: int
     """Most memory above what the process used before the model was built."""
     peak_method: str
@@ -180,9 +191,17 @@ class _Driver:
         """A function that reads one more token of each, (B, 1), with every call; it takes the state over."""
         raise AssertionError("refused by _driver")
 
+    def first_token(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> Tensor:
+        """Reads prompts (B, L) and returns the likeliest token after each, (B,)."""
+        return _logits(self.model(tokens))[:, -1].argmax(-1)
+
     def copied(self, state: Any) -> Any:
         """A state that shares no memory with the given one."""
         return copy.deepcopy(state)
+
+    def selected(self, state: Any, rows: Sequence[int]) -> Any:
+        """The state of some of its sequences, with repeats allowed."""
+        raise ValueError(f"states of {type(self.model).__name__} cannot be taken apart")
 
     def n_bytes(self, state: Any) -> int | None:
         """Bytes of a state."""
@@ -210,8 +229,16 @@ class _Ours(_Driver):
         decoder.prepare()
         return lambda tokens: decoder(tokens[:, 0])
 
+    def first_token(self, tokens: Tensor, max_len: int, dtype: torch.dtype | None) -> Tensor:
+        state = self.model.init_state(tokens.shape[0], max_len, device=tokens.device, dtype=dtype)
+        logits, _ = self.model.prefill(tokens, state)
+        return logits.argmax(-1)
+
     def copied(self, state: Sequence[State]) -> list[State]:
         return [layer.clone() for layer in state]
+
+    def selected(self, state: Sequence[State], rows: Sequence[int]) -> list[State]:
+        return list(States(state).select(rows))
 
     def n_bytes(self, state: Sequence[State]) -> int:
         return sum(layer.nbytes for layer in state)
@@ -361,11 +388,25 @@ class Bench:
         # Under autocast the activations that a state keeps are bf16; recurrent states stay in float32.
         self.state_dtype = torch.bfloat16 if precision.name == "bf16" else None
         self.state_bytes = self._declared_bytes(1)
+        self._cpu_seconds = 0.0
 
     @classmethod
     def of(cls, lm: LanguageModel, context_len: int, settings: MeasureConfig, **options: Any) -> Bench:
         """The bench of a language model of ours; options as above."""
         return cls(_Ours(lm), context_len, settings, vocab_size=lm.config.vocab_size, **options)
+
+    def measure(self, phase: str) -> Measurement:
+        """Measures the phase of this name."""
+        phases: dict[Phase, Callable[[], Measurement]] = {
+            "decode": self.decode,
+            "first_token": self.first_token,
+            "prefill": self.prefill,
+            "long_prompt": self.long_prompt,
+            "decode_many": self.decode_many,
+            "train": self.train,
+            "long_answer": self.long_answer,
+        }
+        return phases[cast(Phase, phase)]()
 
     def train(self) -> Measurement:
         """Forward, backward and optimizer step."""
@@ -381,7 +422,7 @@ class Bench:
         )
         model.train()
         return self._measure(
-            lambda: timed(self.device, lambda: update([batch], 0.0)),
+            lambda: self._timed(lambda: update([batch], 0.0)),
             batch_size,
             batch_size * self.context_len,
             min_repeats_if_slow=_MIN_REPEATS_OF_SLOW_TRAINING,
@@ -399,7 +440,7 @@ class Bench:
             nonlocal held
             held = self.driver.n_bytes(self._prefilled(tokens, self.context_len))
 
-        found = self._measure(lambda: timed(self.device, read), batch_size, batch_size * self.context_len)
+        found = self._measure(lambda: self._timed(read), batch_size, batch_size * self.context_len)
         declared = self._declared_bytes(batch_size)
         if declared is not None and held != declared:
             raise ValueError(
@@ -409,34 +450,133 @@ class Bench:
 
     @torch.no_grad()
     def decode(self) -> Measurement:
-        """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt.
-
-        In bf16 the weights are stored so, as those of a model that is in use: autocast would convert all of them for
-        every token.
-        """
+        """Continues prompts one token at a time; every repeat starts from a copy of the state after the prompt."""
         batch_size, n_tokens = self.batch_size["decode"], self.settings.decode_tokens
-        tokens, driver, spare_bytes = self._tokens(batch_size, n_tokens), self.driver, 0
-        if self.precision.name == "bf16":
-            driver = driver.stored_in(torch.bfloat16)
-            spare_bytes = sum(parameter.nbytes for parameter in self.driver.model.parameters())
-        driver.model.eval()
+        driver, spare_bytes = self._in_use()
         prompts = self._tokens(batch_size, self.context_len)
         snapshot = driver.read(prompts, self.context_len + n_tokens, self.state_dtype)
         n_bytes = driver.n_bytes(snapshot)
         if n_bytes is None:
             raise ValueError(f"{type(driver.model).__name__} gives no cache back, without which it cannot decode")
-
-        def generate() -> float:
-            step = driver.decoder(driver.copied(snapshot))
-
-            def go() -> None:
-                for i in range(n_tokens):
-                    step(tokens[:, i : i + 1])
-
-            return timed(self.device, go)
-
-        found = self._measure(generate, batch_size, batch_size * n_tokens, spare_bytes=n_bytes + spare_bytes)
+        found = self._measure(
+            lambda: self._continued(driver, driver.copied(snapshot), batch_size),
+            batch_size,
+            batch_size * n_tokens,
+            spare_bytes=n_bytes + spare_bytes,
+        )
         return _with_state(found, n_bytes)
+
+    @torch.no_grad()
+    def decode_many(self) -> Measurement:
+        """The same for the largest power of two of sequences that fit into the memory, at most `max_batch`.
+
+        One prompt is read, and every sequence goes on from its state. What does not fit by the size of its states is
+        not tried, and what runs out of memory is tried with half as many.
+        """
+        n_tokens, limit = self.settings.decode_tokens, self.settings.memory_limit
+        driver, spare_bytes = self._in_use()
+        prompt = self._tokens(1, self.context_len)
+        snapshot = driver.read(prompt, self.context_len + n_tokens, self.state_dtype)
+        n_bytes = driver.n_bytes(snapshot)
+        if n_bytes is None:
+            raise ValueError(f"{type(driver.model).__name__} gives no cache back, without which it cannot decode")
+        batch_size = 1
+        while 2 * batch_size <= self.settings.max_batch and (limit is None or 2 * batch_size * n_bytes <= limit):
+            batch_size *= 2
+        while True:
+            self.batch_size["decode_many"] = batch_size
+            rows, n_rows = [0] * batch_size, batch_size
+            try:
+                found = self._measure(
+                    lambda rows=rows, n_rows=n_rows: self._continued(driver, driver.selected(snapshot, rows), n_rows),
+                    batch_size,
+                    batch_size * n_tokens,
+                    spare_bytes=n_bytes + spare_bytes,
+                )
+                return _with_state(found, batch_size * n_bytes)
+            except (RuntimeError, MemoryError) as error:
+                if batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            batch_size //= 2
+
+    @torch.no_grad()
+    def first_token(self) -> Measurement:
+        """From a prompt to the first token of its answer, the likeliest; `seconds` is what one waits for it."""
+        driver, spare_bytes = self._in_use()
+        prompt = self._tokens(1, self.context_len)
+
+        def answer() -> None:
+            driver.first_token(prompt, self.context_len, self.state_dtype).tolist()
+
+        return self._measure(lambda: self._timed(answer), 1, self.context_len, spare_bytes=spare_bytes)
+
+    def long_prompt(self) -> Measurement:
+        """A whole request of the context's length, most of which is its prompt; tokens of both parts count."""
+        return self._request(max(1, self.context_len - self._short_part))
+
+    def long_answer(self) -> Measurement:
+        """A whole request of the context's length, most of which is its answer; tokens of both parts count."""
+        return self._request(self._short_part)
+
+    @property
+    def _short_part(self) -> int:
+        return max(1, min(self.settings.decode_tokens, self.context_len // 8))
+
+    @torch.no_grad()
+    def _request(self, prompt_len: int) -> Measurement:
+        """Reads a prompt and writes the rest of the context, of one sequence; slow ones are done once."""
+        driver, spare_bytes = self._in_use()
+        prompt = self._tokens(1, prompt_len)
+
+        def serve(n_tokens: int) -> float:
+            def go() -> None:
+                state = driver.read(prompt, prompt_len + n_tokens, self.state_dtype)
+                step = driver.decoder(state)
+                for i in range(n_tokens):
+                    step(prompt[:, i % prompt_len][:, None])
+
+            return self._timed(go)
+
+        n_answer = self.context_len - prompt_len
+        return self._measure(
+            lambda: serve(n_answer),
+            1,
+            self.context_len,
+            spare_bytes=spare_bytes,
+            min_repeats_if_slow=1,
+            warm_up=lambda: serve(min(n_answer, 2)) * max(n_answer, 2) / 2,
+        )
+
+    def _continued(self, driver: _Driver, state: Any, batch_size: int) -> float:
+        """Takes states that nobody else holds further by `decode_tokens` tokens; returns the seconds."""
+        tokens = self._tokens(batch_size, self.settings.decode_tokens)
+        step = driver.decoder(state)
+
+        def go() -> None:
+            for i in range(tokens.shape[1]):
+                step(tokens[:, i : i + 1])
+
+        return self._timed(go)
+
+    def _in_use(self) -> tuple[_Driver, int]:
+        """The model as it is served, and bytes that are held only because the one that was trained is kept beside it.
+
+        In bf16 the weights are stored so, as those of a model that is in use: autocast would convert all of them for
+        every token.
+        """
+        driver, spare_bytes = self.driver, 0
+        if self.precision.name == "bf16":
+            driver = driver.stored_in(torch.bfloat16)
+            spare_bytes = sum(parameter.nbytes for parameter in self.driver.model.parameters())
+        driver.model.eval()
+        return driver, spare_bytes
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Seconds of work on the wall; its processor time is added up beside them."""
+        begin = time.process_time()
+        seconds = timed(self.device, work)
+        self._cpu_seconds += time.process_time() - begin
+        return seconds
 
     def _prefilled(self, tokens: Tensor, max_len: int) -> Any:
         with self.precision.autocast(self.device):
@@ -457,6 +597,7 @@ class Bench:
         *,
         spare_bytes: int = 0,
         min_repeats_if_slow: int | None = None,
+        warm_up: Callable[[], float] | None = None,
     ) -> Measurement:
         """Warms up and repeats.
 
@@ -466,21 +607,28 @@ class Bench:
             n_tokens: tokens that `run` works on.
             spare_bytes: held only for the sake of measuring; they do not count as peak.
             min_repeats_if_slow: the fewest repeats where the warm-up alone takes longer than the time box.
+            warm_up: does less of the same, and returns about the seconds of `run`; `run` itself when None.
         """
         gc.collect()
         PeakMemory(self.device)  # gives back what earlier phases freed, and forgets their peak
         with record_backends() as used:
-            warm_up_seconds = run()
+            warm_up_seconds = (warm_up or run)()
         box, least = self.settings.time_box, self.settings.min_repeats
         if min_repeats_if_slow is not None and warm_up_seconds > box:
             least = min(least, min_repeats_if_slow)
-        rates = [n_tokens / run() for _ in rounds(box, least=least)]
+        self._cpu_seconds = 0.0
+        with Effort() as effort:
+            rates = [n_tokens / run() for _ in rounds(box, least=least)]
         low, median, high = quantiles(rates, (0.1, 0.5, 0.9) if len(rates) > 2 else (0, 0.5, 1))
         return Measurement(
             batch_size=batch_size,
             tokens_per_second=median,
             spread=(low, high),
             repeats=len(rates),
+            seconds=n_tokens / median,
+            cpu_seconds=self._cpu_seconds / len(rates),
+            load=effort.load,
+            disturbed=effort.is_disturbed(torch.get_num_threads(), on_cpu=self.device.type == "cpu"),
             peak_bytes=max(0, self.memory.peak_bytes() - spare_bytes) + self.held_bytes,
             peak_method=self.memory.method,
             state_bytes=self.state_bytes,

@@ -10,7 +10,10 @@ from ...options import Length, Positive, Size, check
 from ..harness.format import format_bytes
 from ..harness.options import ByteSize, Models, Place, check_lengths
 
-__all__ = ["ContextConfig", "MeasureConfig"]
+__all__ = ["CellsConfig", "ContextConfig", "MeasureConfig", "Phase"]
+
+Phase = Literal["decode", "first_token", "prefill", "long_prompt", "decode_many", "train", "long_answer"]
+"""What is measured at a context length; docs/architecture.md and `Bench` say what each is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,11 @@ class MeasureConfig:
     """Sequences read at once in prefill and continued at once in decode."""
 
     decode_tokens: Length = 32
-    """Tokens generated one at a time in each repeat of the decode measurement."""
+    """Tokens generated one at a time in each repeat of the decode measurements, and the short part of a request: the
+    answer of long_prompt, the prompt of long_answer (an eighth of a context that is less than eight times as long)."""
+
+    max_batch: Size = 64
+    """Most sequences of decode_many, which continues as many at once as fit into the memory, in powers of two."""
 
     time_box: Positive = 0.5
     """Seconds spent on the repeats of one phase, longer where --min-repeats take longer."""
@@ -51,14 +58,30 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextConfig(Place, Models):
-    """Measure training, prefill and decode speed, peak memory and state size at each context length."""
+class CellsConfig:
+    """What is measured against the context length."""
 
     context: tuple[int, ...] = (128, 512, 2048, 8192)
-    """Context lengths in tokens."""
+    """Context lengths in tokens at which speed and memory are measured."""
 
-    phases: tuple[Literal["train", "prefill", "decode"], ...] = ("train", "prefill", "decode")
-    """What is measured."""
+    phases: tuple[Phase, ...] = ("train", "prefill", "decode")
+    """What is measured: training steps, reading a prompt, writing after it (decode; decode_many: as many sequences at
+    once as fit), the time to the first token, and whole requests with a long prompt or a long answer."""
+
+    repeats: Size = 3
+    """Processes that measure the same, one after the other, each after all models have had the one before."""
+
+    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        check_lengths(self.context, self.measure.tokens_per_batch)
+        if not self.phases:
+            raise ValueError("--phases names nothing to measure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig(CellsConfig, Place, Models):
+    """Measure speed, peak memory and state size at each context length."""
 
     vocab_size: Length = 256
     """Vocabulary of the models; tokens are drawn at random."""
@@ -69,11 +92,6 @@ class ContextConfig(Place, Models):
     jobs: tyro.conf.Suppress[int | None] = None
     """Unused: measurements run one after the other."""
 
-    measure: Annotated[MeasureConfig, tyro.conf.arg(name="")] = field(default_factory=MeasureConfig)
-
     def __post_init__(self) -> None:
-        for part in (Models, Place):
+        for part in (Models, Place, CellsConfig):
             part.__post_init__(self)
-        check_lengths(self.context, self.measure.tokens_per_batch)
-        if not self.phases:
-            raise ValueError("--phases names none of train, prefill and decode")

@@ -30,14 +30,14 @@ __all__ = ["attempt", "limit_memory", "measure_phases"]
 def attempt(bench: Bench, phase: str) -> dict[str, Any]:
     """Measures one phase and returns what its cell says of it: status, numbers, reason of a failure."""
     try:
-        found = {"decode": bench.decode, "prefill": bench.prefill, "train": bench.train}[phase]()
+        found = bench.measure(phase)
     except (RuntimeError, MemoryError, ValueError, KernelFallbackWarning) as error:
         # The message only: the exception's traceback keeps the tensors of the failed phase alive.
         message = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         status = "out_of_memory" if is_out_of_memory(error) else "failed"
         if status == "failed":
             traceback.print_exc()
-        known = {"batch_size": bench.batch_size[phase], "state_bytes": bench.state_bytes}
+        known = {"batch_size": bench.batch_size.get(phase, 1), "state_bytes": bench.state_bytes}
         return {"status": status, "error": message, **known}
     return {"status": "done", **vars(found)}
 

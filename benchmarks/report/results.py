@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from ...files import read_json, read_json_lines
 from ...options import Length, Range, check_table
 from ...train.score import BITS_PER_BYTE, Score
-from ..context.cell import Cell, read_cells
+from ..context.cell import Cell, over_repeats, read_cells
 from .crossovers import Crossover, Curve, Direction, Point, all_crossovers
 
 __all__ = [
@@ -213,7 +213,7 @@ class Comparison:
     """compare.json; empty for a folder of runs that no comparison made"""
     runs: Sequence[Run]
     cells: Sequence[Cell]
-    """The latest cell of each architecture, phase and length"""
+    """One of each architecture, phase and length: medians over the processes that measured it"""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Runs that left no run.json, with the reason, from compare.json"""
 
@@ -268,7 +268,7 @@ class Comparison:
     @property
     def ordered_cells(self) -> list[Cell]:
         """All cells by phase, architecture and length."""
-        phases = ("train", "prefill", "decode")
+        phases = ("train", "prefill", "decode", "decode_many", "first_token", "long_prompt", "long_answer")
         return [cell for phase in phases for arch in self.archs for cell in self.cells_of(arch, phase)]
 
     def label(self, arch: str) -> str:
@@ -349,7 +349,7 @@ def load_comparison(folder: Path) -> Comparison:
     runs = [load_run(home) for home in homes]
     for run in runs:
         _check_run(run)
-    cells = {cell.key: cell for cell in read_cells(folder / "context.jsonl")}
+    cells = over_repeats(read_cells(folder / "context.jsonl"))
     if not runs and not cells:
         raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
     for run in runs[1:]:
@@ -364,15 +364,13 @@ def load_comparison(folder: Path) -> Comparison:
                 f"{runs[0].folder.name} and {run.folder.name} have different scores ({runs[0].score.name} and "
                 f"{run.score.name}) and cannot be compared; report them apart"
             )
-    settings = {json.dumps(cell.settings, sort_keys=True) for cell in cells.values()}
+    settings = {json.dumps(cell.settings, sort_keys=True) for cell in cells}
     if len(settings) > 1:
         raise ValueError(f"{folder / 'context.jsonl'} mixes measurements made with different settings; start it over")
     info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
     check_table(info, _COMPARISON, folder / "compare.json")
     info = {key: _without_none(value) for key, value in _without_none(info).items()}
-    return Comparison(
-        folder=folder, info=info, runs=runs, cells=list(cells.values()), failures=info.get("failures", {})
-    )
+    return Comparison(folder=folder, info=info, runs=runs, cells=cells, failures=info.get("failures", {}))
 
 
 def _without_none(value: Any) -> Any:

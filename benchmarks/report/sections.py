@@ -9,7 +9,7 @@ from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
-from .words import and_list, batches, capital, missing_parts, score_meaning, span_of, status_words
+from .words import and_list, batches, capital, missing_parts, score_meaning, shading, span_of, status_words
 
 __all__ = ["sections"]
 
@@ -115,7 +115,7 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
             f"{settings['min_repeats']}, or 2 of training whose warm-up step alone takes longer; each model and length "
             f"in its own process with at most {format_bytes(settings['memory_limit'])} of memory. "
             f"{batches(comparison)}"
-            "Shaded: tenth to ninetieth percentile of the repeats, lowest to highest of two."
+            f"{shading(comparison)}"
         ),
         Figures(figures=figures),
     ]

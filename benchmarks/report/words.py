@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..harness.effort import MAX_FOREIGN_SHARE, MAX_WAITING
 from ..harness.format import count, format_bytes, number
 from .crossovers import Crossover
 from .results import METRICS, Check, Comparison, Metric, tokens_per_step
@@ -18,6 +19,7 @@ __all__ = [
     "headline",
     "missing_parts",
     "score_meaning",
+    "shading",
     "span_of",
     "status_words",
     "title",
@@ -478,7 +480,28 @@ def title(comparison: Comparison, checks: Sequence[Check]) -> tuple[str, str]:
 def batches(comparison: Comparison) -> str:
     """Says what one training step, prefill and decode work on, from the cells' own batches."""
     tokens = tokens_per_step(comparison)
-    prompts = sorted({cell.batch_size for cell in comparison.cells if cell.phase != "train" and cell.batch_size})
+    prompts = sorted(
+        {cell.batch_size for cell in comparison.cells if cell.phase in ("prefill", "decode") and cell.batch_size}
+    )
     training = f"Training takes {tokens}. " if tokens else ""
-    served = f"{and_list(list(map(str, prompts)))} prompt{'s' if prompts != [1] else ''} at once"
-    return training + (f"Prefill and decode serve {served}. " if prompts else "")
+    at_once = f"{and_list(list(map(str, prompts)))} prompt{'s' if prompts != [1] else ''} at once"
+    return training + (f"Prefill and decode serve {at_once}. " if prompts else "")
+
+
+def shading(comparison: Comparison) -> str:
+    """Says what the bands of figures against the context length are, and how many measurements were disturbed."""
+    n = comparison.info.get("config", {}).get("repeats", 1)
+    band = (
+        "Shaded: tenth to ninetieth percentile of the repeats, lowest to highest of two."
+        if n == 1
+        else f"Medians over {n} processes, each begun after all models had had the one before. Shaded: lowest to "
+        "highest of the processes."
+    )
+    disturbed = sum(cell.disturbed for cell in comparison.cells)
+    if not disturbed:
+        return band
+    return (
+        f"{band} Disturbed: {disturbed} of {len(comparison.cells)} measurements, in which the work waited more than "
+        f"{MAX_WAITING - 1:.0%} of its time for a processor, or others kept more than {MAX_FOREIGN_SHARE:.0%} of the "
+        "machine busy, at the second attempt too."
+    )

@@ -1,11 +1,13 @@
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from crossover.benchmarks.context.cell import Cell, Status, read_cells
+from crossover.benchmarks.context.cell import Cell, Status, over_repeats, read_cells
 from crossover.files import FORMAT
 
 from ..fake_runs import append_line, cell
@@ -14,8 +16,8 @@ pytestmark = pytest.mark.quick
 
 KEYS = [
     "format", "arch", "label", "phase", "context_len", "n_params", "n_active_params", "batch_size", "tokens_per_second",
-    "spread", "repeats", "peak_bytes", "peak_method", "state_bytes", "backend", "dtype", "status", "error", "model",
-    "settings", "provenance",
+    "spread", "repeats", "seconds", "cpu_seconds", "load", "disturbed", "repeat", "peak_bytes", "peak_method",
+    "state_bytes", "backend", "dtype", "status", "error", "model", "settings", "provenance",
 ]  # fmt: skip
 
 
@@ -30,10 +32,43 @@ def test_a_cell_read_back_from_json_is_the_same(status: Status) -> None:
 
 def test_a_line_of_an_older_version_is_read() -> None:
     line = cell("mamba", "train", 128).to_dict()
-    for key in ("format", "label", "provenance", "peak_method", "state_bytes", "spread"):
+    newer = ("seconds", "cpu_seconds", "load", "disturbed", "repeat")
+    for key in ("format", "label", "provenance", "peak_method", "state_bytes", "spread", *newer):
         del line[key]
     found = Cell.from_dict(line)
+    assert (found.repeat, found.disturbed) == (0, False)
     assert (found.label, found.provenance, found.peak_method, found.spread) == ("mamba", {}, None, None)
+
+
+def of_repeat(repeat: int, speed: float | None, **changes: Any) -> Cell:
+    found = cell("mamba", "train", 128, status="done" if speed else "timeout")
+    return dataclasses.replace(found, repeat=repeat, tokens_per_second=speed, **changes)
+
+
+def test_of_several_processes_the_median_stands_and_their_range_is_the_spread() -> None:
+    other = cell("lstm", "train", 128)
+    cells = [
+        of_repeat(0, 7.0, peak_bytes=31),
+        other,
+        of_repeat(1, 2.0, peak_bytes=90),
+        of_repeat(2, 3.0, peak_bytes=40),
+    ]
+    merged, same = over_repeats(cells)
+    assert (merged.tokens_per_second, merged.spread, merged.peak_bytes) == (3.0, (2.0, 7.0), 40)
+    assert merged.repeats == 3 * (cells[0].repeats or 0)
+    assert same is other
+
+
+def test_the_later_of_two_cells_of_one_repeat_counts() -> None:
+    (merged,) = over_repeats([of_repeat(0, 7.0, disturbed=True), of_repeat(1, 5.0), of_repeat(0, 9.0)])
+    assert (merged.tokens_per_second, merged.disturbed) == (7.0, False)
+
+
+def test_where_most_processes_did_not_get_through_the_cell_did_not() -> None:
+    (lost,) = over_repeats([of_repeat(0, 7.0), of_repeat(1, None), of_repeat(2, None)])
+    assert (lost.status, lost.tokens_per_second) == ("timeout", None)
+    (kept,) = over_repeats([of_repeat(0, 7.0), of_repeat(1, None), of_repeat(2, 5.0)])
+    assert (kept.status, kept.tokens_per_second) == ("done", 6.0)
 
 
 def test_a_line_of_a_newer_version_is_refused_in_one_sentence_that_names_the_file(tmp_path: Path) -> None:

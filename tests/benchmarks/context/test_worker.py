@@ -1,12 +1,15 @@
+import dataclasses
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from crossover.archs import State, build
 from crossover.benchmarks.context import measure
+from crossover.benchmarks.context.jobs import PHASES
 from crossover.benchmarks.context.measure import Bench
 from crossover.benchmarks.context.options import MeasureConfig
 from crossover.benchmarks.context.worker import attempt, limit_memory
@@ -23,7 +26,7 @@ def make_bench(arch: str = "mamba", context_len: int = 16, precision: str = "fp3
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("phase", ["decode", "prefill", "train"])
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_bytes_do_not_depend_on_the_phase(phase: str, precision: str) -> None:
     bench = make_bench("transformer", precision=precision)
@@ -60,6 +63,56 @@ def test_training_whose_warm_up_overruns_the_box_is_repeated_twice(
 def test_a_decode_slower_than_the_box_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "timed", lambda device, work: 100.0)
     assert attempt(make_bench(), "decode")["repeats"] >= 3
+
+
+@pytest.mark.parametrize(("arch", "most"), [("transformer", 4), ("lstm", 8)])
+def test_as_many_sequences_are_continued_as_fit(arch: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(arch, context_len=48)
+    with torch.no_grad():
+        one = sum(storages(bench.driver.read(bench._tokens(1, 48), 48 + 2, None)).values())
+    # what is known to be too much is not tried; of what is tried, 8 sequences of the Transformer turn out to be
+    limit = 40 * one if arch == "transformer" else 11 * one
+    bench.settings = dataclasses.replace(bench.settings, max_batch=100 if arch == "lstm" else 9)
+    object.__setattr__(bench.settings, "memory_limit", limit)
+    tried: list[int] = []
+    selected = bench.driver.selected
+
+    def crowded(state: object, rows: list[int]) -> object:
+        tried.append(len(rows))
+        if len(rows) > 4 and arch == "transformer":
+            raise MemoryError
+        return selected(state, rows)
+
+    monkeypatch.setattr(bench.driver, "selected", crowded)
+    found = attempt(bench, "decode_many")
+    assert (found["status"], found["batch_size"]) == ("done", most), found
+    assert max(tried) == 8
+
+
+@pytest.mark.parametrize(("phase", "n_read"), [("long_prompt", 46), ("long_answer", 2)])
+def test_a_request_has_the_length_of_the_context(phase: str, n_read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, served = make_bench("mamba", context_len=48), []
+    read, decoder = bench.driver.read, bench.driver.decoder
+
+    def reading(tokens: torch.Tensor, *more: Any) -> object:
+        served.append([tokens.shape[1], 0])
+        return read(tokens, *more)
+
+    def writing(state: object) -> object:
+        step = decoder(state)
+
+        def one(token: torch.Tensor) -> object:
+            served[-1][1] += 1
+            return step(token)
+
+        return one
+
+    monkeypatch.setattr(bench.driver, "read", reading)
+    monkeypatch.setattr(bench.driver, "decoder", writing)
+    found = attempt(bench, phase)
+    assert found["status"] == "done", found
+    assert [n_read, 48 - n_read] in served[1:]  # the first warms up
+    assert found["tokens_per_second"] == pytest.approx(48 / found["seconds"])
 
 
 def test_an_unexpected_error_leaves_its_traceback(
