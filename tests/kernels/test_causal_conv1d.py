@@ -34,3 +34,28 @@ def test_the_cpu_matches_the_definition_where_channels_fill_no_whole_vectors(L: 
     with use_backend("cpu"):
         actual = values_and_gradients(ops.causal_conv1d, cast(tensors, torch.float32), activation="silu")
     assert_same(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("L", [7, 13, 61])
+def test_the_usual_taps_on_the_cpu_match_the_definition_wherever_documents_begin(L: int, density: float) -> None:
+    E, K = 43, 4
+    tensors = ops.causal_conv1d.cases.example(B=3, L=L, E=E, N=K)
+    tensors["x"] = torch.randn(3, L, 2 * E + 5, dtype=torch.float64)[..., 3 : E + 3]  # part of a projection
+    tensors["starts"] = torch.rand(3, L) < density
+    with use_backend("reference"):
+        expected = values_and_gradients(ops.causal_conv1d, tensors, activation="silu")
+    with use_backend("cpu"):
+        actual = values_and_gradients(ops.causal_conv1d, cast(tensors, torch.float32), activation="silu")
+    assert_same(actual, expected, 1e-6)
+
+
+def test_what_is_no_number_stays_in_its_document_on_the_cpu() -> None:
+    x, weight = torch.randn(1, 41, 19, requires_grad=True), torch.randn(19, 4)
+    starts = torch.zeros(1, 41, dtype=torch.bool)
+    starts[:, [11, 23]] = True
+    with use_backend("cpu"):
+        y, _ = ops.causal_conv1d(torch.where(starts.cumsum(1)[..., None] == 1, torch.nan, x), weight, starts=starts)
+    assert y.isnan().any(2).squeeze(0).tolist() == [11 <= t < 23 for t in range(41)]
+    (grad_x,) = torch.autograd.grad(y[:, 23:].sum() + y[:, :11].sum(), x)
+    assert not grad_x.isnan().any()
