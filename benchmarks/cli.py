@@ -123,10 +123,10 @@ def _run(command: object, words: Sequence[str]) -> int:
             from .operations.doctor import doctor
 
             return doctor(command)
-        case ReportConfig(folder=folder):
+        case ReportConfig(folder=folder, baseline=baseline):
             from .report.write import write_report
 
-            print(write_report(folder))
+            print(write_report(folder, baseline=baseline))
             return 0
         case GenerateConfig():
             from .trained.generate import generate

@@ -24,6 +24,10 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     """Processes that measure the same, one after the other, each after all models have had the one before: 3 or more
     where speeds are to be told apart, for which the demo has no time."""
 
+    baseline: str | None = None
+    """Architecture that the report compares the others with; when not given, the Transformer if it is among --archs, or
+    else the first of them."""
+
     eval_tokens: Count = 8_192
     """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
 
@@ -36,6 +40,8 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     def __post_init__(self) -> None:
         for part in (Models, Budget, Place, CellsConfig):
             part.__post_init__(self)
+        if self.baseline is not None and self.baseline not in self.archs:
+            raise ValueError(f"--baseline {self.baseline} is not among --archs {' '.join(self.archs)}")
         if self.position_len is not None and self.position_len < self.seq_len:
             raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len}")
 

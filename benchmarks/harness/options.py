@@ -56,7 +56,7 @@ class Models:
     """Architectures to compare, and their size."""
 
     archs: tuple[str, ...] = ARCHS
-    """Architectures; the first is the baseline that the report compares the others with."""
+    """Architectures, in the order of tables and figures."""
 
     params: Count = 1_000_000
     """Parameters of every model, reached within 2 % (1M, 500k)."""

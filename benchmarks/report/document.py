@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -20,12 +20,30 @@ __all__ = [
     "Heading",
     "Items",
     "Lead",
+    "Map",
+    "MapCell",
+    "MapRow",
+    "PALETTE",
     "Paragraph",
     "Preformatted",
     "Table",
     "to_html",
     "to_markdown",
 ]
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, lightened for dark paper.
+PALETTE = (
+    ("#0072b2", "#56b4e9"),
+    ("#d55e00", "#ff9a4d"),
+    ("#009e73", "#2fd6a3"),
+    ("#a8428c", "#e39bcb"),
+    ("#8a6d00", "#e6c229"),
+    ("#3f4a54", "#c4ccd4"),
+    ("#b00040", "#ff6b8f"),
+    ("#2a9fd6", "#9fdcff"),
+)
+"""Colours of the models in their order, on light and on dark paper: figures and tables have the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +105,39 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapCell:
+    """Who wins by one criterion at one length."""
+
+    text: str = ""
+    """The names; empty where there is nothing to name."""
+    note: str = ""
+    """What stands below them."""
+    state: Literal["won", "level", "open"]
+    """One is best, several are level, or nothing is decided; only the first two are bold."""
+    pen: int = 0
+    """Number of the first model, which gives the cell its colour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRow:
+    """A criterion."""
+
+    title: str
+    note: str
+    cells: Sequence[MapCell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Criteria by column, each cell in words. On a narrow page the cells of a row stand below one another."""
+
+    kind: ClassVar[str] = "map"
+    columns: Sequence[str]
+    rows: Sequence[MapRow]
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """An SVG picture, once for light and once for dark paper."""
 
@@ -125,7 +176,7 @@ class Details:
     blocks: "Sequence[Block]"
 
 
-Block = Heading | Lead | Paragraph | Items | Table | Figures | Preformatted | Details
+Block = Heading | Lead | Map | Paragraph | Items | Table | Figures | Preformatted | Details
 
 
 def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
@@ -151,6 +202,7 @@ def _templates() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,  # and not what templates have made
     )
     environment.filters |= {"data_uri": _data_uri, "plain": _plain}
+    environment.globals["palette"] = PALETTE
     return environment
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..context.cell import Cell
 from ..harness.format import count, format_bytes, printable
-from .document import Figure
+from .document import PALETTE, Figure
 from .results import Comparison, Metric, tokens_per_step
 from .words import capital, status_words
 
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["context_figure", "draw", "learning_figure", "position_figure", "quality_figure"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, lightened for dark paper. Every line also has its
-# own marker and dashes, for print and for lines that lie on one another.
-_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#a8428c", "#8a6d00", "#3f4a54", "#b00040", "#2a9fd6")
-_DARK = ("#56b4e9", "#ff9a4d", "#2fd6a3", "#e39bcb", "#e6c229", "#c4ccd4", "#ff6b8f", "#9fdcff")
+_LIGHT, _DARK = zip(*PALETTE, strict=True)
+# Every line also has its own marker and dashes, for print and for lines that lie on one another.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1.2)), "-", (0, (5, 1.6)), (0, (1, 1)))
 _SIZE = (5.0, 3.5)  # inches; shown at 360 to 540 pixels, where 10 points stay readable
@@ -226,7 +224,9 @@ def quality_figure(comparison: Comparison, rows: Sequence[Mapping]) -> Figure:
                 ha="center",
                 fontsize=9,
             )
-        axes.set_yticks(range(len(scored)), [pens[row["arch"]].label for row in scored])
+        several = len({row["seq_len"] for row in scored}) > 1
+        names = [pens[row["arch"]].label + (f", {row['seq_len']:,}" if several else "") for row in scored]
+        axes.set_yticks(range(len(scored)), names)
         axes.set_ylim(-0.6, len(scored) - 0.2)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
@@ -363,6 +363,7 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
     if not any(done.values()):
         return None
     is_bytes = metric.key.endswith("bytes")
+    less_is_better = metric.direction == "lower"
 
     def paint(axes: "Axes", theme: _Theme) -> None:
         pens = _pens(comparison, theme)
@@ -371,19 +372,19 @@ def context_figure(comparison: Comparison, metric: Metric) -> Figure | None:
             x = [cell.context_len for cell in done[arch]]
             y = [getattr(cell, metric.key) for cell in done[arch]]
             axes.plot(x, y, color=pen.color, linestyle=pen.dashes, marker=pen.marker, label=pen.label)
-            if not is_bytes:
+            if metric.key == "tokens_per_second":
                 spread = [cell.spread for cell in done[arch] if cell.spread]
                 axes.fill_between(
                     x, [s[0] for s in spread], [s[1] for s in spread], color=pen.color, alpha=0.16, linewidth=0
                 )
         _log2_axis(axes, lengths)
         if failed:
-            _make_room(axes, at_top=is_bytes)
+            _make_room(axes, at_top=less_is_better)
         if is_bytes:
             _log_bytes(axes)
         else:
             _log_speed(axes)
-        _mark_failures(axes, theme, pens, cells, at_top=is_bytes)
+        _mark_failures(axes, theme, pens, cells, at_top=less_is_better)
         axes.set_xlabel("context length (tokens)")
         axes.set_ylabel(_LABELS[metric.name])
 
@@ -406,6 +407,10 @@ _LABELS = {
     "training tokens/s": "tokens trained per second",
     "prefill tokens/s": "prompt tokens per second",
     "decode tokens/s": "tokens generated per second",
+    "decode tokens/s of many": "tokens generated per second",
+    "seconds to the first token": "seconds to the first token",
+    "tokens/s of a long prompt": "tokens of a request per second",
+    "tokens/s of a long answer": "tokens of a request per second",
     "peak training memory": "peak memory in training",
     "decoding state": "state of one sequence",
 }
@@ -414,6 +419,10 @@ _CAPTIONS = {
     "training tokens/s": "Training: forward, backward and optimizer step.",
     "prefill tokens/s": "Prefill: reading a prompt of this length into the state.",
     "decode tokens/s": "Decode: one token at a time after a prompt of this length.",
+    "decode tokens/s of many": "Decode: as many sequences at once as fit, after prompts of this length.",
+    "seconds to the first token": "From a prompt of this length to the first token of the answer.",
+    "tokens/s of a long prompt": "A whole request: a long prompt and a short answer.",
+    "tokens/s of a long answer": "A whole request: a short prompt and a long answer.",
     "peak training memory": "Most memory held during a training step, without the program itself.",
     "decoding state": "State carried for one sequence after this many tokens.",
 }

@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "budget_checks",
     "crossovers_of",
+    "curve",
     "load_comparison",
     "load_run",
     "mean_and_spread",
@@ -41,6 +42,10 @@ class Metric:
     """Verb for one model and for several: "Mamba trains", "Mamba and Jamba train"."""
     better: str
     """Word for the better model: "faster"."""
+    title: str
+    """What the best model does: "Trains fastest"."""
+    note: str
+    """What is measured, in few words."""
 
 
 METRICS = (
@@ -51,6 +56,8 @@ METRICS = (
         direction="higher",
         verbs=("trains", "train"),
         better="faster",
+        title="Trains fastest",
+        note="tokens per second",
     ),
     Metric(
         name="prefill tokens/s",
@@ -59,6 +66,8 @@ METRICS = (
         direction="higher",
         verbs=("reads a prompt", "read a prompt"),
         better="faster",
+        title="Reads a prompt fastest",
+        note="tokens per second",
     ),
     Metric(
         name="decode tokens/s",
@@ -67,6 +76,48 @@ METRICS = (
         direction="higher",
         verbs=("generates", "generate"),
         better="faster",
+        title="Generates fastest",
+        note="tokens per second, after a prompt of this length",
+    ),
+    Metric(
+        name="decode tokens/s of many",
+        phase="decode_many",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("serves many at once", "serve many at once"),
+        better="faster",
+        title="Serves many fastest",
+        note="tokens per second, as many sequences at once as fit",
+    ),
+    Metric(
+        name="seconds to the first token",
+        phase="first_token",
+        key="seconds",
+        direction="lower",
+        verbs=("begins to answer", "begin to answer"),
+        better="sooner",
+        title="Begins to answer soonest",
+        note="seconds to the first token, after a prompt of this length",
+    ),
+    Metric(
+        name="tokens/s of a long prompt",
+        phase="long_prompt",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("serves a long prompt", "serve a long prompt"),
+        better="faster",
+        title="Serves long prompts fastest",
+        note="tokens per second of a request: long prompt, short answer",
+    ),
+    Metric(
+        name="tokens/s of a long answer",
+        phase="long_answer",
+        key="tokens_per_second",
+        direction="higher",
+        verbs=("serves a long answer", "serve a long answer"),
+        better="faster",
+        title="Serves long answers fastest",
+        note="tokens per second of a request: short prompt, long answer",
     ),
     Metric(
         name="peak training memory",
@@ -75,6 +126,8 @@ METRICS = (
         direction="lower",
         verbs=("trains", "train"),
         better="in less memory",
+        title="Trains in least memory",
+        note="peak",
     ),
     Metric(
         name="decoding state",
@@ -83,6 +136,8 @@ METRICS = (
         direction="lower",
         verbs=("carries", "carry"),
         better="less state",
+        title="Carries the smallest state",
+        note="while decoding",
     ),
 )
 
@@ -148,6 +203,9 @@ _COMPARISON: dict[str, Any] = {
     "config.context": list[int] | None,
     "config.params": _COUNT | None,
     "config.seeds": _COUNT | None,
+    "config.seq_len": int | list[int] | None,
+    "config.equal": str | None,
+    "config.baseline": str | None,
     "labels": dict[str, str] | None,
     "failures": dict[str, str] | None,
     "provenance": Mapping[str, Any] | None,
@@ -177,6 +235,11 @@ class Run:
     def seed(self) -> int:
         """Seed of weights and data order."""
         return self.info["seed"]
+
+    @property
+    def seq_len(self) -> int:
+        """Trained length in tokens."""
+        return self.info["config"]["train"]["seq_len"]
 
     @property
     def status(self) -> str:
@@ -214,12 +277,16 @@ class Comparison:
     runs: Sequence[Run]
     cells: Sequence[Cell]
     """One of each architecture, phase and length: medians over the processes that measured it"""
+    processes: Sequence[Cell] = ()
+    """What each of these processes measured"""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Runs that left no run.json, with the reason, from compare.json"""
+    chosen_baseline: str | None = None
+    """The model that the others are compared with, where the reader of the folder chose it"""
 
     @property
     def archs(self) -> list[str]:
-        """Architectures in the order of the command (the baseline first), others after them."""
+        """Architectures in the order of the command, others after them."""
         found = {*(run.arch for run in self.runs), *(cell.arch for cell in self.cells)}
         return [arch for arch in self.asked if arch in found]
 
@@ -228,6 +295,30 @@ class Comparison:
         """Architectures that the command asked for, and others found."""
         found = [*(run.arch for run in self.runs), *(cell.arch for cell in self.cells)]
         return list(dict.fromkeys([*self.info.get("config", {}).get("archs", []), *found]))
+
+    @property
+    def baseline(self) -> str:
+        """The architecture that the others are compared with: the one asked for, the Transformer, or else the first."""
+        names = self.archs
+        default = "transformer" if "transformer" in names else names[0]
+        return self.chosen_baseline or self.info.get("config", {}).get("baseline", default)
+
+    @property
+    def others(self) -> list[str]:
+        """Architectures but the baseline."""
+        return [arch for arch in self.archs if arch != self.baseline]
+
+    @property
+    def equal(self) -> str:
+        """What every run had equally much of: tokens, flops or seconds."""
+        equal: str = self.info.get("config", {}).get("equal", "tokens")
+        return "FLOPs" if equal == "flops" else equal
+
+    @property
+    def trained_lengths(self) -> list[int]:
+        """Lengths in tokens at which models were trained, and those that the command asked for."""
+        asked = self.info.get("config", {}).get("seq_len", [])
+        return sorted({*([asked] if isinstance(asked, int) else asked), *(run.seq_len for run in self.runs)})
 
     @property
     def context(self) -> list[int]:
@@ -277,9 +368,10 @@ class Comparison:
         of_runs = {run.arch: run.info["label"] for run in self.runs}
         return {**of_cells, **of_runs, **self.info.get("labels", {})}.get(arch, arch)
 
-    def runs_of(self, arch: str) -> list[Run]:
-        """Runs of one architecture by seed."""
-        return sorted((run for run in self.runs if run.arch == arch), key=lambda run: run.seed)
+    def runs_of(self, arch: str, seq_len: int | None = None) -> list[Run]:
+        """Runs of one architecture by trained length and seed, or those of one length."""
+        runs = (run for run in self.runs if run.arch == arch and seq_len in (None, run.seq_len))
+        return sorted(runs, key=lambda run: (run.seq_len, run.seed))
 
     def ranked_cells(self, arch: str, metric: Metric) -> list[Cell]:
         """Cells of one architecture that a metric compares, by length.
@@ -291,6 +383,16 @@ class Comparison:
         if metric.phase == "decode" and metric.key == "tokens_per_second" and self.decodes_compiled:
             return [cell for cell in cells if cell.is_compiled or not cell.done]
         return cells
+
+    def rounds(self, cell: Cell, metric: Metric) -> dict[int, float]:
+        """What a metric was in each of the processes that measured a cell, where there are several; else nothing."""
+        values = {
+            other.repeat: getattr(other, metric.key)
+            for other in self.processes
+            if (other.arch, other.phase, other.context_len) == (cell.arch, cell.phase, cell.context_len) and other.done
+        }
+        values = {repeat: max(value, 1e-9) for repeat, value in values.items() if value is not None}
+        return values if len(values) > 1 else {}
 
     @property
     def decodes_compiled(self) -> bool:
@@ -336,12 +438,16 @@ def _check_run(run: Run) -> None:
         check_table(line, {"step": int} | validation, f"{run.folder / 'metrics.jsonl'}, record {number}")
 
 
-def load_comparison(folder: Path) -> Comparison:
+def load_comparison(folder: Path, *, baseline: str | None = None) -> Comparison:
     """Reads a comparison folder, a folder of runs, or one run.
 
+    Args:
+        folder: where the files are.
+        baseline: the model that the others are compared with; None leaves it to the files.
+
     Raises:
-        ValueError: if there is nothing to report, or the runs cannot be compared: they were made on different data, or
-            for different scores.
+        ValueError: if there is nothing to report, the baseline is not among the models, or the runs cannot be compared:
+            they were made on different data, or for different scores.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder of a comparison or of runs")
@@ -349,7 +455,8 @@ def load_comparison(folder: Path) -> Comparison:
     runs = [load_run(home) for home in homes]
     for run in runs:
         _check_run(run)
-    cells = over_repeats(read_cells(folder / "context.jsonl"))
+    measured = list({cell.key: cell for cell in read_cells(folder / "context.jsonl")}.values())
+    cells = over_repeats(measured)
     if not runs and not cells:
         raise ValueError(f"{folder} holds neither runs (*/run.json) nor context measurements (context.jsonl)")
     for run in runs[1:]:
@@ -370,7 +477,18 @@ def load_comparison(folder: Path) -> Comparison:
     info = read_json(folder / "compare.json") if (folder / "compare.json").exists() else {}
     check_table(info, _COMPARISON, folder / "compare.json")
     info = {key: _without_none(value) for key, value in _without_none(info).items()}
-    return Comparison(folder=folder, info=info, runs=runs, cells=cells, failures=info.get("failures", {}))
+    comparison = Comparison(
+        folder=folder,
+        info=info,
+        runs=runs,
+        cells=cells,
+        processes=measured,
+        failures=info.get("failures", {}),
+        chosen_baseline=baseline,
+    )
+    if baseline is not None and baseline not in comparison.archs:
+        raise ValueError(f"--baseline {baseline} is not among the models of {folder}: {', '.join(comparison.archs)}")
+    return comparison
 
 
 def _without_none(value: Any) -> Any:
@@ -384,10 +502,10 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def quality(comparison: Comparison) -> list[dict[str, Any]]:
-    """Lists architectures that have runs: sizes, costs and the score (mean and spread over the finished seeds)."""
+    """Lists architectures that have runs by trained length: sizes, costs, the score (mean and spread over seeds)."""
     score, rows = comparison.score, []
-    for arch in comparison.archs:
-        runs = comparison.runs_of(arch)
+    for arch, seq_len in ((arch, length) for arch in comparison.archs for length in comparison.trained_lengths):
+        runs = comparison.runs_of(arch, seq_len)
         if not runs:
             continue
         done = [run for run in runs if run.quality is not None]
@@ -414,6 +532,7 @@ def quality(comparison: Comparison) -> list[dict[str, Any]]:
                 "n_seeds": len(done),
                 "seeds": " ".join(str(run.seed) for run in done),
                 "status": ", ".join(statuses),
+                "seq_len": seq_len,
             }
         )
     return rows
@@ -423,28 +542,42 @@ def crossovers_of(comparison: Comparison) -> list[Crossover]:
     """Crossovers of every metric and ordered pair of architectures, from the context cells."""
     found = []
     for metric in METRICS:
-        curves = {arch: _curve(comparison.ranked_cells(arch, metric), metric) for arch in comparison.archs}
-        found += all_crossovers(metric.name, {arch: curve for arch, curve in curves.items() if curve}, metric.direction)
+        curves = {arch: curve(comparison, arch, metric) for arch in comparison.archs}
+        found += all_crossovers(metric.name, {arch: some for arch, some in curves.items() if some}, metric.direction)
     return found
 
 
-def _curve(cells: Sequence[Cell], metric: Metric) -> Curve:
+def curve(comparison: Comparison, arch: str, metric: Metric) -> Curve:
     """Points of one model. What ran out of memory, or of time where speed is asked, is worse than any value; cells that
     failed, or are beyond the positions that the model was built with, say nothing."""
     points = []
-    for cell in cells:
-        value, speed = getattr(cell, metric.key), metric.key == "tokens_per_second"
+    for cell in comparison.ranked_cells(arch, metric):
+        value, speed = getattr(cell, metric.key), metric.key in ("tokens_per_second", "seconds")
         if cell.done and value is None:
             continue
         if cell.done:
-            low, high = (cell.spread if speed else None) or (None, None)
-            points.append(Point(context_len=cell.context_len, value=max(value, 1e-9), low=low, high=high))
+            low, high = _spread(cell, metric)
+            pairs = comparison.rounds(cell, metric)
+            points.append(Point(context_len=cell.context_len, value=max(value, 1e-9), low=low, high=high, pairs=pairs))
         elif metric.key == "state_bytes" and value:
             points.append(Point(context_len=cell.context_len, value=value))
         elif cell.status == "out_of_memory" or (cell.status == "timeout" and speed):
             seconds = cell.settings.get("timeout") if cell.status == "timeout" else None
             points.append(Point(context_len=cell.context_len, value=None, stopped_after=seconds))
     return points
+
+
+def _spread(cell: Cell, metric: Metric) -> tuple[float, float] | tuple[None, None]:
+    """The spread of a cell in the unit of a metric of time; nothing where it has none."""
+    if cell.spread is None or metric.key not in ("tokens_per_second", "seconds"):
+        return None, None
+    low, high = cell.spread
+    if metric.key == "tokens_per_second":
+        return low, high
+    if cell.seconds is None or cell.tokens_per_second is None:
+        return None, None
+    work = cell.seconds * cell.tokens_per_second
+    return work / high, work / low
 
 
 def tokens_per_step(comparison: Comparison) -> str:
@@ -490,9 +623,17 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
             f"{comparison.label(worst)} with {sizes[worst]:,} ({off:+.1%})",
         )
     ]
-    for name, key in (("tokens", "tokens"), ("steps", "steps")):
+    counted = (("tokens", "tokens"), ("steps", "steps")) if comparison.equal == "tokens" else ()
+    for name, key in counted:
         values = sorted({run.result[key] for run in done})
         checks.append(Check(name=name, equal=len(values) <= 1, statement=_joined(f"{value:,}" for value in values)))
+    if comparison.equal != "tokens":
+        key = "train_seconds" if comparison.equal == "seconds" else "train_flops"
+        spent = [run.result[key] for run in done if run.result.get(key)]
+        within = 0.05 if comparison.equal == "seconds" else tolerance
+        equal = not spent or max(spent) <= (1 + within) * min(spent)
+        statement = f"{min(spent):.4g} to {max(spent):.4g}" if spent else "not recorded"
+        checks.append(Check(name=f"training {comparison.equal}", equal=equal, statement=statement))
     read = {
         key: _distinct(run.info["config"]["train"].get(key) for run in runs)
         for key in ("eval_tokens", "final_eval_tokens")
@@ -504,18 +645,25 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
             statement="; ".join(f"{key} {_joined(map(str, values))}" for key, values in read.items()),
         )
     )
-    train = {key: _distinct(run.info["config"]["train"].get(key) for run in runs) for key in ("batch_size", "seq_len")}
+    shapes = sorted({(run.seq_len, run.info["config"]["train"]["batch_size"]) for run in runs})
+    n_tokens = [seq_len * batch_size for seq_len, batch_size in shapes]
     digests = _distinct(run.info["corpus"]["digest"][:12] for run in runs)
     packing = _distinct(run.info["config"]["data"].get("packing") for run in runs)
     seeds = {arch: sorted(run.seed for run in comparison.runs_of(arch)) for arch in comparison.archs}
+    lengths = _distinct(str(sorted({run.seq_len for run in comparison.runs_of(arch)})) for arch in comparison.archs)
+    lengths = [some for some in lengths if some != "[]"]
     same_seeds = len(_distinct(str(s) for s in seeds.values() if s)) <= 1
     checks.append(
         Check(
             name="data and its order",
-            equal=all(len(values) == 1 for values in (*train.values(), digests, packing)) and same_seeds,
-            statement=f"corpus {_joined(digests)}; {_joined(map(str, train['batch_size']))} sequences of "
-            f"{_joined(map(str, train['seq_len']))} tokens per step, drawn from (seed, step) alone"
-            + ("" if same_seeds else "; not every architecture has the same seeds"),
+            equal=len(shapes) == len({seq_len for seq_len, _ in shapes})
+            and (len(shapes) == 1 or max(n_tokens) <= (1 + tolerance) * min(n_tokens))
+            and all(len(values) == 1 for values in (digests, packing))
+            and len(lengths) <= 1
+            and same_seeds,
+            statement=f"corpus {_joined(digests)}; "
+            f"{_joined(f'{batch_size} sequences of {seq_len}' for seq_len, batch_size in shapes)} tokens per step, "
+            "drawn from (seed, step) alone" + ("" if same_seeds else "; not every architecture has the same seeds"),
         )
     )
     objectives = _distinct(_objective(run) for run in runs)

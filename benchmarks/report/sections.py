@@ -5,10 +5,12 @@ from typing import Any
 
 from ...train.score import Score
 from ..harness.format import DASH, count, format_bytes, whole
+from .criteria import Criterion
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
+from .winner_map import criterion_blocks, winner_map
 from .words import and_list, batches, capital, missing_parts, score_meaning, shading, span_of, status_words
 
 __all__ = ["sections"]
@@ -19,12 +21,17 @@ def sections(
     rows: Sequence[Mapping[str, Any]],
     crossings: Sequence[Crossover],
     checks: Sequence[Check],
+    found: Sequence[Criterion],
     lead: Sequence[str],
+    statements: Sequence[str],
 ) -> list[Block]:
     """The page, from what was found in the folder."""
     return [
         Lead(paragraphs=lead),
+        *([winner_map(comparison, found)] if found else []),
         *_incomplete_section(comparison),
+        *criterion_blocks(comparison, found),
+        *([Heading(text="In words"), *(Paragraph(text=text) for text in statements)] if statements else []),
         *_quality_section(comparison, rows),
         *_context_section(comparison, crossings),
         *_budget_section(comparison, checks),
@@ -48,9 +55,8 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
     if not rows:
         return []
     score = comparison.score
-    values = [row[score.key] for row in rows]
-    known = [value for value in values if value is not None]
-    best = score.best(known) if known else None
+    known = [row[score.key] for row in rows if row[score.key] is not None]
+    several = len({row["seq_len"] for row in rows}) > 1
     figures = [quality_figure(comparison, rows)] if known else []
     if any(run.curve() for run in comparison.runs):
         figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
@@ -64,6 +70,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
         Table(
             columns=[
                 "Model",
+                *(["Trained at"] if several else []),
                 capital(score.unit),
                 "Seeds",
                 "Tokens",
@@ -75,21 +82,21 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
                 "State",
                 "Learning rate",
             ],
-            rows=[_quality_cells(row, score) for row in rows],
+            rows=[_quality_cells(row, score, several=several) for row in rows],
             caption="FLOPs/token: training, forward and backward, at the trained length. State: what one sequence "
             "carries at the trained length while generating."
             + (f" One seed: {little} mean little." if one_seed else ""),
-            strong=frozenset((i, 1) for i, value in enumerate(values) if known and value == best),
         ),
         Figures(figures=figures),
     ]
 
 
-def _quality_cells(row: Mapping[str, Any], score: Score) -> list[str]:
+def _quality_cells(row: Mapping[str, Any], score: Score, *, several: bool) -> list[str]:
     mean, spread = row[score.key], row[f"{score.key}_std"]
     value = DASH if mean is None else f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
     return [
         row["label"],
+        *([f"{row['seq_len']:,}"] if several else []),
         value,
         str(row["n_seeds"]),
         count(row["tokens"]),
@@ -119,16 +126,18 @@ def _context_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
         ),
         Figures(figures=figures),
     ]
-    archs = comparison.archs
-    if len(archs) > 1:
+    baseline, others = comparison.baseline, comparison.others
+    if others:
         found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
         blocks.append(
             Table(
-                columns=["", *map(comparison.label, archs[1:])],
+                columns=["", *map(comparison.label, others)],
                 rows=[
-                    [metric.name, *(_pair(found, metric, archs[0], other) for other in archs[1:])] for metric in METRICS
+                    [metric.name, *(_pair(found, metric, baseline, other) for other in others)]
+                    for metric in METRICS
+                    if any(crossing.metric == metric.name for crossing in crossings)
                 ],
-                caption=f"Context lengths in tokens at which each model beats {comparison.label(archs[0])}: "
+                caption=f"Context lengths in tokens at which each model beats {comparison.label(baseline)}: "
                 "always and never mean at every and at no length measured, unclear that the spread of the repeats is "
                 "larger than the difference, † that one of the two ran out of memory or time there. "
                 "All pairs are listed at the end.",

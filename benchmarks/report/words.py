@@ -23,6 +23,7 @@ __all__ = [
     "span_of",
     "status_words",
     "title",
+    "training_sentence",
 ]
 
 _STATUS = {
@@ -246,15 +247,15 @@ def _place(span: Span, measured: Sequence[int], asked: Sequence[int]) -> str:
 def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossings: Sequence[Crossover]) -> list[str]:
     """The first paragraphs: crossover lengths with their uncertainty, and the best model beside the compressors.
 
-    The first architecture of the comparison is the baseline of the sentences; the tables have every pair.
+    The sentences are about the baseline; the tables have every pair.
     """
     found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
     archs = comparison.archs
-    others = [arch for arch in comparison.asked if arch not in archs[:1]]
+    others = [arch for arch in comparison.asked if arch != comparison.baseline]
     sentences = {
         metric.name: sentence
         for metric in METRICS
-        if archs and (sentence := _crossover_sentence(comparison, metric, archs[0], others, found))
+        if archs and (sentence := _crossover_sentence(comparison, metric, comparison.baseline, others, found))
     }
     speed = [sentence for name, sentence in sentences.items() if name.endswith("tokens/s")]
     memory = [sentence for name, sentence in sentences.items() if not name.endswith("tokens/s")]
@@ -282,6 +283,13 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
     return paragraphs
 
 
+def training_sentence(comparison: Comparison, crossings: Sequence[Crossover]) -> str:
+    """Says from which context length on each model trains faster than the baseline; empty where none was measured."""
+    found = {(crossing.metric, crossing.a, crossing.b): crossing for crossing in crossings}
+    others = [arch for arch in comparison.asked if arch != comparison.baseline]
+    return _crossover_sentence(comparison, METRICS[0], comparison.baseline, others, found) if comparison.archs else ""
+
+
 _MOST_MISSING = 6
 
 
@@ -296,7 +304,13 @@ def missing_parts(comparison: Comparison) -> list[str]:
     known = {run.folder.name for run in comparison.runs}
     missing += [f"{name}: {reason}" for name, reason in comparison.failures.items() if name not in known]
     n_seeds = comparison.info.get("config", {}).get("seeds", 0)
-    planned = [f"{arch}-s{seed}" for seed in range(n_seeds) for arch in comparison.asked]
+    lengths = comparison.trained_lengths
+    planned = [
+        f"{arch}-l{length}-s{seed}" if len(lengths) > 1 else f"{arch}-s{seed}"
+        for seed in range(n_seeds)
+        for length in lengths or [0]
+        for arch in comparison.asked
+    ]
     missing += [f"{name}: not run yet" for name in planned if name not in known | comparison.failures.keys()]
     missing += [
         f"{comparison.label(cell.arch)}, {cell.phase} at {cell.context_len:,}: failed{_reason(cell.error)}"
@@ -429,10 +443,11 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
         return ""
     value = score.best(row[score.key] for row in scored)
     best = next(row for row in scored if row[score.key] == value)
+    n_models = len({row["arch"] for row in scored})
     spread = best[f"{score.key}_std"]
     reached = f"{value:.2f}{f' ± {spread:.2f}' if spread else ''} {score.unit}"
-    among = "" if len(scored) == len(comparison.asked) else f" of the {len(scored)} that have finished"
-    if len(scored) == 1:
+    among = "" if n_models == len(comparison.asked) else f" of the {n_models} that have finished"
+    if n_models == 1:
         found = f"reaches {reached} on {comparison.held_out}"
     elif comparison.predicts_text:
         found = f"predicts held-out text best{among}, at {reached}"
@@ -440,7 +455,9 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
         found = f"has the {'lowest' if score.better == 'lower' else 'highest'} {score.words}{among}, at {reached}"
     beside = and_list([f"{name} {value:.2f}" for name, value in comparison.references.items()])
     compressors = f"; compressors on the whole held-out text: {beside}" if beside else ""
-    return f"After {count(best['tokens'])} training tokens {best['label']} {found}{compressors}."
+    several = len({row["seq_len"] for row in scored}) > 1
+    trained = f", trained at {best['seq_len']:,}," if several else ""
+    return f"After {count(best['tokens'])} training tokens {best['label']}{trained} {found}{compressors}."
 
 
 def score_meaning(comparison: Comparison) -> str:

@@ -8,33 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from ...files import remove_drafts, write_json, write_text
+from .criteria import CRITERIA_COLUMNS, criteria
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, to_html, to_markdown
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
 from .rows import CONTEXT_COLUMNS, context_rows
 from .sections import sections
-from .words import headline, title
+from .winner_map import verdict
+from .words import headline, title, training_sentence
 
 __all__ = ["write_report"]
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     """Rebuilds every derived file of a comparison folder and returns the path of report.html.
 
-    The result depends on the files of the folder alone: the same files give the same bytes.
+    The result depends on the files of the folder and the baseline alone: the same files give the same bytes.
+
+    Args:
+        folder: of a comparison, or of runs.
+        baseline: the model that the others are compared with; None leaves it to the files.
 
     Raises:
-        ValueError: if there is nothing to report or the runs cannot be compared.
+        ValueError: if there is nothing to report, the runs cannot be compared, or the baseline is not among the models.
     """
-    comparison = load_comparison(folder)
+    comparison = load_comparison(folder, baseline=baseline)
     rows, crossings, checks = quality(comparison), crossovers_of(comparison), budget_checks(comparison)
-    lead = headline(comparison, rows, crossings)
-    blocks = sections(comparison, rows, crossings, checks, lead)
+    found, statements = criteria(comparison), headline(comparison, rows, crossings)
+    lead = list(filter(None, (verdict(comparison, found), training_sentence(comparison, crossings))))
+    blocks = sections(comparison, rows, crossings, checks, found, lead, statements)
     heading, subtitle = title(comparison, checks)
     columns = [key for key in rows[0] if key != "score"] if rows else ["arch"]
     _write_csv(folder / "quality.csv", columns, rows)
     _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
-    write_json(folder / "summary.json", _summary(comparison, rows, crossings, checks, lead))
+    write_json(
+        folder / "summary.json",
+        _summary(comparison, rows, crossings, checks, [*lead, *statements]),
+    )
+    _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
     (folder / "figures").mkdir(exist_ok=True)
     for place in (folder, folder / "figures"):
         remove_drafts(place)

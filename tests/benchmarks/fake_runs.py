@@ -182,7 +182,7 @@ def cell(arch: str, phase: str, context_len: int, *, status: Status | None = Non
     """One context cell; the Transformer's training slows down beyond some hundred tokens and overflows at 8,192."""
     is_attention = arch in ("transformer", "jamba")
     slow = 1 + context_len / (500 if arch == "transformer" else 4000) if is_attention else 1.0
-    speed = {"train": 1.0, "prefill": 3.1, "decode": 0.012}[phase] * _SPEED[arch] / slow
+    speed = {"train": 1.0, "prefill": 3.1}.get(phase, 0.012) * _SPEED[arch] / slow
     overflows = arch in ("transformer", "lstm") and phase == "train" and context_len >= 8192
     status = status or ("out_of_memory" if overflows else "done")
     state = context_len * (2048 if arch == "transformer" else 256) if is_attention else 98_304

@@ -10,6 +10,9 @@ from crossover.benchmarks.report.document import (
     Heading,
     Items,
     Lead,
+    Map,
+    MapCell,
+    MapRow,
     Paragraph,
     Preformatted,
     Table,
@@ -25,6 +28,17 @@ BLOCKS: list[Block] = [
     Lead(paragraphs=["First.", MARKUP]),
     Heading(text="A heading"),
     Paragraph(text=MARKUP),
+    Map(
+        columns=["128 tokens", MARKUP],
+        rows=[
+            MapRow(
+                title="Trains fastest",
+                note="tokens",
+                cells=[MapCell(text="Mamba", note="2 x", state="won", pen=9), MapCell(note=MARKUP, state="open")],
+            )
+        ],
+        caption="How to read it.",
+    ),
     Items(items=["plain", "loud"], warnings=frozenset({1})),
     Table(
         columns=["Model", "Speed", "Where"],
@@ -69,9 +83,9 @@ def test_html_and_markdown_say_the_same() -> None:
 
 def test_our_text_is_read_as_text_in_both() -> None:
     page, text = to_html(MARKUP, MARKUP, BLOCKS), to_markdown(MARKUP, MARKUP, BLOCKS, "figures")
-    assert _Text(page[page.index("<body>") :]).parts.count(MARKUP) == 5
+    assert _Text(page[page.index("<body>") :]).parts.count(MARKUP) == 7
     assert "<b>" not in page
-    assert text.count(r"a \< b & 'c' \*d\* \_e\_ \| \`f\` \[g\](h) \#i") == 5
+    assert text.count(r"a \< b & 'c' \*d\* \_e\_ \| \`f\` \[g\](h) \#i") == 7
 
 
 def test_markdown_is_laid_out_as_markdown_is_read() -> None:
