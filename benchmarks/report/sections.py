@@ -5,6 +5,7 @@ from typing import Any
 
 from ...train.score import Score
 from ..harness.format import DASH, count, format_bytes, whole
+from .by_length import length_blocks
 from .criteria import Criterion
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
@@ -32,6 +33,7 @@ def sections(
         *_incomplete_section(comparison),
         *criterion_blocks(comparison, found),
         *([Heading(text="In words"), *(Paragraph(text=text) for text in statements)] if statements else []),
+        *length_blocks(comparison, found),
         *_quality_section(comparison, rows),
         *_context_section(comparison, crossings),
         *_budget_section(comparison, checks),
@@ -60,7 +62,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
     figures = [quality_figure(comparison, rows)] if known else []
     if any(run.curve() for run in comparison.runs):
         figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
-    position = position_figure(comparison)
+    position = None if several else position_figure(comparison)  # of several lengths the tables tell more
     figures += [position] if position else []
     little = "differences of a few hundredths" if comparison.predicts_text else "small differences"
     one_seed = max(row["n_seeds"] for row in rows) <= 1

@@ -31,6 +31,7 @@ _STATUS = {
     "timeout": "out of time",
     "beyond_positions": "beyond its positions",
     "unfinished": "not finished",
+    "too_little_text": "too little text",
 }
 
 

@@ -192,3 +192,27 @@ def test_a_model_that_another_beats_in_both_is_not_worth_choosing(tmp_path: Path
     quality, speed = by_kind["quality"], by_kind["train tokens_per_second"]
     assert undominated(quality, speed, 100) == ["mamba", "transformer"]
     assert undominated(quality, speed, 900) == []
+
+
+def test_quality_by_length_is_told_by_position_at_other_lengths_and_with_the_context_cut(tmp_path: Path) -> None:
+    crossing = {100: (2.25, 2.36, 2.29), 300: (1.80, 1.91, 1.86)}  # from 0.24 above to 0.20 below the Transformer
+    make(tmp_path, quality={**QUALITY, "lstm": crossing})
+    for home in tmp_path.glob("*-l*-s*"):
+        trained, shift = (100, 0.0) if "-l100-" in home.name else (300, 0.5)
+        spans = [{"start": 0, "stop": 64, "bits_per_byte": 9.0}, {"start": 64, "stop": 128, "bits_per_byte": 2 + shift}]
+        beyond = {"bits_per_byte": None, "status": "beyond_positions"} if "transformer" in home.name else {}
+        read = [{"context_len": 300, "bits_per_byte": 1.5 + shift, "status": "done"}]
+        read += [{"context_len": 900, "bits_per_byte": 1.25, "status": "done"} | beyond]
+        cut = [{"context_len": trained // 2, "bits_per_byte": 3.0}, {"context_len": trained, "bits_per_byte": 2.75}]
+        result = json.loads((home / "result.json").read_text())
+        more = {"position_bits_per_byte": spans, "by_length": read, "context_cut": cut}
+        write_json(home / "result.json", result | more)
+    text = write_report(tmp_path).with_suffix(".md").read_text()
+    section = text[text.index("## Quality against context length") : text.index("## Quality\n")]
+    assert "at small budgets longer windows are worse for every model" in section
+    assert "| Mamba | up to 300 tokens" not in section
+    assert "| LSTM | beyond 190 tokens (180-190) | 3 |" in section  # 100 x 3^(0.25 / 0.443)
+    assert "| Trained at | 64 to 128 |\n|---|---:|\n| 100 | 2.000 |\n| 300 | 2.500 |\n" in section
+    assert "| Transformer | 100 | 1.500 | beyond its positions |" in section
+    assert "| LSTM | 300 | 2.000 | 1.250 |" in section
+    assert "| Mamba | 300 | - | - | 3.000 | 2.750 |" in section
