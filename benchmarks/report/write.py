@@ -10,11 +10,11 @@ from typing import Any
 from ...files import remove_drafts, write_json, write_text
 from .criteria import CRITERIA_COLUMNS, criteria
 from .crossovers import Crossover
-from .document import Block, Figure, Figures, to_html, to_markdown
+from .document import Block, Figure, Figures, Map, to_html, to_markdown
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
 from .rows import CONTEXT_COLUMNS, context_rows
 from .sections import sections
-from .winner_map import verdict
+from .winner_map import map_rows, verdict
 from .words import headline, title, training_sentence
 
 __all__ = ["write_report"]
@@ -49,6 +49,10 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     (folder / "figures").mkdir(exist_ok=True)
     for place in (folder, folder / "figures"):
         remove_drafts(place)
+    for block in blocks:
+        if isinstance(block, Map):
+            rows_of_map = map_rows(block)
+            _write_csv(folder / "figures" / "winner-map.csv", list(rows_of_map[0]), rows_of_map)
     for figure in _figures_in(blocks):
         write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
     write_text(folder / "report.md", to_markdown(heading, subtitle, blocks, "figures"))

@@ -105,6 +105,8 @@ def test_sentences_say_who_is_best_where_and_which_differences_are_shown(tmp_pat
     assert "| Mamba | **1.850 (-0.200 ± 0.025, n=3)** | **1.990 (-0.060 ± 0.131, n=3)** |" in text
     assert "| LSTM | 2.350 (+0.300 ± 0.025, n=3) | **1.967 (-0.083 ± 0.063, n=3)** |" in text
     assert "| Mamba | **99 (0.99x, 0.932-1.05)** | 80 (1.6x, 1.51-1.7) |" in text
+    (first, *_) = csv.DictReader((tmp_path / "figures" / "winner-map.csv").open())
+    assert (first["column"], first["models"], first["says"]) == ("100 tokens", "Mamba", "0.20 below Transformer")
     rows = list(csv.DictReader((tmp_path / "criteria.csv").open()))
     shown = {(row["arch"], row["context_len"]): row["difference_shown"] for row in rows if "bits" in row["criterion"]}
     assert shown["lstm", "300"] == "False"  # its own interval excludes zero, the corrected test does not
