@@ -24,7 +24,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
-from numba.np.numpy_support import carray
 
 from .compiled import TARGET, inline
 from .compiled import Bools2 as Bools2
@@ -106,9 +105,12 @@ def _address(context: Any, builder: Any, sig: Any, args: Sequence[Any], width: i
 
 
 def _place(context: Any, builder: Any, array_type: Any, array: Any, index: Sequence[Any], width: int) -> Any:
-    """A pointer to `width` numbers of an array."""
-    made = context.make_array(array_type)(context, builder, array)
-    pointer = cgutils.get_item_pointer(context, builder, array_type, made, index)
+    """A pointer to `width` numbers of an array, or of what begins at a pointer."""
+    if isinstance(array_type, types.CPointer):
+        pointer = builder.gep(array, index)
+    else:
+        made = context.make_array(array_type)(context, builder, array)
+        pointer = cgutils.get_item_pointer(context, builder, array_type, made, index)
     return builder.bitcast(pointer, ir.VectorType(_number(array_type), width).as_pointer())
 
 
@@ -119,6 +121,24 @@ def _number(array_type: Any) -> ir.Type:
 
 def _if_whole(builder: Any, n: Any) -> Any:
     return builder.if_else(builder.icmp_signed(">=", n, n.type(LANES)), likely=True)
+
+
+def _below(builder: Any, n: Any) -> Any:
+    """Which of the places of a vector are below `n`, an index."""
+    count = builder.trunc(n, ir.IntType(32))
+    counts = builder.insert_element(
+        ir.Constant(ir.VectorType(ir.IntType(32), 1), ir.Undefined), count, ir.IntType(32)(0)
+    )
+    return builder.icmp_signed("<", _ints(range(LANES)), _shuffle(builder, counts, [0] * LANES))
+
+
+def _load_masked(builder: Any, source: Any, mask: Any, n_bytes: int) -> Any:
+    """The values at a pointer that a mask names, each of so many bytes, which alone are read; zeros for the others."""
+    vector = source.type.pointee
+    signature = ir.FunctionType(vector, [source.type, ir.IntType(32), mask.type, vector])
+    name = f"v{vector.count}{'f32' if vector.element == ir.FloatType() else 'i16'}"
+    load = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.{name}.p0{name}")
+    return builder.call(load, [source, ir.IntType(32)(n_bytes), mask, ir.Constant(vector, None)])
 
 
 # Memory
@@ -165,8 +185,7 @@ def load_first(typing_context, array, index, n):
             with whole:
                 builder.store(builder.load(source, align=_bytes(array)), result)
             with tail:
-                builder.store(ir.Constant(vector, None), result)
-                cgutils.raw_memcpy(builder, result, source, args[2], _bytes(array))
+                builder.store(_load_masked(builder, source, _below(builder, args[2]), _bytes(array)), result)
         return _wide(builder, builder.load(result))
 
     return _vector(array, index, types.intp), generate
@@ -211,13 +230,8 @@ def load_rows_first(typing_context, array, index, stride, n):
     """`load_rows`, but only the first `n` values of each row exist; zeros stand for the others."""
 
     def generate(context, builder, sig, args):
-        rows = []
-        for start in _row_starts(context, builder, sig, args):
-            held = cgutils.alloca_once(builder, start.type.pointee)
-            builder.store(ir.Constant(start.type.pointee, None), held)
-            cgutils.raw_memcpy(builder, held, start, args[3], _bytes(array))
-            rows.append(_wide(builder, builder.load(held)))
-        return _beside(builder, rows)
+        mask, starts = _below(builder, args[3]), _row_starts(context, builder, sig, args)
+        return _beside(builder, [_wide(builder, _load_masked(builder, p, mask, _bytes(array))) for p in starts])
 
     return _tile(array, types.intp, types.intp, types.intp), generate
 
@@ -252,7 +266,8 @@ def store_rows_first(typing_context, array, index, stride, tile, n):
 def _row_starts(context: Any, builder: Any, sig: Any, args: Sequence[Any]) -> list[Any]:
     """Pointers to the STATES vectors that begin at args[0][args[1] + i * args[2]]."""
     array_type, vector = sig.args[0], ir.VectorType(_number(sig.args[0]), LANES)
-    data = context.make_array(array_type)(context, builder, args[0]).data
+    is_pointer = isinstance(array_type, types.CPointer)
+    data = args[0] if is_pointer else context.make_array(array_type)(context, builder, args[0]).data
     starts = []
     for i in range(STATES):
         index = builder.add(args[1], builder.mul(args[2], args[2].type(i)))
@@ -317,35 +332,22 @@ def aligned_zeros(n_rows, width):
 # Memory that is known by its address
 
 
-@_operation
-def _pointer(typing_context, address, dtype):
-    number = dtype.dtype
-
-    def generate(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(number).as_pointer())
-
-    return types.CPointer(number)(types.int64, dtype), generate
+# The numbers that begin at an address, indexed as an array is. It is no array, of which numba counts the users: those
+# calls would be in the midst of every loop, with all vectors saved around them.
 
 
-_ENDLESS = 1 << 40
+def _numbers_at(number: Any) -> Callable[..., Any]:
+    def numbers_at(typing_context, address):
+        def generate(context, builder, sig, args):
+            return builder.inttoptr(args[0], context.get_value_type(number).as_pointer())
+
+        return types.CPointer(number)(types.int64), generate
+
+    return _operation(numbers_at)
 
 
-@inline
-def floats_at(address):
-    """The float32 numbers at an address, as an array without an end."""
-    return carray(_pointer(address, np.float32), (_ENDLESS,))
-
-
-@inline
-def halves_at(address):
-    """The bfloat16 numbers at an address, as an array of uint16 without an end."""
-    return carray(_pointer(address, np.uint16), (_ENDLESS,))
-
-
-@inline
-def ints_at(address):
-    """The int64 numbers at an address, as an array without an end."""
-    return carray(_pointer(address, np.int64), (_ENDLESS,))
+# (address): of float32, bfloat16, which is held as uint16, and int64
+floats_at, halves_at, ints_at = (_numbers_at(number) for number in (types.float32, types.uint16, types.int64))
 
 
 # Between scalars, vectors and tiles
@@ -442,12 +444,7 @@ def without_first(typing_context, vector, n):
     """A vector whose first `n` values are zeros."""
 
     def generate(context, builder, sig, args):
-        places, zeros = _ints(range(LANES)), ir.Constant(_floats(LANES), None)
-        count = builder.trunc(args[1], ir.IntType(32))
-        counts = builder.insert_element(
-            ir.Constant(ir.VectorType(ir.IntType(32), 1), ir.Undefined), count, ir.IntType(32)(0)
-        )
-        return builder.select(builder.icmp_signed("<", places, _shuffle(builder, counts, [0] * LANES)), zeros, args[0])
+        return builder.select(_below(builder, args[1]), ir.Constant(_floats(LANES), None), args[0])
 
     return _vector(_vector, types.intp), generate
 
