@@ -32,13 +32,17 @@ class Decoder:
     (step.py): the weights stay where they are, and what training writes into them is seen. Where something would be
     bypassed, or is not known to the compiled step, the modules run, and `why` says so. Logits are the same to rounding.
     Nothing is recorded for autograd by a compiled step, so it is used without gradients only.
+
+    Only writes through `parameter.data` may be missed, which PyTorch does not count: by what is made of a weight once
+    for all tokens, such as decay rates. Write to the parameter itself under torch.no_grad().
     """
 
     def __init__(self, lm: LanguageModel, state: Sequence[State]) -> None:
         """Takes a state over, as `init_state` or reading a prompt gave it."""
         self._lm, self._state = lm, state if isinstance(state, States) else States(state)
         self._step: Step | None = None
-        self._logits = torch.empty(0)
+        self._logits, self._dtype = torch.empty(0), torch.float32
+        self._vocab_size = 0
         self._unsupported: str | None = None
         self.why: str | None = None
         """Why the model's modules ran for the last token; None where they did not."""
@@ -59,13 +63,19 @@ class Decoder:
         """Goes on with some rows, (n,) int64, with repeats allowed."""
         self._state, self._step, self._unsupported = self.state.select(rows), None, None
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, *, watch: bool = True) -> Tensor:
         """Logits after one token more of each row: (B,) int64 -> (B, V).
+
+        Args:
+            tokens: the next of each row.
+            watch: whether to look for what has changed of the model, or come between, since the last token. Where
+                nothing of others has run since, it takes time for nothing.
 
         Raises:
             ValueError: as LanguageModel.forward.
         """
-        self.prepare()
+        if watch or self._step is None:
+            self.prepare()
         if self._step is not None:
             self.why = self._misfit(self._step, tokens)
         if self._step is None or self.why is not None:
@@ -73,15 +83,16 @@ class Decoder:
         ops.note("decode", COMPILED)
         self._step.tokens.copy_(tokens)
         self._step.run()
-        return self._logits.to(self._lm.embedding.weight.dtype, copy=True)
+        return self._logits.clone() if self._dtype == torch.float32 else self._logits.to(self._dtype)
 
     def prepare(self) -> None:
         """Compiles the step, as the next token would do: unless it is compiled and nothing has changed."""
-        self.why = _why_modules(self._lm) or self._unsupported
-        if self.why is not None:
-            self._state, self._step = self.state, None
-        elif self._step is None or not self._step.is_current():
-            self._state, self._step = self.state, None
+        self.why = _why_modules(self._lm)
+        if self.why is None and self._step is not None and self._step.is_current():
+            return
+        self._state, self._step = self.state, None
+        self.why = self.why or _why_elsewhere(self._lm) or self._unsupported
+        if self.why is None:
             try:
                 self._logits, self._step = self._described()
             except ops.Unsupported as error:
@@ -91,17 +102,21 @@ class Decoder:
     @torch.no_grad()
     def _described(self) -> tuple[Tensor, Step]:
         """The logits and the step that gives them: made of ordinary tensors, which any mode may write to."""
+        weight = self._lm.embedding.weight
+        self._dtype, self._vocab_size = weight.dtype, len(weight)
         step = Step(self._lm, self._state.n_rows)
-        return step.through(self._lm, self._state), step
+        logits = step.through(self._lm, self._state)
+        step.finish()
+        return logits, step
 
     def _misfit(self, step: Step, tokens: Tensor) -> str | None:
         """Why the compiled step cannot take these tokens, if it cannot; then modules say what is wrong with them."""
         if step.n_left < 1:
             return "there is no room for a token"
-        if tokens.shape != step.tokens.shape or tokens.dtype not in _WHOLE or tokens.device != step.tokens.device:
+        if tokens.shape != step.tokens.shape or tokens.dtype not in _WHOLE or not tokens.is_cpu:
             return f"tokens are not ({step.n_rows},) int64 on the CPU"
         numbers = tokens.tolist()
-        if min(numbers) < 0 or max(numbers) >= len(self._lm.embedding.weight):
+        if min(numbers) < 0 or max(numbers) >= self._vocab_size:
             return "a token is not of the vocabulary"
         return None
 
@@ -121,11 +136,15 @@ _WHOLE = (torch.int64, torch.int32)
 
 
 def _why_modules(lm: LanguageModel) -> str | None:
-    """Why the model's modules must run, whatever they are; None where they need not."""
+    """Why the model's modules must run now, whatever they are; None where they need not."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in lm.parameters()):
         return "gradients are recorded"
-    if lm.embedding.weight.device.type != "cpu":
-        return f"the model is on {lm.embedding.weight.device}"
     if (backend := ops.forced_backend()) not in (None, "cpu"):
         return f"the {backend} backend is asked for"
     return ops.switched_off().get(("decode", "cpu")) or bypassed()
+
+
+def _why_elsewhere(lm: LanguageModel) -> str | None:
+    """Why no step is compiled for a model where it is; a compiled one notices that its weights have moved."""
+    device = lm.embedding.weight.device
+    return None if device.type == "cpu" else f"the model is on {device}"

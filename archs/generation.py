@@ -228,9 +228,10 @@ def extend(
     are_numbers = torch.ones((), dtype=torch.bool, device=unread.device)
     logits, state = lm.prefill(unread, state, starts=starts, chunk_len=sampling.prefill_chunk)
     decoder, step = Decoder(lm, state), unread[:, -1]
+    calls_others = sampling.on_token is not None or sampling.until is not None
     for n in range(max_new_tokens):
         if n:
-            logits = decoder(step)
+            logits = decoder(step, watch=calls_others)
         are_numbers = are_numbers & logits.amax(-1).isfinite().all()  # tokens may be impossible, but not all
         if logits.device.type == "cpu":  # where the host need not wait
             _require_numbers(are_numbers)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -62,11 +63,14 @@ class Program:
         self._words: list[list[int]] = []
         self._kept: list[Tensor] = []
         self._weights: dict[int, Tensor] = {}
-        self._places: dict[int, tuple[Any, ...]] = {}
+        self._places: list[object] | None = None
         self._derived: list[_Derived] = []
+        self._sources: list[Tensor] = []
+        self._versions: list[object] = []
         self._counts: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._turns: dict[tuple[int, float, int], tuple[Tensor, Tensor]] = {}
         self._table: Tensor | None = None
+        self._run: Callable[[int, int, int], None]
 
     # Recording: memory
 
@@ -82,6 +86,7 @@ class Program:
         """What a function makes of some weights, before the first run and again when they have changed."""
         derived = _Derived(function, [self._plain(w) for w in weights])
         self._derived.append(derived)
+        self._sources += derived.weights
         return derived.value  # pyright: ignore[reportReturnType]
 
     def count(self, number: int | Tensor, *, most: int | None = None) -> Tensor:
@@ -117,7 +122,6 @@ class Program:
         if t.layout is not torch.strided:
             raise Unsupported("a weight is sparse")
         self._weights[id(t)] = t
-        self._places[id(t)] = _place(t)
         return t
 
     def _known(self, t: Tensor) -> Tensor:
@@ -532,65 +536,65 @@ class Program:
 
     def is_current(self) -> bool:
         """Whether all weights are still where they were when they were recorded, and laid out as they were."""
-        return [*map(_place, self._weights.values())] == [*self._places.values()]
+        return _places(self._weights.values()) == self._places
+
+    def finish(self) -> None:
+        """Ends the recording: from here on weights that move are noticed, and `run` may be called."""
+        from .instruction import WORDS, run
+        from .instructions import address_of
+
+        for (_, most), numbers in self._counts.items():
+            self._words.append([address_of("advance"), numbers.data_ptr(), self.n_rows, most, *[0] * (WORDS - 4)])
+        self._table = torch.tensor(self._words, dtype=torch.int64)
+        self._run = functools.partial(run, self._table.data_ptr(), len(self._words), WORDS)
+        self._places = _places(self._weights.values())
+        self._kept += [w.detach() for w in self._weights.values()]  # a weight that moves leaves its memory to the end
 
     def run(self) -> None:
         """Computes the step for `tokens`, and advances all states by one token."""
-        from .instruction import WORDS
-        from .instructions import address_of
-
         if self._table is None:
-            for (_, most), numbers in self._counts.items():
-                self._words.append([address_of("advance"), numbers.data_ptr(), self.n_rows, most, *[0] * (WORDS - 4)])
-            self._table = torch.tensor(self._words, dtype=torch.int64)
-        for derived in self._derived:
-            derived.refresh()
+            self.finish()
+        if (versions := _versions(self._sources)) != self._versions:
+            self._versions = versions
+            for derived in self._derived:
+                derived.refresh()
         self.n_left -= 1
-        n_threads, counter = torch.get_num_threads() if self.n_bytes >= LARGE else 1, torch.zeros(1, dtype=torch.int64)
+        n_threads = torch.get_num_threads() if self.n_bytes >= LARGE else 1
         # where another thread runs a program on several threads, this one must not wait for it in their middle
         if n_threads == 1 or not _lock.acquire(blocking=False):
-            self._run(1, counter, 0)
+            self._run(0, 1, 0)
             return
+        counter = torch.zeros(1, dtype=torch.int64)
         try:
-            at_once(n_threads, functools.partial(self._run, n_threads, counter))
+            at_once(n_threads, lambda rank: self._run(rank, n_threads, counter.data_ptr()))
         except BaseException:  # such as Ctrl-C before all have begun: the others must not wait for ever
             counter.fill_(_OPEN)
             raise
         finally:
             _lock.release()
 
-    def _run(self, n_threads: int, counter: Tensor, rank: int) -> None:
-        from .instruction import WORDS, run
-
-        assert self._table is not None
-        run(self._table.data_ptr(), len(self._table), WORDS, rank, n_threads, counter.data_ptr())
-
 
 class _Derived:
     """Tensors that a function makes of weights, kept at one address and made anew when a weight has changed."""
 
     def __init__(self, function: Callable[..., Tensor | Sequence[Tensor]], weights: Sequence[Tensor]) -> None:
-        self._function, self._weights = function, weights
-        self._versions = self._seen()
+        self._function, self.weights = function, weights
+        self._seen = _versions(weights)
         self.value = self._made()
 
     @torch.no_grad()
     def _made(self) -> Tensor | tuple[Tensor, ...]:
-        value = self._function(*self._weights)
+        value = self._function(*self.weights)
         # of its own memory: where nothing had to be done it would be the weight itself
         if isinstance(value, Tensor):
             return value.clone(memory_format=torch.contiguous_format)
         return tuple([t.contiguous() for t in value])
 
-    def _seen(self) -> list[object]:
-        # changes of inference tensors are not counted: they may have changed at any time
-        return [object() if w.is_inference() else w._version for w in self._weights]
-
     def refresh(self) -> None:
         """Makes them anew if a weight has changed."""
-        if (seen := self._seen()) == self._versions:
+        if (seen := _versions(self.weights)) == self._seen:
             return
-        self._versions = seen
+        self._seen = seen
         for old, new in zip(_listed(self.value), _listed(self._made()), strict=True):
             old.copy_(new)
 
@@ -599,8 +603,20 @@ def _listed(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
-    return t.data_ptr(), t.nbytes, t.stride()
+def _places(weights: Collection[Tensor]) -> list[object]:
+    """Where tensors are and how they are laid out: it is asked for every token, so all of it is loops of C."""
+    return [*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *map(Tensor.numel, weights)]
+
+
+def _versions(weights: Sequence[Tensor]) -> list[object]:
+    """What differs as soon as one of them has been written to."""
+    try:
+        return [*map(_version, weights)]
+    except RuntimeError:  # changes of inference tensors are not counted: they may have changed at any time
+        return [object() if w.is_inference() else w._version for w in weights]
+
+
+_version = operator.attrgetter("_version")
 
 
 def _zeros(*shape: int) -> Tensor:

@@ -348,6 +348,44 @@ def test_weights_that_change_between_two_tokens_are_seen(name: str) -> None:
         assert_next(decoder, lm, torch.tensor([V + 2, V]), state, COMPILED)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("callback", ["on_token", "until"])
+@torch.no_grad()
+def test_generate_heeds_what_a_callback_does_to_the_model(callback: str) -> None:
+    def drawn(*, changes: bool) -> Tensor:
+        lm, calls = tiny(), []
+        head: Any = lm.head
+
+        def change(n: int, tokens: Tensor) -> bool:
+            calls.append(n)
+            if changes and len(calls) == 3:
+                head.weight = nn.Parameter(-head.weight)
+            return False
+
+        return lm.generate(torch.tensor([[1, 2, 3]]), 9, temperature=0, **{callback: change})
+
+    with use_backend("torch"):
+        by_modules = drawn(changes=True)
+    assert torch.equal(drawn(changes=True), by_modules)
+    assert not torch.equal(drawn(changes=False), by_modules)
+
+
+@torch.no_grad()
+def test_without_a_watch_a_token_is_of_the_weights_that_were_there_before() -> None:
+    lm, other = tiny(), tiny()
+    state = read(lm)
+    decoder = Decoder(lm, state.clone())
+    for tokens in DRAWN[:2]:
+        expected, state = by_modules(other, tokens, state)
+        torch.testing.assert_close(decoder(tokens, watch=False), expected, rtol=1e-5, atol=1e-5)
+    moved(lm)
+    for p in lm.parameters():  # what they were moved to is taken by others, and what they had before is not
+        torch.full_like(p, torch.nan)
+    expected, state = by_modules(other, DRAWN[2], state)
+    torch.testing.assert_close(decoder(DRAWN[2], watch=False), expected, rtol=1e-5, atol=1e-5)
+    assert_next(decoder, lm, DRAWN[3], state, COMPILED)
+
+
 @torch.no_grad()
 def test_parameters_that_are_laid_out_otherwise_are_read_as_they_are() -> None:
     lm = tiny()
