@@ -16,7 +16,7 @@ import operator
 import struct
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
