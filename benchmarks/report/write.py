@@ -43,7 +43,7 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
     write_json(
         folder / "summary.json",
-        _summary(comparison, rows, crossings, checks, [*lead, *statements]),
+        _summary(comparison, rows, crossings, checks, [*filter(None, [verdict(comparison, found)]), *statements]),
     )
     _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
     (folder / "figures").mkdir(exist_ok=True)
