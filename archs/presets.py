@@ -42,8 +42,8 @@ class Preset:
     make: Callable[..., Mapping[str, Any]]
     """Its own options -> ModelConfig fields."""
     learning_rate: float
-    """Peak learning rate of AdamW, tuned by `crossover bench lr` at the demo's size (results/cpu-demo/lr.csv), or
-    UNTUNED."""
+    """Peak learning rate of AdamW, tuned at the demo's size (results/cpu-demo/lr.csv), or UNTUNED; `crossover compare
+    --tune-lr` finds one anew."""
     n_layers_at_1m: float
     """Depth of the architecture at one million parameters; it grows with their fourth root."""
     d_model_multiple: int
@@ -78,7 +78,7 @@ def register_preset(
         name: its name in commands, and in the names of runs.
         make: its options -> ModelConfig fields, without sizes.
         label: its name in tables and figures; `name` when None.
-        learning_rate: peak learning rate of AdamW; `crossover bench lr --archs NAME` finds it as it found all others'.
+        learning_rate: peak learning rate of AdamW; `crossover compare --tune-lr --archs NAME` finds it.
         n_layers_at_1m: depth at one million parameters; it grows with their fourth root.
         d_model_multiple: widths are multiples of this, so that head sizes are legal.
         kind: "decoder", "encoder" or "seq2seq".

@@ -11,7 +11,7 @@ from tyro.conf import arg, subcommand
 from ..train.command_line import understand
 from ..train.plugins import take
 from ..train.streams import lasting_streams, one_line_warnings
-from .comparison.options import CompareConfig, LearningRateConfig
+from .comparison.options import CompareConfig
 from .context.options import ContextConfig
 from .operations.options import DoctorConfig, KernelsConfig
 from .report.options import ReportConfig
@@ -37,12 +37,10 @@ class _LmEval:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measure one thing: speed and memory against context length, learning rates, or operations against their peers."""
+    """Measure one thing: speed and memory against context length, or operations against their peers."""
 
     what: Annotated[
-        Annotated[ContextConfig, subcommand("context")]
-        | Annotated[LearningRateConfig, subcommand("lr")]
-        | Annotated[KernelsConfig, subcommand("kernels")],
+        Annotated[ContextConfig, subcommand("context")] | Annotated[KernelsConfig, subcommand("kernels")],
         arg(name=""),
     ]
 
@@ -111,10 +109,6 @@ def _run(command: object, words: Sequence[str]) -> int:
             from .comparison.compare import bench_context
 
             return bench_context(command, command=words)
-        case LearningRateConfig():
-            from .comparison.learning_rate import bench_lr
-
-            return bench_lr(command, command=words)
         case KernelsConfig():
             from .operations.bench import bench_kernels
 

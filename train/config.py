@@ -216,6 +216,9 @@ class DataConfig:
     """Bytes as they are, a byte-level BPE trained on the training split, or a tokenizer.json."""
     val_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
     """Share of the documents held out for validation."""
+    held_out: Literal["validation", "tuning"] = "validation"
+    """What a run is judged by. "tuning" is for what is chosen before results are made: as many documents again, taken
+    from those to train on by the same rule; those of validation are then read by nothing."""
     cache: Annotated[
         Path | None,
         _value(Path, "PATH", optional=True),

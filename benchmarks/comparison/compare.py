@@ -24,8 +24,9 @@ from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch
 from ..report.write import write_report
-from .options import CompareConfig, LearningRateConfig
+from .options import CompareConfig
 from .runs import arguments, check_resumable, share_threads, train_runs, training_tasks
+from .tuning import Search
 
 if TYPE_CHECKING:
     from ...train.objective import Objective
@@ -50,21 +51,32 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         n_runs = len(config.archs) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
         runs = run_configs(config, sizes, longest=objective.data.n_tokens[1] - 1, threads=threads)
-        check_resumable(runs, objective.data.digest)
+        search = None
+        if config.tune_lr:
+            search = Search(config, sizes, open_tuning(config), at_once=at_once, threads=threads)
+            runs = [with_rate(run, search.rates) for run in runs]
+        decided = [run for run in runs if search is None or run.model.preset in search.rates]
+        check_resumable(decided, objective.data.digest)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
-        print("\nEach run can be repeated by hand, for example:")
-        print(f"  {shlex.join(module_command('crossover.train', *words(), *arguments(runs[0])))}\n", flush=True)
+        if search is None:
+            print(_by_hand(runs[0]), flush=True)
 
         labels = {sized.arch: sized.label for sized in sizes.values()}
         record = _record(config, precision, labels, provenance)
         write_json(config.out / "compare.json", record)
-        tasks = [*training_tasks(runs, sizes), *cell_tasks(jobs)]
+        tasks = [*(search.tasks() if search else ()), *training_tasks(runs, sizes), *cell_tasks(jobs)]
         schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
         progress = Progress(schedule)
         try:
             with stop_signals(at_once=True), progress:
+                if search is not None:
+                    rates = search.run(progress, logs=logs)
+                    runs = [with_rate(run, rates) for run in runs]
+                    check_resumable(runs, objective.data.digest)
+                    record["tuning"] = search.record
+                    progress.say(_by_hand(runs[0]))
                 record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
                 write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
@@ -112,7 +124,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         return 1 if failed else 0
 
 
-def check_archs(config: CompareConfig | LearningRateConfig | ContextConfig) -> None:
+def check_archs(config: CompareConfig | ContextConfig) -> None:
     """Raises ValueError, with the nearest valid name, if an architecture does not exist."""
     from ...archs.presets import find
 
@@ -121,7 +133,7 @@ def check_archs(config: CompareConfig | LearningRateConfig | ContextConfig) -> N
             find(arch)
 
 
-def open_objective(config: CompareConfig | LearningRateConfig) -> "Objective[Any, Any]":
+def open_objective(config: CompareConfig) -> "Objective[Any, Any]":
     """What all runs learn, with its data, which the runs then find prepared; prints what they are.
 
     Raises:
@@ -145,7 +157,33 @@ def open_objective(config: CompareConfig | LearningRateConfig) -> "Objective[Any
     return objective
 
 
-def sizes_of(config: CompareConfig | LearningRateConfig, objective: "Objective[Any, Any]") -> dict[str, SizedArch]:
+def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
+    """The same with the documents that learning rates are judged on held out, instead of those that are reported on.
+
+    Raises:
+        ValueError: if there are too few documents for a third split.
+    """
+    from ...train.objectives import open_objective as open_of_run
+
+    train = TrainConfig(batch_size=config.batch_size, seq_len=config.seq_len, position_len=0)
+    data = dataclasses.replace(config.data, held_out="tuning")
+    objective = open_of_run(RunConfig(objective=config.objective, data=data, train=train))
+    found = objective.data
+    print(
+        f"\nLearning rates are judged on {found.n_val_documents:,} other documents ({found.val_bytes / 1e6:.2f} MB), "
+        "from which no number of the report comes.",
+        flush=True,
+    )
+    return objective
+
+
+def with_rate(run: RunConfig, rates: Mapping[str, float]) -> RunConfig:
+    """The run at the rate that was found for its architecture, where one was."""
+    lr = rates.get(run.model.preset, run.optim.lr)
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, lr=lr))
+
+
+def sizes_of(config: CompareConfig, objective: "Objective[Any, Any]") -> dict[str, SizedArch]:
     """The architectures at the size of a comparison, all of which can learn its objective.
 
     Raises:
@@ -251,6 +289,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         first, *others = (cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
         print("  ".join([first, *others]))
     sys.stdout.flush()
+
+
+def _by_hand(run: RunConfig) -> str:
+    command = shlex.join(module_command("crossover.train", *words(), *arguments(run)))
+    return f"\nEach run can be repeated by hand, for example:\n  {command}\n"
 
 
 def _stopped(stop: Interrupted, out: Path, command: Sequence[str], progress: Progress) -> int:

@@ -9,7 +9,7 @@ from ...train.config import Count
 from ..context.options import CellsConfig
 from ..harness.options import Budget, Models, Place
 
-__all__ = ["CompareConfig", "LearningRateConfig"]
+__all__ = ["CompareConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,13 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     position_len: Length | None = None
     """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""
 
+    tune_lr: bool = False
+    """Find the peak learning rate of each model first, and compare with what was found: in short runs at rates that are
+    factors of two apart, judged on documents that nothing else reads. Every trial is kept in OUT/tuning."""
+
+    tune_share: Annotated[float, Range(above=0, at_most=1)] = 0.25
+    """Share of --steps that a trial of the last round of --tune-lr takes; those before take 1/2 and 1/4 of it."""
+
     out: Path = Path("runs/compare")
     """Folder of the comparison."""
 
@@ -42,37 +49,7 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
             part.__post_init__(self)
         if self.baseline is not None and self.baseline not in self.archs:
             raise ValueError(f"--baseline {self.baseline} is not among --archs {' '.join(self.archs)}")
+        if self.tune_lr and self.optim.lr is not None:
+            raise ValueError(f"--tune-lr finds a rate for each model: leave --optim.lr {self.optim.lr:g} out")
         if self.position_len is not None and self.position_len < self.seq_len:
             raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningRateConfig(Place, Budget, Models):
-    """Try several peak learning rates per architecture under one rule and say which is best.
-
-    The rule: same steps, same data in the same order, same schedule; the best score on held-out rows wins. The rate
-    is thus chosen on the same held-out rows that `crossover compare` reports, for every architecture alike. A winner at
-    the end of the list means that the list is too short.
-    """
-
-    rates: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 2e-3, 4e-3, 8e-3)
-    """Peak learning rates to try."""
-
-    steps: Count = 400
-    """Optimizer steps of every run."""
-
-    eval_tokens: Count = 65_536
-    """Held-out tokens read by one validation, always the same ones."""
-
-    out: Path = Path("runs/lr")
-    """Folder that gets the runs and lr.csv."""
-
-    def __post_init__(self) -> None:
-        for part in (Models, Budget, Place):
-            part.__post_init__(self)
-        if not self.rates:
-            raise ValueError("--rates names no learning rate")
-        if self.optim.lr is not None:
-            raise ValueError(f"--optim.lr {self.optim.lr:g} has no effect where rates are tried: give it to --rates")
-        if len(set(self.rates)) < len(self.rates):
-            raise ValueError(f"--rates names a rate twice: {' '.join(map(str, self.rates))}")

@@ -56,6 +56,14 @@ class Schedule:
         """Takes out a task that needs no time."""
         self._left.pop(name)
 
+    def plan(self, tasks: Sequence[Task], *, instead_of: Sequence[str]) -> None:
+        """Puts tasks in the place of others that stood for them; of these, unknown names are those gone before."""
+        for name in instead_of:
+            if self._left.pop(name, None) is not None:
+                self._total -= 1
+        self._left |= {task.name: task for task in tasks}
+        self._total += len(tasks)
+
     def update(self, name: str, seconds: float, fraction: float) -> None:
         """Says that a task has run for `seconds` and that `fraction` of it is done."""
         self._running[name] = (self._left[name], seconds, fraction)
@@ -158,6 +166,10 @@ class Progress:
     def say(self, text: str) -> None:
         """Writes a line that stays."""
         self._line.say(text)
+
+    def plan(self, tasks: Sequence[Task], *, instead_of: Sequence[str]) -> None:
+        """Puts tasks in the place of others that stood for them."""
+        self.schedule.plan(tasks, instead_of=instead_of)
 
     def skip(self, name: str, why: str) -> None:
         """Takes a task out of the schedule and says so."""

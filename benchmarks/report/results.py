@@ -214,6 +214,10 @@ _COMPARISON: dict[str, Any] = {
     "failures": dict[str, str] | None,
     "provenance": Mapping[str, Any] | None,
     "provenance.command": str | None,
+    "tuning": Mapping[str, Any] | None,
+    "tuning.rounds": list[int] | None,
+    "tuning.n_trials": int | None,
+    "tuning.n_documents": int | None,
 }
 """What they read of compare.json."""
 

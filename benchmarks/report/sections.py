@@ -12,7 +12,17 @@ from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, 
 from .figures import context_figure, learning_figure, position_figure, quality_figure
 from .results import METRICS, Check, Comparison, Metric
 from .winner_map import criterion_blocks, winner_map
-from .words import and_list, batches, capital, missing_parts, score_meaning, shading, span_of, status_words
+from .words import (
+    and_list,
+    batches,
+    capital,
+    choice_of_rates,
+    missing_parts,
+    score_meaning,
+    shading,
+    span_of,
+    status_words,
+)
 
 __all__ = ["sections"]
 
@@ -165,12 +175,7 @@ def _budget_section(comparison: Comparison, checks: Sequence[Check]) -> list[Blo
             if all(check.equal for check in checks)
             else "The runs did not have equal budgets, so their quality cannot be compared as it stands."
         ),
-        Paragraph(
-            text="The peak learning rates of the presets were chosen with crossover bench lr by bits per byte on the "
-            "same held-out split that is reported here; no third split was kept."
-            if comparison.predicts_text
-            else "The peak learning rates of the presets were chosen for predicting text, not for this score."
-        ),
+        Paragraph(text=choice_of_rates(comparison)),
         *_foreign_rates(comparison),
         Items(
             items=[

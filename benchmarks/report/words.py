@@ -16,6 +16,7 @@ __all__ = [
     "and_list",
     "batches",
     "capital",
+    "choice_of_rates",
     "headline",
     "missing_parts",
     "score_meaning",
@@ -522,4 +523,23 @@ def shading(comparison: Comparison) -> str:
         f"{band} Disturbed: {disturbed} of {len(comparison.cells)} measurements, in which the work waited more than "
         f"{MAX_WAITING - 1:.0%} of its time for a processor, or others kept more than {MAX_FOREIGN_SHARE:.0%} of the "
         "machine busy, at the second attempt too."
+    )
+
+
+def choice_of_rates(comparison: Comparison) -> str:
+    """Says how the peak learning rates were chosen."""
+    tuning = comparison.info.get("tuning")
+    if tuning is None and comparison.predicts_text:
+        return (
+            "The peak learning rates of the presets were chosen at the size of the demo by bits per byte on the same "
+            "held-out split that is reported here; crossover compare --tune-lr chooses them on a third one."
+        )
+    if tuning is None:
+        return "The peak learning rates of the presets were chosen for predicting text, not for this score."
+    steps = and_list([f"{steps:,}" for steps in tuning["rounds"]])
+    return (
+        f"The peak learning rate of each model was found by this comparison in {tuning['n_trials']} trials of {steps} "
+        "steps, at rates a factor of two apart, of which the better half went on to the longer ones, and the best has "
+        f"a worse neighbour on either side. Trials were judged on {tuning['n_documents']:,} documents that were held "
+        "out from their training for that, and that no number here comes from; every one is in tuning/trials.csv."
     )

@@ -24,7 +24,6 @@ def run(*words: str) -> tuple[int, str]:
     [
         ["--help"],
         ["compare", "--help"],
-        ["bench", "lr", "--help"],
         ["bench", "kernels", "--help"],
         ["train", "--help"],
         ["report", "--help"],
@@ -83,7 +82,8 @@ def test_help_lists_the_options_of_the_other_measurements(
         (["compare", "--memory-limit", "lots"], "'lots' is not a size"),
         (["compare", "--context", "512", "128"], "increasing lengths"),
         (["compare", "--archs", "manba"], "did you mean 'mamba'?"),
-        (["bench", "lr", "--rates", "0"], "--rates=(0.0,) must be more than 0"),
+        (["compare", "--tune-share", "0"], "--tune-share=0.0 must be more than 0"),
+        (["compare", "--tune-lr", "--optim.lr", "1e-3"], "leave --optim.lr 0.001 out"),
         (["report", "/nowhere/at/all"], "/nowhere/at/all is not a folder"),
         (["generate", "/nowhere/at/all", "def "], "/nowhere/at/all holds no model"),
         (["train", "--model.preset", "manba", "--data", "/nowhere"], "/nowhere"),

@@ -124,7 +124,7 @@ def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
     """Reads the documents, and tokenizes them unless the cache holds this very content.
 
     Args:
-        config: source, column, tokenizer, val_fraction and cache are used.
+        config: source, column, tokenizer, val_fraction, held_out and cache are used.
         progress: show the bars of `datasets` and `tokenizers`, on a terminal.
 
     Raises:
@@ -132,7 +132,7 @@ def load_corpus(config: DataConfig, *, progress: bool = False) -> Corpus:
     """
     cache = cache_folder(config.cache)
     documents = read_documents(config.source, column=config.column, cache=cache, progress=progress)
-    train, val = split_documents(documents.texts, config.val_fraction)
+    train, val = split_documents(documents.texts, config.val_fraction, config.held_out)
     tokenizer = open_tokenizer(config.tokenizer, train, cache=cache, progress=progress)
     documents_digest = digest_of(train, val)
     digest = hashlib.sha256(f"{FORMAT} {documents_digest} {tokenizer.digest}".encode()).hexdigest()

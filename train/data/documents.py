@@ -19,7 +19,7 @@ The same rules hold for every source:
   in the token stream, are dropped and counted.
 * A document is held out if a hash of its key falls below `val_fraction`. The key is the relative path of a file and the
   content of a row, so that adding documents moves none of the others. If no hash falls below, the lowest is held out;
-  one document always stays for training.
+  one document always stays for training. A split for tuning is as large a share of the hashes, next above it.
 * A source of one document is cut at blank lines into blocks of at most 64 Ki characters (a sixteenth of it where that
   is less), which count as documents, repeated ones too; the index of a block is its key.
 * Documents are ordered by that same hash, not by path: any stretch of the stream is a fair sample of the corpus, and
@@ -112,25 +112,38 @@ def read_documents(source: str, *, column: str, cache: Path, progress: bool = Fa
     return documents
 
 
-def split_documents(texts: Mapping[str, str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Returns the training and the validation documents, both in the order of the salted SHA-256 of their keys.
+def split_documents(
+    texts: Mapping[str, str], val_fraction: float, held_out: str = "validation"
+) -> tuple[list[str], list[str]]:
+    """Returns the training and the held-out documents, both in the order of the salted SHA-256 of their keys.
+
+    Held out is what validation reads, or, for "tuning", as large a share of the hashes above it; what validation reads
+    is then in neither list, and which documents that are does not change.
 
     Raises:
-        DataError: if val_fraction is not between 0 and 1, or there is only one document.
+        DataError: if val_fraction is not between 0 and 1, or there are fewer documents than splits.
     """
     if not 0 < val_fraction < 1:
         raise DataError(
             f"val_fraction={val_fraction} is not between 0 and 1: set --data.val-fraction, for example to 0.05"
         )
-    if len(texts) < 2:
-        raise DataError("the corpus has only one document, too little to hold some text out: give more with --data")
+    n_splits = 3 if held_out == "tuning" else 2
+    if len(texts) < n_splits:
+        few = "one document" if len(texts) == 1 else "two documents"
+        raise DataError(f"the corpus has only {few}, too little to hold some text out: give more with --data")
     # surrogateescape: a file name is any bytes
     salted = {key: (SPLIT_SALT + key).encode(errors="surrogateescape") for key in texts}
     ranks = {key: int.from_bytes(hashlib.sha256(name).digest()) for key, name in salted.items()}
     order = sorted(ranks, key=lambda key: ranks[key])
-    n_below = sum(rank < int(val_fraction * 2**256) for rank in ranks.values())
-    n_val = min(max(n_below, 1), len(order) - 1)
-    return [texts[key] for key in order[n_val:]], [texts[key] for key in order[:n_val]]
+
+    def n_below(share: float) -> int:
+        return sum(rank < int(share * 2**256) for rank in ranks.values())
+
+    first, last = 0, min(max(n_below(val_fraction), 1), len(order) - 1)
+    if held_out == "tuning":
+        first = min(last, len(order) - 2)
+        last = min(max(n_below(2 * val_fraction), first + 1), len(order) - 1)
+    return [texts[key] for key in order[last:]], [texts[key] for key in order[first:last]]
 
 
 def cut_into_blocks(text: str) -> Iterable[str]:

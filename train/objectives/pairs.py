@@ -243,7 +243,7 @@ def load_pairs(
             pairs.skipped["empty"] += 1
         else:
             pairs.add(json.dumps([source, target]))
-    splits = split_documents(pairs.texts, config.val_fraction)
+    splits = split_documents(pairs.texts, config.val_fraction, config.held_out)
     (train_sources, train_targets), (val_sources, val_targets) = (
         zip(*map(json.loads, split), strict=True) for split in splits
     )

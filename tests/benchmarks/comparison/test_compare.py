@@ -146,14 +146,3 @@ def test_a_measurement_that_fails_makes_the_comparison_fail(
     config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=data, out=tmp_path, threads=1)
     assert compare.compare(config, command=["crossover", "compare"]) == 1
     assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_bench_lr_names_the_best_rate(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--archs mamba --rates 1e-6 3e-3 --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256"
-    code = main(["bench", "lr", *options.split(), "--threads", "1", "--data", str(text), "--out", str(tmp_path / "lr")])
-    said, complaints = capsys.readouterr()
-    assert code == 0, complaints
-    lines = (tmp_path / "lr" / "lr.csv").read_text().splitlines()
-    assert [line.split(",")[-1] for line in lines] == ["best", "False", "True"]
-    assert "best, at the end of the list: try further" in said

@@ -356,3 +356,25 @@ def test_progress_bars_are_off_away_from_a_terminal(cache: Path, monkeypatch: py
         monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda terminal=terminal: terminal, write=len))
         read_documents("hf:name", column="text", cache=cache, progress=True)
         assert datasets.are_progress_bars_disabled() is not terminal
+
+
+@pytest.mark.parametrize(("n", "fraction"), [(3, 0.3), (57, 0.01), (57, 0.2), (57, 0.45), (57, 0.7)])
+def test_a_split_for_tuning_leaves_that_of_validation_alone(n: int, fraction: float) -> None:
+    texts = {f"file {i}": f"text of {i}" for i in range(n)}
+    train, val = split_documents(texts, fraction)
+    fewer, tuning = split_documents(texts, fraction, "tuning")
+    assert fewer
+    assert tuning
+    if fraction < 0.5:
+        assert [*tuning, *fewer] == train
+    assert not set(val) & {*fewer} or fraction > 0.5
+    assert not set(val) & set(tuning) or fraction > 0.5
+    # a document added moves none of the others into another split
+    _, more = split_documents(texts | {"another": "text of another"}, fraction, "tuning")
+    if n > 3 and fraction in (0.2, 0.45):
+        assert set(more) - {"text of another"} == set(tuning)
+
+
+def test_two_documents_are_too_few_for_three_splits() -> None:
+    with pytest.raises(DataError, match="only two documents"):
+        split_documents({"a": "one", "b": "two"}, 0.3, "tuning")
