@@ -76,6 +76,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
                     runs = [with_rate(run, rates) for run in runs]
                     check_resumable(runs, objective.data.digest)
                     record["tuning"] = search.record
+                    write_json(config.out / "compare.json", record)
                     progress.say(_by_hand(runs[0]))
                 record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
                 write_json(config.out / "compare.json", record)
