@@ -319,6 +319,11 @@ class TrainConfig:
     ] = None
     """CPU threads."""
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all rows of all steps, where each has seq_len."""
+        return self.steps * self.batch_size * self.seq_len
+
     def __post_init__(self) -> None:
         check(self, "train.")
         _require(

@@ -73,6 +73,9 @@ class Objective(abc.ABC, Generic[Row, B]):
     weights: ClassVar[Mapping[str, float]] = {}
     """Factors of the terms in the loss: 1 unless given; a term of weight 0 is recorded and not learned."""
 
+    has_windows: ClassVar[bool] = False
+    """Whether every row is train.seq_len tokens of running text, so that the length of rows is free to choose."""
+
     facts: ClassVar[frozenset[str]] = frozenset()
     """Names among `metrics` of what is no curve, such as bytes read: it goes to the result alone."""
 

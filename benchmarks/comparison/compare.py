@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,16 +24,31 @@ from ..harness.precision import decide_precision
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch
+from ..report.results import baseline_among, load_run
 from ..report.write import write_report
 from .options import CompareConfig
-from .runs import arguments, check_resumable, share_threads, train_runs, training_tasks
+from .runs import arguments, check_resumable, is_done, share_threads, train_runs, training_tasks
 from .tuning import Search
 
 if TYPE_CHECKING:
     from ...train.objective import Objective
     from ...train.runtime import Precision
 
-__all__ = ["bench_context", "check_archs", "compare", "open_objective", "print_table", "run_configs", "sizes_of"]
+__all__ = [
+    "bench_context",
+    "check_archs",
+    "compare",
+    "open_objective",
+    "print_table",
+    "run_configs",
+    "sizes_of",
+    "steps_of",
+]
+
+_WITHIN = 0.02
+"""Share by which equal budgets may differ."""
+
+_BUDGETS = {"tokens": "tokens", "flops": "FLOPs of training"}
 
 
 def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
@@ -48,7 +64,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         print_sizes(list(sizes.values()))
         precision = decide_precision(config, [sized.config.d_model for sized in sizes.values()])
         config = dataclasses.replace(config, precision=precision.name)
-        n_runs = len(config.archs) * config.seeds
+        n_runs = len(config.archs) * len(config.seq_len) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
         runs = run_configs(config, sizes, longest=objective.data.n_tokens[1] - 1, threads=threads)
         search = None
@@ -57,6 +73,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             runs = [with_rate(run, search.rates) for run in runs]
         decided = [run for run in runs if search is None or run.model.preset in search.rates]
         check_resumable(decided, objective.data.digest)
+        print_budgets(config, runs, sizes)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
@@ -84,6 +101,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         except Interrupted as stop:
             return _stopped(stop, config.out, command, progress)
         page = write_report(config.out)
+        _print_spent(config, runs)
         _print_headline(config.out)
         print(f"\nReport: {page}")
         for name, reason in record["failures"].items():
@@ -142,11 +160,17 @@ def open_objective(config: CompareConfig) -> "Objective[Any, Any]":
     """
     from ...train.objectives import open_objective as open_of_run
 
-    train = TrainConfig(batch_size=config.batch_size, seq_len=config.seq_len, position_len=0)
+    longest = config.seq_len[-1]
+    train = TrainConfig(batch_size=config.tokens_per_step // longest, seq_len=longest, position_len=0)
     run = RunConfig(objective=config.objective, data=config.data, train=train)
     with explaining(config.out):
         objective = open_of_run(run, progress=sys.stderr.isatty())
     data = objective.data
+    if not objective.has_windows and (len(config.seq_len) > 1 or config.equal == "flops"):
+        raise ValueError(
+            f"--objective {config.objective.kind} has rows of their own lengths: several --seq-len and --equal flops "
+            "are for objectives of running text, such as next_token"
+        )
     print(
         f"Data: {data.name}, {data.n_documents:,} documents, {data.train_bytes / 1e6:.1f} MB to train on, "
         f"{data.val_bytes / 1e6:.2f} MB held out (digest {data.digest[:12]})."
@@ -166,7 +190,8 @@ def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
     """
     from ...train.objectives import open_objective as open_of_run
 
-    train = TrainConfig(batch_size=config.batch_size, seq_len=config.seq_len, position_len=0)
+    length = config.seq_len[0]
+    train = TrainConfig(batch_size=config.tokens_per_step // length, seq_len=length, position_len=0)
     data = dataclasses.replace(config.data, held_out="tuning")
     objective = open_of_run(RunConfig(objective=config.objective, data=data, train=train))
     found = objective.data
@@ -192,7 +217,9 @@ def sizes_of(config: CompareConfig, objective: "Objective[Any, Any]") -> dict[st
     """
     vocab_size = objective.data.tokenizer.vocab_size
     sizes = {
-        arch: size_arch(arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len)
+        arch: size_arch(
+            arch, n_params=config.params, vocab_size=vocab_size, seq_len=config.seq_len[0], others=config.seq_len[1:]
+        )
         for arch in config.archs
     }
     for sized in sizes.values():
@@ -208,42 +235,102 @@ def run_configs(
 ) -> list[RunConfig]:
     """The training runs of a comparison, seed by seed, so that an unfinished one has every architecture once.
 
+    With several trained lengths, length by length within a seed.
+
     `longest` is the longest window that the held-out text has; loss by position stays within it.
 
     Raises:
-        ValueError: if the position length asked for is longer.
+        ValueError: if the position length asked for is longer, or the steps are too few for an equal budget.
     """
     if config.position_len is not None and config.position_len > longest:
         raise ValueError(f"--position-len {config.position_len} is more than the {longest} tokens of held-out text")
-    position_len = min(longest, 4 * config.seq_len) if config.position_len is None else config.position_len
+    position_len = config.position_len or min(longest, max(4 * config.seq_len[0], 2 * config.seq_len[-1]))
+    steps = steps_of(config, sizes)
     archs = config.archs[::-1]  # the baseline, mostly the quickest, then fills the gap beside the last of the slow ones
     return [
         RunConfig(
-            name=f"{arch}-s{seed}",
+            name=(name := f"{arch}{f'-l{length}' if len(config.seq_len) > 1 else ''}-s{seed}"),
             seed=seed,
             out=config.out,
-            model=ModelSpec(preset=arch, n_params=config.params),
+            model=ModelSpec(preset=arch, n_params=config.params, set=sizes[arch].options),
             objective=config.objective,
             data=config.data,
             optim=dataclasses.replace(config.optim, lr=config.optim.lr or sizes[arch].lr),
             train=TrainConfig(
-                steps=config.steps,
-                batch_size=config.batch_size,
-                seq_len=config.seq_len,
+                steps=steps[arch, length],
+                batch_size=config.tokens_per_step // length,
+                seq_len=length,
                 precision=config.precision,
-                eval_every=max(1, config.steps // 5),
+                eval_every=max(1, steps[arch, length] // 5),
                 eval_tokens=config.eval_tokens,
                 final_eval_tokens=8 * config.eval_tokens,
                 position_len=position_len,
-                checkpoint_every=max(1, config.steps // 4),
+                lengths=config.seq_len if len(config.seq_len) > 1 else (),
+                length_tokens=config.length_tokens,
+                checkpoint_every=max(1, steps[arch, length] // 4),
                 device=config.device,
                 threads=threads,
-                tensorboard=config.out / "tb" / f"{arch}-s{seed}",
+                tensorboard=config.out / "tb" / name,
             ),
         )
         for seed in range(config.seeds)
+        for length in config.seq_len
         for arch in archs
     ]
+
+
+def steps_of(config: CompareConfig, sizes: Mapping[str, SizedArch]) -> dict[tuple[str, int], int]:
+    """Optimizer steps of each architecture at each trained length.
+
+    Raises:
+        ValueError: if whole steps cannot spend the budget within 2 %.
+    """
+    kinds = [(arch, length) for arch in config.archs for length in config.seq_len]
+    if config.equal == "tokens":
+        return dict.fromkeys(kinds, config.steps)
+    baseline = config.baseline or baseline_among(config.archs)
+    budget = sizes[baseline].flops_per_token * config.steps
+    steps = {}
+    for arch, length in kinds:
+        exact = budget / sizes[arch].flops_at[length]
+        steps[arch, length] = max(1, round(exact))
+        if abs(steps[arch, length] / exact - 1) > _WITHIN:
+            raise ValueError(
+                f"the FLOPs of --steps {config.steps} of {baseline} are {exact:.1f} steps of {arch} at {length} "
+                f"tokens, which whole steps miss by more than {_WITHIN:.0%}: give more --steps"
+            )
+    return steps
+
+
+def print_budgets(config: CompareConfig, runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch]) -> None:
+    """Prints what each run is to spend, where that is not the same for all."""
+    if len(config.seq_len) == 1 and config.equal == "tokens":
+        return
+    print(f"\nEqual {_BUDGETS[config.equal]}:")
+    rows = []
+    for run in runs[: len(config.archs) * len(config.seq_len)]:
+        sized, train = sizes[run.model.preset], run.train
+        flops = sized.flops_at[train.seq_len] * train.n_tokens
+        shape = (f"{train.batch_size} x {train.seq_len:,}", f"{train.steps:,}", f"{train.n_tokens:,}")
+        rows.append((sized.label, *shape, f"{flops:.4g}"))
+    print_table(("arch", "sequences", "steps", "tokens", "training FLOPs"), rows)
+
+
+def _print_spent(config: CompareConfig, runs: Sequence[RunConfig]) -> None:
+    """Prints what the finished runs have spent, where that is not the same for all: the mean over the seeds."""
+    if len(config.seq_len) == 1 and config.equal == "tokens":
+        return
+    rows = []
+    for length in config.seq_len:
+        for arch in config.archs:
+            same = (run for run in runs if run.model.preset == arch and run.train.seq_len == length)
+            kind = [load_run(run.directory) for run in same if is_done(run)]
+            if kind:
+                spent = [[run.result[key] for run in kind] for key in ("tokens", "train_flops", "train_seconds")]
+                tokens, flops, seconds = map(statistics.fmean, spent)
+                rows.append((kind[0].info["label"], f"{length:,}", f"{tokens:,.0f}", f"{flops:.4g}", f"{seconds:,.1f}"))
+    print(f"\nSpent, at equal {_BUDGETS[config.equal]}:")
+    print_table(("arch", "trained at", "tokens", "training FLOPs", "training seconds"), rows)
 
 
 def _context_jobs(

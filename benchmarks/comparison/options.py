@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ...options import Length, Range, Size
 from ...train.config import Count
@@ -31,8 +31,22 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     eval_tokens: Count = 8_192
     """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
 
+    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (256,)
+    """Tokens per training sequence. With several lengths every model is trained at each of them, on as many tokens in
+    a step and in all, and reads held-out documents at each, also beyond the trained one. A length is reported where
+    8 held-out documents have so many tokens: of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have
+    32,768 and 3 have 65,536."""
+
+    equal: Literal["tokens", "flops"] = "tokens"
+    """What every run gets: as many tokens, or as many FLOPs of training as the baseline spends in --steps at the
+    shortest --seq-len, in as many steps as that makes."""
+
     position_len: Length | None = None
-    """Longest length at which loss by position is evaluated; 4 x --seq-len when not given."""
+    """Longest length at which loss by position is evaluated, on the same texts for all; when not given, 4 times the
+    shortest --seq-len, or twice the longest."""
+
+    length_tokens: Annotated[Count, Range(2**16)] = 2**16
+    """Held-out tokens read at each length, where there are several."""
 
     tune_lr: bool = False
     """Find the peak learning rate of each model first, and compare with what was found: in short runs at rates that are
@@ -51,5 +65,5 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
             raise ValueError(f"--baseline {self.baseline} is not among --archs {' '.join(self.archs)}")
         if self.tune_lr and self.optim.lr is not None:
             raise ValueError(f"--tune-lr finds a rate for each model: leave --optim.lr {self.optim.lr:g} out")
-        if self.position_len is not None and self.position_len < self.seq_len:
-            raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len}")
+        if self.position_len is not None and self.position_len < self.seq_len[-1]:
+            raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len[-1]}")

@@ -43,6 +43,8 @@ def arguments(run: RunConfig) -> list[str]:
         section, _, key = path.partition(".options.")
         if key:  # of the run file's table, which the command line gives one by one
             words += [f"--{section}.set", f"{key}={json.dumps(value)}"]
+        elif isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
         elif path.endswith(".set"):
             words += [word for entry in value for word in (option, entry)]
         else:
@@ -107,7 +109,7 @@ def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch]) ->
         Task(
             name=run.name,
             kind="train",
-            cost=sizes[run.model.preset].flops_per_token * run.train.steps * run.train.batch_size * run.train.seq_len,
+            cost=sizes[run.model.preset].flops_at[run.train.seq_len] * run.train.n_tokens,
         )
         for run in runs
     ]

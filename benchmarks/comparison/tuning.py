@@ -3,7 +3,8 @@
 The rule is successive halving over rates that are factors of two apart. Every rate of the first round is tried in short
 runs, of which each has a whole schedule; the better half of them goes on to the next round, whose runs are twice as
 long. In every round a rate twice as high and one half as high as the best are tried too, unless they were: what is
-found has a worse neighbour on either side. A trial that did not finish is worse than any that did.
+found has a worse neighbour on either side. A trial that did not finish is worse than any that did. Where a comparison
+has several trained lengths, trials have the shortest.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ class Search:
         return self._sizes[arch].lr * 2.0**power
 
     def _tokens(self, steps: int) -> int:
-        return steps * self._config.batch_size * self._config.seq_len
+        return steps * self._config.tokens_per_step
 
     def _trial(self, arch: str, power: int, steps: int) -> RunConfig:
         config, rate = self._config, self._rate(arch, power)
@@ -195,8 +196,8 @@ class Search:
             optim=replace(config.optim, lr=rate),
             train=TrainConfig(
                 steps=steps,
-                batch_size=config.batch_size,
-                seq_len=config.seq_len,
+                batch_size=config.tokens_per_step // config.seq_len[0],
+                seq_len=config.seq_len[0],
                 precision=config.precision,
                 eval_every=0,
                 eval_tokens=8 * config.eval_tokens,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ...options import Length, Size, check
+from ...options import Length, Range, Size, check
 from ...train.config import Count, DataConfig, ObjectiveSpec, OptimConfig
 from .format import format_bytes, parse_bytes
 
@@ -79,10 +79,10 @@ class Budget:
     steps: Count = 450
     """Optimizer steps of every run."""
 
-    batch_size: Size = 4
-    """Sequences per step."""
+    batch_size: Size | None = None
+    """Sequences per step, of the shortest --seq-len; when not given 4, or as many as the longest --seq-len needs."""
 
-    seq_len: Length = 256
+    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (256,)
     """Tokens per training sequence."""
 
     eval_tokens: Count = 8_192
@@ -94,6 +94,27 @@ class Budget:
 
     def __post_init__(self) -> None:
         check(self, "--")
+        check_lengths(self.seq_len, None, option="--seq-len")
+        for length in self.seq_len:
+            self._check_divides(length)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, of every run."""
+        shortest = self.seq_len[0]
+        return shortest * (self.batch_size or max(4, -(-self.seq_len[-1] // shortest)))
+
+    def _check_divides(self, length: int) -> None:
+        tokens = self.tokens_per_step
+        if tokens % length == 0:
+            return
+        said = f"{tokens:,} tokens of a step, {tokens // self.seq_len[0]} times the shortest --seq-len"
+        if length > tokens:
+            needed = -(-length // self.seq_len[0])
+            raise ValueError(f"--seq-len {length} is more than the {said}: give --batch-size {needed} or more")
+        ways = range(1, tokens // self.seq_len[0] + 1)
+        nearest = min((tokens // n for n in ways if tokens % n == 0), key=lambda fits: abs(fits - length))
+        raise ValueError(f"--seq-len {length} does not divide the {said}: the nearest that does is {nearest}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "Metric",
     "Run",
+    "baseline_among",
     "budget_checks",
     "crossovers_of",
     "curve",
@@ -307,9 +308,8 @@ class Comparison:
     @property
     def baseline(self) -> str:
         """The architecture that the others are compared with: the one asked for, the Transformer, or else the first."""
-        names = self.archs
-        default = "transformer" if "transformer" in names else names[0]
-        return self.chosen_baseline or self.info.get("config", {}).get("baseline", default)
+        asked = self.chosen_baseline or self.info.get("config", {}).get("baseline")
+        return asked or baseline_among(self.archs)
 
     @property
     def others(self) -> list[str]:
@@ -411,6 +411,11 @@ class Comparison:
         """Cells of one architecture and phase by length."""
         cells = (cell for cell in self.cells if cell.arch == arch and cell.phase == phase)
         return sorted(cells, key=lambda cell: cell.context_len)
+
+
+def baseline_among(archs: Sequence[str]) -> str:
+    """The architecture that others are compared with if none is asked for: the Transformer, else the first."""
+    return "transformer" if "transformer" in archs else archs[0]
 
 
 def load_run(folder: Path) -> Run:

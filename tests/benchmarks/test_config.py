@@ -28,7 +28,7 @@ def test_a_size_that_is_none_is_quoted_with_an_example() -> None:
         ({"context": (512, 128)}, "increasing"),
         ({"context": (0, 128)}, "positive"),
         ({"steps": 0}, "--steps=0 must be at least 1"),
-        ({"seq_len": 512, "position_len": 256}, "shorter than --seq-len 512"),
+        ({"seq_len": (512,), "position_len": 256}, "shorter than --seq-len 512"),
         ({"threads": -1}, "--threads=-1 must be at least 1"),
         (
             {"context": (128, 512), "measure": MeasureConfig(tokens_per_batch=511)},

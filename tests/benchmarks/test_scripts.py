@@ -108,7 +108,12 @@ def test_compare_takes_the_options_of_the_command(tmp_path: Path, monkeypatch: p
     more = {"objective": {"set": ["packing=reset"]}, "fresh": True, "time_box": 0.25, "threads": None}
     assert compare(**options, **more, out=tmp_path) == tmp_path
     config, words = asked.pop()
-    assert (config.archs, config.params, config.context, config.seq_len) == (("mamba", "lstm"), 300_000, (16, 48), 24)
+    assert (config.archs, config.params, config.context, config.seq_len) == (
+        ("mamba", "lstm"),
+        300_000,
+        (16, 48),
+        (24,),
+    )
     assert (config.data.source, config.data.column, config.objective.set) == ("texts", "body", ("packing=reset",))
     assert (config.fresh, config.measure.time_box, config.threads) == (True, 0.25, None)
     assert words[:6] == ["crossover", "compare", "--archs", "mamba", "lstm", "--params"]

@@ -64,6 +64,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
 
     Config = NextTokenConfig
     facts = frozenset({"bytes"})
+    has_windows = True
 
     def __init__(self, corpus: Corpus, *, seed: int, train: TrainConfig, packing: str = "concat") -> None:
         self.data = self.corpus = corpus

@@ -14,7 +14,8 @@ from crossover.benchmarks.cli import main
 from crossover.benchmarks.comparison import compare
 from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.context.cells import Failure
-from crossover.train.config import DataConfig
+from crossover.train.config import DataConfig, RunConfig
+from crossover.train.run import train
 
 from ..fake_runs import write_comparison
 
@@ -69,6 +70,32 @@ def test_comparison_from_data_to_report_and_again_without_work(text: Path, tmp_p
     assert other.returncode == 2
     assert "train.steps 10 instead of 20" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_several_lengths_at_equal_flops_from_training_to_report(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_here(runs: list[RunConfig], *_: object, **__: object) -> dict[str, str]:
+        assert [train(run).exit_code for run in runs] == [0] * len(runs)
+        return {}
+
+    monkeypatch.setattr(compare, "train_runs", train_here)
+    monkeypatch.setattr(compare, "measure_cells", lambda *_, **__: [])
+    options = ["--archs", "lstm", "transformer", "--seq-len", "32", "64", "--steps", "30", "--equal", "flops"]
+    assert main(words(text, tmp_path / "out", *options)) == 0
+    assert "Spent, at equal FLOPs of training:" in capsys.readouterr().out
+    names = [f"{arch}-l{length}-s0" for arch in ("lstm", "transformer") for length in (32, 64)]
+    results = [json.loads((tmp_path / "out" / name / "result.json").read_text()) for name in names]
+    flops = [result["train_flops"] for result in results]
+    assert max(flops) / min(flops) < 1.04
+    for result in results:
+        assert [entry["context_len"] for entry in result["by_length"]] == [32, 64]
+        assert {entry["status"] for entry in result["by_length"]} == {"too_little_text"}
+    assert {path.name for path in (tmp_path / "out" / "tb").iterdir()} == set(names)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "shown are the runs trained at 32 tokens; those at 64 are in their folders" in page
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["n_seeds"] for row in summary["quality"]] == [1, 1]  # other lengths are no further seeds
 
 
 @pytest.mark.slow
@@ -143,6 +170,6 @@ def test_a_measurement_that_fails_makes_the_comparison_fail(
     monkeypatch.setattr(compare, "train_runs", lambda *_, **__: {})
     monkeypatch.setattr(compare, "measure_cells", nothing_but_a_failure)
     data = DataConfig(source=str(text))
-    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=32, data=data, out=tmp_path, threads=1)
+    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=(32,), data=data, out=tmp_path, threads=1)
     assert compare.compare(config, command=["crossover", "compare"]) == 1
     assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err

@@ -2,8 +2,10 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from crossover.archs import build
 from crossover.benchmarks.comparison import runs as training
 from crossover.benchmarks.comparison.compare import run_configs
 from crossover.benchmarks.comparison.options import CompareConfig
@@ -64,12 +66,68 @@ def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunC
 
 
 def test_loss_by_position_stays_within_the_held_out_text(tmp_path: Path) -> None:
-    config = CompareConfig(archs=("mamba",), seq_len=64, out=tmp_path)
+    config = CompareConfig(archs=("mamba",), seq_len=(64,), out=tmp_path)
     sizes = {"mamba": size_arch("mamba", n_params=100_000, vocab_size=256, seq_len=64)}
     assert run_configs(config, sizes, longest=10_000)[0].train.position_len == 256
     assert run_configs(config, sizes, longest=100)[0].train.position_len == 100
     with pytest.raises(ValueError, match="--position-len 500 is more than the 100 tokens"):
         run_configs(replace(config, position_len=500), sizes, longest=100)
+
+
+def at_lengths(tmp_path: Path, *lengths: int, archs: tuple[str, ...] = ("lstm", "gpt2"), **options: Any) -> Any:
+    config = CompareConfig(archs=archs, params=300_000, seq_len=lengths, out=tmp_path, **options)
+    sizes = {
+        arch: size_arch(arch, n_params=300_000, vocab_size=256, seq_len=lengths[0], others=lengths[1:])
+        for arch in archs
+    }
+    return run_configs(config, sizes, longest=100_000), sizes
+
+
+def test_every_model_is_trained_at_every_length_on_as_many_tokens(tmp_path: Path) -> None:
+    runs, sizes = at_lengths(tmp_path, 96, 480, 1440, seeds=2, steps=7)
+    assert [run.name for run in runs[:3]] == ["gpt2-l96-s0", "lstm-l96-s0", "gpt2-l480-s0"]
+    assert len({run.name for run in runs}) == len(runs) == 2 * 3 * 2
+    assert {run.train.batch_size * run.train.seq_len for run in runs} == {1440}
+    assert {(run.train.steps, run.train.position_len) for run in runs} == {(7, 2880)}
+    assert {run.train.lengths for run in runs} == {(96, 480, 1440)}
+    assert {run.train.tensorboard.name == run.name for run in runs} == {True}
+    for run in runs:
+        assert run.model.configure(256) == sizes[run.model.preset].config  # the same model at every length
+        assert parse(arguments(run), "train") == run
+    assert sizes["gpt2"].config.max_positions == 1440
+    assert abs(sizes["gpt2"].n_params / 300_000 - 1) <= 0.02
+
+
+def test_one_length_keeps_names_batch_and_model(tmp_path: Path) -> None:
+    runs, _ = at_lengths(tmp_path, 96)
+    assert [run.name for run in runs] == ["gpt2-s0", "lstm-s0"]
+    assert {(run.train.batch_size, run.train.lengths, run.model.set) for run in runs} == {(4, (), ())}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seq_len": (250, 1000, 1600), "batch_size": 8}, "--seq-len 1600 does not divide .*nearest that does is 2000"),
+        ({"seq_len": (64, 4096), "batch_size": 8}, "--seq-len 4096 is more than the 512 tokens .*--batch-size 64"),
+        ({"seq_len": (256, 64)}, "--seq-len must be increasing"),
+    ],
+)
+def test_lengths_that_do_not_fit_a_step_are_refused_with_what_would(options: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CompareConfig(**options)
+
+
+def test_equal_flops_are_equal_within_two_percent_over_models_and_lengths(tmp_path: Path) -> None:
+    runs, sizes = at_lengths(tmp_path, 64, 512, archs=("transformer", "mamba", "lstm"), equal="flops", steps=60)
+    spent = [sizes[run.model.preset].flops_at[run.train.seq_len] * run.train.n_tokens for run in runs]
+    budget = 60 * 512 * sizes["transformer"].flops_per_token
+    assert all(abs(flops / budget - 1) <= 0.02 for flops in spent)
+    assert len({run.train.steps for run in runs}) > 2
+    for run in runs:  # what the trainer counts as spent
+        model = build(run.model.configure(256), device="meta")
+        assert sizes[run.model.preset].flops_at[run.train.seq_len] == model.training_flops_per_token(run.train.seq_len)
+    with pytest.raises(ValueError, match="give more --steps"):
+        at_lengths(tmp_path, 64, 512, archs=("transformer", "mamba", "lstm"), equal="flops", steps=3)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -131,7 +131,7 @@ def test_a_comparison_finds_its_rates_trains_with_them_and_does_nothing_twice(
 def test_a_search_that_was_stopped_goes_on_and_its_progress_counts_what_there_is(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompareConfig(archs=("mamba", "lstm"), params=60_000, steps=400, seq_len=32, out=tmp_path, threads=1)
+    config = CompareConfig(archs=("mamba", "lstm"), params=60_000, steps=400, seq_len=(32,), out=tmp_path, threads=1)
     data = type(config.data)(source=str(text), held_out="tuning", cache=tmp_path / "cache")
     objective = open_objective(RunConfig(data=data, train=TrainConfig(seq_len=32, position_len=0)))
     sizes = {arch: size_arch(arch, n_params=60_000, vocab_size=256, seq_len=32) for arch in config.archs}
