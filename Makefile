@@ -27,7 +27,7 @@ test-avx2: .venv/.dev  ## the same as on a processor without AVX-512, whose vect
 	@$(AVX2) $(V) tests/processor.py avx2
 	@$(AVX2) $(MAKE) --no-print-directory test
 
-bench-cpu: .venv/.dev  ## race operations, training and decoding against peers and limits on this CPU: about ten minutes
+bench-cpu: .venv/.dev  ## race operations, training and decoding against peers and limits on this CPU: a quarter of an hour
 	@.venv/bin/crossover bench kernels $(BENCH)
 
 gpu:  ## check every kernel on an NVIDIA GPU and time it against floor and peers: nine minutes, nothing to install
