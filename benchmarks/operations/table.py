@@ -97,8 +97,8 @@ def _large_shares(row: Row) -> Iterator[tuple[float, str]]:
         if kind not in WELL_SPENT and share > SHARE_GOAL:
             of_kind = [n for n in row["names"][OURS] if (kind_of(row["arch"], n) or n) == kind]
             largest = ", ".join(f"{n} {_percent(row['names'][OURS][n])}" for n in of_kind[:3])
-            wanted = f"take {_percent(share)} % of a step, and should take {_percent(SHARE_GOAL)}"
-            yield share / SHARE_GOAL, f"{_where(row)}: {kind} {wanted} ({largest})"
+            said = f"{_percent(share)} % of a step is {kind}, and should be {_percent(SHARE_GOAL)} at most ({largest})"
+            yield share / SHARE_GOAL, f"{_where(row)}: {said}"
 
 
 def _percent(share: float) -> str:

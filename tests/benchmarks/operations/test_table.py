@@ -41,7 +41,7 @@ def profile(before: dict[str, float] | None = None, **shares: float) -> dict[str
 def test_what_is_no_product_and_takes_more_than_a_twentieth_of_a_step_is_behind() -> None:
     (said,) = behind([profile(products=0.8, copies=0.061, norms=0.05)])
     assert said.startswith(
-        "profile mamba, 1 M at 512 tokens, 1 thread: copies take 6.1 % of a step, and should take 5.0"
+        "profile mamba, 1 M at 512 tokens, 1 thread: 6.1 % of a step is copies, and should be 5.0 at most"
     )
     assert said.endswith("(aten::cat 5.1, aten::fill_ 1.0)")
 
