@@ -11,7 +11,7 @@ from .criteria import Criterion
 from .crossovers import crossover
 from .document import Block, Heading, Paragraph, Table
 from .results import Comparison, Run
-from .words import span_of, status_words
+from .words import and_list, span_of, status_words
 
 __all__ = ["length_blocks"]
 
@@ -22,17 +22,40 @@ def length_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list[Bl
     blocks: list[Block] = []
     if len(lengths) > 1:
         blocks += [
-            Paragraph(
-                text="Every length has the same budget, so a step with longer windows holds fewer different documents: "
-                "at small budgets longer windows are worse for every model. That does not say that context hurts; the "
-                "tables by position and with the context cut, of the same text, tell what context brings."
-            ),
+            Paragraph(text=_about_lengths(comparison, lengths)),
             *_crossings(comparison, found),
             *_squares(comparison, lengths),
         ]
     blocks += _read_at(comparison, lengths)
     blocks += _cut(comparison, lengths)
     return [Heading(text="Quality against context length"), *blocks] if blocks else []
+
+
+def _about_lengths(comparison: Comparison, lengths: Sequence[int]) -> str:
+    """How to read quality by trained length; where longer windows made models worse, why that may be."""
+    shortest, longest = (_means(comparison, length) for length in (lengths[0], lengths[-1]))
+    worse = [
+        comparison.label(arch)
+        for arch in shortest.keys() & longest.keys()
+        if comparison.score.best([shortest[arch], longest[arch]]) == shortest[arch] != longest[arch]
+    ]
+    said = "Every length has the same budget, so a step with longer windows holds fewer different documents."
+    if worse:
+        verb = "predict" if len(worse) > 1 else "predicts"
+        said += (
+            f" Trained at {lengths[-1]:,} tokens {and_list(sorted(worse))} {verb} worse than at {lengths[0]:,}: fewer "
+            "documents do that where the budget is small, and it does not say that context hurts."
+        )
+    return f"{said} The tables by position and with the context cut, of the same text, tell what context brings."
+
+
+def _means(comparison: Comparison, length: int) -> dict[str, float]:
+    """The mean score over the seeds of each architecture trained at a length."""
+    found: dict[str, list[float]] = {}
+    for run in comparison.runs:
+        if run.seq_len == length and run.quality is not None:
+            found.setdefault(run.arch, []).append(run.quality)
+    return {arch: statistics.fmean(values) for arch, values in found.items()}
 
 
 def _crossings(comparison: Comparison, found: Sequence[Criterion]) -> list[Block]:

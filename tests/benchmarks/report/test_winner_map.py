@@ -211,10 +211,17 @@ def test_quality_by_length_is_told_by_position_at_other_lengths_and_with_the_con
         write_json(home / "result.json", result | more)
     text = write_report(tmp_path).with_suffix(".md").read_text()
     section = text[text.index("## Quality against context length") : text.index("## Quality\n")]
-    assert "at small budgets longer windows are worse for every model" in section
+    assert "a step with longer windows holds fewer different documents" in section
     assert "| Mamba | up to 300 tokens" not in section
     assert "| LSTM | beyond 190 tokens (180-190) | 3 |" in section  # 100 x 3^(0.25 / 0.443)
     assert "| Trained at | 64 to 128 |\n|---|---:|\n| 100 | 2.000 |\n| 300 | 2.500 |\n" in section
     assert "| Transformer | 100 | 1.500 | beyond its positions |" in section
     assert "| LSTM | 300 | 2.000 | 1.250 |" in section
     assert "| Mamba | 300 | - | - | 3.000 | 2.750 |" in section
+
+
+def test_models_that_longer_windows_made_worse_are_named_and_no_others(tmp_path: Path) -> None:
+    text = write_report(make(tmp_path / "some")).with_suffix(".md").read_text()
+    assert "Trained at 300 tokens Mamba predicts worse than at 100: fewer documents" in text
+    better = {arch: {100: by_length[100], 300: (1.5, 1.6, 1.7)} for arch, by_length in QUALITY.items()}
+    assert "worse than at" not in write_report(make(tmp_path / "none", quality=better)).with_suffix(".md").read_text()
