@@ -384,11 +384,11 @@ class Comparison:
     def ranked_cells(self, arch: str, metric: Metric) -> list[Cell]:
         """Cells of one architecture that a metric compares, by length.
 
-        Decode speeds are those of compiled steps where any model has one: beside them, what calls modules for every
-        token measures Python.
+        Speeds of decoding are those of compiled steps where any model has one: beside them, what calls modules for
+        every token measures Python.
         """
         cells = self.cells_of(arch, metric.phase)
-        if metric.phase == "decode" and metric.key == "tokens_per_second" and self.decodes_compiled:
+        if metric.key == "tokens_per_second" and self.decodes_compiled(metric.phase):
             return [cell for cell in cells if cell.is_compiled or not cell.done]
         return cells
 
@@ -402,10 +402,9 @@ class Comparison:
         values = {repeat: max(value, 1e-9) for repeat, value in values.items() if value is not None}
         return values if len(values) > 1 else {}
 
-    @property
-    def decodes_compiled(self) -> bool:
-        """Whether any model was decoded by a compiled step."""
-        return any(cell.is_compiled for cell in self.cells if cell.phase == "decode")
+    def decodes_compiled(self, phase: str = "decode") -> bool:
+        """Whether any model was decoded by a compiled step in a phase."""
+        return any(cell.is_compiled for cell in self.cells if cell.phase == phase)
 
     def cells_of(self, arch: str, phase: str) -> list[Cell]:
         """Cells of one architecture and phase by length."""

@@ -275,7 +275,8 @@ def headline(comparison: Comparison, rows: Sequence[Mapping[str, Any]], crossing
             if len(lengths) > 1
             else f"One length was measured, {lengths[0]:,} tokens of context on this machine; others are unknown."
         )
-        decoding = _python_sentence(comparison) + _compiled_sentence(comparison)
+        decoding = _python_sentence(comparison)
+        decoding += _compiled_sentence(comparison) + _compiled_sentence(comparison, "decode_many")
         paragraphs.append(measured + _positions_sentence(comparison) + decoding)
     if reading := _prompt_sentence(comparison):
         paragraphs.append(reading)
@@ -331,16 +332,17 @@ def _reason(error: str | None) -> str:
     return f" ({error})" if error else ""
 
 
-def _compiled_sentence(comparison: Comparison) -> str:
+def _compiled_sentence(comparison: Comparison, phase: str = "decode") -> str:
     """Says which models a compiled step decoded where not all were; empty elsewhere."""
-    cells = [cell for cell in comparison.cells if cell.phase == "decode" and cell.done]
+    cells = [cell for cell in comparison.cells if cell.phase == phase and cell.done]
     others = [arch for arch in comparison.archs if any(c.arch == arch and not c.is_compiled for c in cells)]
-    if not comparison.decodes_compiled or not others:
+    if not comparison.decodes_compiled(phase) or not others:
         return ""
     names = and_list([comparison.label(arch) for arch in others])
+    how = "" if phase == "decode" else ", many sequences at once,"
     return (
-        f" {names} {'were' if len(others) > 1 else 'was'} decoded by calling modules and the others by a compiled step:"
-        " their decode speeds are not compared."
+        f" {names} {'were' if len(others) > 1 else 'was'} decoded{how} by calling modules and the others by a compiled "
+        "step: their decode speeds are not compared."
     )
 
 

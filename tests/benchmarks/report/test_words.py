@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crossover.benchmarks.report.crossovers import Point, crossover
-from crossover.benchmarks.report.results import crossovers_of, load_comparison, quality
+from crossover.benchmarks.report.results import METRICS, crossovers_of, load_comparison, quality
 from crossover.benchmarks.report.words import Span, and_list, headline, span_of, title
 
 from ..fake_runs import append_cells, cell, write_comparison
@@ -144,6 +144,15 @@ def test_a_decode_speed_by_modules_is_not_compared_with_compiled_ones(tmp_path: 
     said = of_comparison(tmp_path)
     assert "a compiled step" not in said
     assert "Mamba generates faster than Transformer" in said
+    append_cells(
+        tmp_path,
+        cell("mamba", "decode_many", 128, tokens_per_second=9000.0, backend=compiled),
+        cell("transformer", "decode_many", 128, tokens_per_second=5000.0, backend=modules),
+    )
+    assert "Transformer was decoded, many sequences at once, by calling modules" in of_comparison(tmp_path)
+    comparison = load_comparison(tmp_path)
+    many = next(metric for metric in METRICS if metric.phase == "decode_many")
+    assert [len(comparison.ranked_cells(arch, many)) for arch in ("mamba", "transformer")] == [1, 0]
 
 
 def test_the_title_says_when_products_are_not_in_float32(tmp_path: Path) -> None:
