@@ -138,6 +138,11 @@ def _caption(comparison: Comparison, found: Sequence[Criterion]) -> str:
             "Each speed comes from one process, and its interval from the repeats within it, which differ less than "
             "processes do."
         )
+    if disturbed := sum(cell.disturbed for cell in comparison.cells):
+        sentences.append(
+            f"Other work on the machine disturbed {disturbed} of {len(comparison.cells)} measurements: their speeds "
+            "say little, and the same command in another folder on an idle machine measures them again."
+        )
     if "exact" in bases:
         sentences.append("State is counted and peak memory measured once: they have no interval.")
     return " ".join(sentences)

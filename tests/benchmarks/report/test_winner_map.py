@@ -225,3 +225,11 @@ def test_models_that_longer_windows_made_worse_are_named_and_no_others(tmp_path:
     assert "Trained at 300 tokens Mamba predicts worse than at 100: fewer documents" in text
     better = {arch: {100: by_length[100], 300: (1.5, 1.6, 1.7)} for arch, by_length in QUALITY.items()}
     assert "worse than at" not in write_report(make(tmp_path / "none", quality=better)).with_suffix(".md").read_text()
+
+
+def test_the_map_says_when_other_work_disturbed_what_it_shows(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    assert "disturbed" not in write_report(folder).with_suffix(".md").read_text()
+    append_cells(folder, cell("lstm", "train", 300, tokens_per_second=9.0, disturbed=True))
+    said = write_report(folder).with_suffix(".md").read_text()
+    assert "Other work on the machine disturbed 1 of 12 measurements" in said[: said.index("## Each criterion")]
