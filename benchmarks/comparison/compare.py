@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import read_json, write_json
-from ...train.config import ModelSpec, RunConfig, TrainConfig, plain
+from ...train.config import DataConfig, ModelSpec, RunConfig, TrainConfig, plain
 from ...train.plugins import explaining, words
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
@@ -158,13 +158,8 @@ def open_objective(config: CompareConfig) -> "Objective[Any, Any]":
     Raises:
         ValueError: if the objective does not exist, or its data cannot be used.
     """
-    from ...train.objectives import open_objective as open_of_run
-
-    longest = config.seq_len[-1]
-    train = TrainConfig(batch_size=config.tokens_per_step // longest, seq_len=longest, position_len=0)
-    run = RunConfig(objective=config.objective, data=config.data, train=train)
     with explaining(config.out):
-        objective = open_of_run(run, progress=sys.stderr.isatty())
+        objective = _objective_at(config, config.seq_len[-1], config.data)
     data = objective.data
     if not objective.has_windows and (len(config.seq_len) > 1 or config.equal == "flops"):
         raise ValueError(
@@ -188,12 +183,7 @@ def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
     Raises:
         ValueError: if there are too few documents for a third split.
     """
-    from ...train.objectives import open_objective as open_of_run
-
-    length = config.seq_len[0]
-    train = TrainConfig(batch_size=config.tokens_per_step // length, seq_len=length, position_len=0)
-    data = dataclasses.replace(config.data, held_out="tuning")
-    objective = open_of_run(RunConfig(objective=config.objective, data=data, train=train))
+    objective = _objective_at(config, config.seq_len[0], dataclasses.replace(config.data, held_out="tuning"))
     found = objective.data
     print(
         f"\nLearning rates are judged on {found.n_val_documents:,} other documents ({found.val_bytes / 1e6:.2f} MB), "
@@ -201,6 +191,14 @@ def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
         flush=True,
     )
     return objective
+
+
+def _objective_at(config: CompareConfig, seq_len: int, data: DataConfig) -> "Objective[Any, Any]":
+    from ...train.objectives import open_objective as open_of_run
+
+    train = TrainConfig(batch_size=config.tokens_per_step // seq_len, seq_len=seq_len, position_len=0)
+    run = RunConfig(objective=config.objective, data=data, train=train)
+    return open_of_run(run, progress=sys.stderr.isatty())
 
 
 def with_rate(run: RunConfig, rates: Mapping[str, float]) -> RunConfig:
