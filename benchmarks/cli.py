@@ -117,10 +117,12 @@ def _run(command: object, words: Sequence[str]) -> int:
             from .operations.doctor import doctor
 
             return doctor(command)
-        case ReportConfig(folder=folder, baseline=baseline):
-            from .report.write import write_report
+        case ReportConfig(folders=folders, out=out, baseline=baseline):
+            from .report.write import write_between, write_report
 
-            print(write_report(folder, baseline=baseline))
+            print(
+                write_between(folders, out, baseline=baseline) if out else write_report(folders[0], baseline=baseline)
+            )
             return 0
         case GenerateConfig():
             from .trained.generate import generate

@@ -20,6 +20,7 @@ __all__ = [
     "Heading",
     "Items",
     "Lead",
+    "Links",
     "Map",
     "MapCell",
     "MapRow",
@@ -27,6 +28,7 @@ __all__ = [
     "Paragraph",
     "Preformatted",
     "Table",
+    "plain",
     "to_html",
     "to_markdown",
 ]
@@ -80,6 +82,14 @@ class Items:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Links:
+    """A list of links to other files, each a text and a path relative to the page."""
+
+    kind: ClassVar[str] = "links"
+    links: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """Cells as text."""
 
@@ -112,8 +122,11 @@ class MapCell:
     """The names; empty where there is nothing to name."""
     note: str = ""
     """What stands below them."""
-    state: Literal["won", "level", "open"]
-    """One is best, several are level, or nothing is decided; only the first two are bold."""
+    state: Literal["won", "level", "open", "changed"]
+    """One is best, several are level, or nothing is decided, which alone is not bold; changed, of several comparisons:
+    they name others."""
+    models: Sequence[str] = ()
+    """The names one by one."""
     pen: int = 0
     """Number of the first model, which gives the cell its colour."""
 
@@ -122,6 +135,8 @@ class MapCell:
 class MapRow:
     """A criterion."""
 
+    key: str
+    """What the row is called in code: that of another comparison is the same."""
     title: str
     note: str
     cells: Sequence[MapCell]
@@ -176,7 +191,7 @@ class Details:
     blocks: "Sequence[Block]"
 
 
-Block = Heading | Lead | Map | Paragraph | Items | Table | Figures | Preformatted | Details
+Block = Heading | Lead | Map | Paragraph | Items | Links | Table | Figures | Preformatted | Details
 
 
 def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
@@ -201,7 +216,7 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: printable(value) if type(value) is str else value,  # and not what templates have made
     )
-    environment.filters |= {"data_uri": _data_uri, "plain": _plain}
+    environment.filters |= {"data_uri": _data_uri, "plain": plain}
     environment.globals["palette"] = PALETTE
     return environment
 
@@ -210,6 +225,6 @@ def _data_uri(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Keeps Markdown from reading text as markup, or its line ends as those of a paragraph or a table."""
     return re.sub(r"[\\`*_\[\]<>#|~$]|&(?=#?\w+;)", r"\\\g<0>", " ".join(text.split()))

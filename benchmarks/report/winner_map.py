@@ -12,7 +12,16 @@ from .document import Block, Heading, Map, MapCell, MapRow, Paragraph, Table
 from .results import Comparison
 from .words import and_list, capital, status_words
 
-__all__ = ["criterion_blocks", "map_rows", "verdict", "winner_map"]
+__all__ = [
+    "at_lengths",
+    "criterion_blocks",
+    "entry",
+    "how_to_read",
+    "is_strong",
+    "map_rows",
+    "verdict",
+    "winner_map",
+]
 
 _CHOICES = (
     ("train tokens_per_second", "nothing both predicts better and trains faster"),
@@ -20,11 +29,18 @@ _CHOICES = (
 )
 
 
-def winner_map(comparison: Comparison, found: Sequence[Criterion]) -> Map:
-    """The map: a row for each criterion, then those of the models worth choosing."""
-    lengths = sorted({length for criterion in found for length in criterion.lengths})
+def winner_map(comparison: Comparison, found: Sequence[Criterion], lengths: Sequence[int] | None = None) -> Map:
+    """The map: a row for each criterion, then those of the models worth choosing.
+
+    Args:
+        comparison: what is told.
+        found: its criteria.
+        lengths: columns; those at which anything was tried when None.
+    """
+    lengths = lengths or sorted({length for criterion in found for length in criterion.lengths})
     rows = [
         MapRow(
+            key=criterion.kind,
             title=criterion.title,
             note=criterion.note,
             cells=[_cell(comparison, criterion, length) for length in lengths],
@@ -35,7 +51,9 @@ def winner_map(comparison: Comparison, found: Sequence[Criterion]) -> Map:
     for kind, note in _CHOICES:
         if "quality" in by_kind and kind in by_kind and len(comparison.archs) > 1:
             cells = [_choice(comparison, by_kind["quality"], by_kind[kind], length) for length in lengths]
-            rows.append(MapRow(title="Worth choosing", note=f"best to cheapest: {note}", cells=cells))
+            rows.append(
+                MapRow(key=f"choice {kind}", title="Worth choosing", note=f"best to cheapest: {note}", cells=cells)
+            )
     return Map(
         columns=[f"{length:,} tokens" for length in lengths],
         rows=rows,
@@ -62,14 +80,19 @@ def _cell(comparison: Comparison, criterion: Criterion, length: int) -> MapCell:
         why = "; ".join(f"{label(arch)} {status_words(criterion.status(arch, length))}" for arch in rest)
         known = any(criterion.status(arch, length) in ("out_of_memory", "timeout") for arch in rest)
         return MapCell(
-            text=label(ranked[0]), note=why, state="won" if known and criterion.decided else "open", pen=pens
+            text=label(ranked[0]),
+            note=why,
+            state="won" if known and criterion.decided else "open",
+            models=[label(ranked[0])],
+            pen=pens,
         )
     if not criterion.decided:
         note = f"one seed: {_distance(comparison, criterion, ranked[0], length)}"
-        return MapCell(text=label(ranked[0]), note=note, state="open", pen=pens)
-    level = criterion.level(length)
+        return MapCell(text=label(ranked[0]), note=note, state="open", models=[label(ranked[0])], pen=pens)
+    level = [label(arch) for arch in criterion.level(length)]
     return MapCell(
-        text=" ≈ ".join(map(label, level)),
+        text=" ≈ ".join(level),
+        models=level,
         note=_distance(comparison, criterion, ranked[0], length),
         state="level" if len(level) > 1 else "won",
         pen=pens,
@@ -116,8 +139,10 @@ def _choice(comparison: Comparison, quality: Criterion, speed: Criterion, length
     note = f"{comparison.label(cheapest)} is the fastest of them" if len(chosen) > 1 else "best and fastest"
     if not quality.decided:
         note = f"one seed: {note}"
+    names = [comparison.label(arch) for arch in chosen]
     return MapCell(
-        text=", ".join(map(comparison.label, chosen)),
+        text=", ".join(names),
+        models=names,
         note=note,
         state="won" if quality.decided else "open",
         pen=comparison.archs.index(chosen[0]),
@@ -161,23 +186,31 @@ def criterion_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list
 
 
 def _table(comparison: Comparison, criterion: Criterion) -> Table:
-    strong = set()
-    for column, length in enumerate(criterion.lengths, 1):
-        if criterion.decided and len(criterion.ranked(length)) > 1:
-            strong |= {(comparison.archs.index(arch), column) for arch in criterion.level(length)}
+    strong = {
+        (row, column)
+        for row, arch in enumerate(comparison.archs)
+        for column, length in enumerate(criterion.lengths, 1)
+        if is_strong(criterion, arch, length)
+    }
     return Table(
         columns=["Model", *(f"{length:,}" for length in criterion.lengths)],
         rows=[
-            [comparison.label(arch), *(_entry(comparison, criterion, arch, length) for length in criterion.lengths)]
+            [comparison.label(arch), *(entry(comparison, criterion, arch, length) for length in criterion.lengths)]
             for arch in comparison.archs
         ],
         caption=f"{capital(criterion.name)}, by {'trained' if criterion.kind == 'quality' else 'context'} length. "
-        + _how(comparison, criterion),
+        + how_to_read(comparison, criterion),
         strong=frozenset(strong),
     )
 
 
-def _how(comparison: Comparison, criterion: Criterion) -> str:
+def is_strong(criterion: Criterion, arch: str, length: int) -> bool:
+    """Whether a model is the best of several or level with it, as far as that is known."""
+    return criterion.decided and len(criterion.ranked(length)) > 1 and arch in criterion.level(length)
+
+
+def how_to_read(comparison: Comparison, criterion: Criterion) -> str:
+    """Says what stands in brackets in the table of a criterion, and what is bold."""
     if len(comparison.archs) == 1:
         return ""
     name = comparison.label(comparison.baseline)
@@ -196,7 +229,8 @@ def _how(comparison: Comparison, criterion: Criterion) -> str:
             return f"In brackets {against}; bold: the best."
 
 
-def _entry(comparison: Comparison, criterion: Criterion, arch: str, length: int) -> str:
+def entry(comparison: Comparison, criterion: Criterion, arch: str, length: int) -> str:
+    """The value of a model at a length with its distance to the baseline; where there is none, why."""
     value = criterion.value(arch, length)
     if value is None:
         return status_words(criterion.status(arch, length))
@@ -241,14 +275,15 @@ def _shown_sentence(comparison: Comparison, criterion: Criterion) -> str:
             if at:
                 of.setdefault(at, []).append(comparison.label(arch))
         if of:
-            said = [f"{and_list(names)} {_at(lengths, all_lengths)}" for lengths, names in of.items()]
+            said = [f"{and_list(names)} {at_lengths(lengths, all_lengths)}" for lengths, names in of.items()]
             parts.append(f"{words}: {', '.join(said)}.")
     paired = any(gap.n for _, _, gap in tried)
     how = "after Holm's correction over the models at a length" if paired else "intervals that do not meet"
     return f"Against {comparison.label(comparison.baseline)} ({how}). {' '.join(parts)}"
 
 
-def _at(lengths: Sequence[int], all_lengths: Sequence[int]) -> str:
+def at_lengths(lengths: Sequence[int], all_lengths: Sequence[int]) -> str:
+    """Says at which lengths, in few words where it is at all of several."""
     if len(all_lengths) > 1 and list(lengths) == list(all_lengths):
         return "at every length"
     return f"at {and_list([f'{length:,}' for length in lengths])}"

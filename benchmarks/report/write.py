@@ -1,4 +1,5 @@
-"""Builds the report of a comparison from its files: report.html, report.md, the tables as CSV, and summary.json."""
+"""Builds reports from files: report.html, report.md, the tables as CSV, and summary.json. That of a comparison lies in
+its folder, that of several in another."""
 
 import csv
 import dataclasses
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import remove_drafts, write_json, write_text
+from .between import BETWEEN_COLUMNS, between, criteria_rows, load_sides, summary_between
 from .criteria import CRITERIA_COLUMNS, criteria
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, Map, to_html, to_markdown
@@ -17,7 +19,7 @@ from .sections import sections
 from .winner_map import map_rows, verdict
 from .words import headline, title, training_sentence
 
-__all__ = ["write_report"]
+__all__ = ["write_between", "write_report"]
 
 
 def write_report(folder: Path, *, baseline: str | None = None) -> Path:
@@ -46,6 +48,32 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
         _summary(comparison, rows, crossings, checks, [*filter(None, [verdict(comparison, found)]), *statements]),
     )
     _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
+    return _write_page(folder, heading, subtitle, blocks)
+
+
+def write_between(folders: Sequence[Path], out: Path, *, baseline: str | None = None) -> Path:
+    """Writes one report of several comparisons and returns the path of its report.html.
+
+    Args:
+        folders: of the comparisons; nothing in them is changed.
+        out: where to write; made where there is none.
+        baseline: the model that the others are compared with; None leaves it to the files.
+
+    Raises:
+        ValueError: if a folder cannot be reported, `out` has a comparison of its own, or the baselines differ.
+    """
+    if any(any(out.glob(pattern)) for pattern in ("compare.json", "context.jsonl", "run.json", "*/run.json")):
+        raise ValueError(f"--out {out} holds results, whose own report would be replaced; give another folder")
+    sides = load_sides(folders, baseline=baseline)
+    heading, subtitle, blocks = between(sides, out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_csv(out / "criteria.csv", BETWEEN_COLUMNS, criteria_rows(sides))
+    write_json(out / "summary.json", summary_between(sides))
+    return _write_page(out, heading, subtitle, blocks)
+
+
+def _write_page(folder: Path, heading: str, subtitle: str, blocks: Sequence[Block]) -> Path:
+    """Writes a document as HTML and as Markdown, and its map and figures beside them."""
     (folder / "figures").mkdir(exist_ok=True)
     for place in (folder, folder / "figures"):
         remove_drafts(place)

@@ -2,9 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from crossover.benchmarks import cli
@@ -14,42 +12,12 @@ from crossover.benchmarks.report.results import load_comparison
 from crossover.benchmarks.report.winner_map import verdict, winner_map
 from crossover.benchmarks.report.write import write_report
 
-from ..fake_runs import append_cells, cell, write_json, write_run
+from ..fake_runs import QUALITY, append_cells, cell, write_json
+from ..fake_runs import write_winners as make
 
 pytestmark = pytest.mark.quick
 
-LENGTHS = (100, 300)
-QUALITY: dict[str, dict[int, Sequence[float]]] = {
-    "transformer": {100: (2.00, 2.10, 2.05), 300: (2.00, 2.10, 2.05)},
-    "mamba": {100: (1.80, 1.91, 1.84), 300: (1.90, 2.10, 1.97)},
-    "lstm": {100: (2.30, 2.41, 2.34), 300: (1.92, 1.99, 1.99)},
-}
-"""Bits per byte by seed. At 100 Mamba is best; at 300 the LSTM is, by the mean, and Mamba level with it."""
-SPEED = {"transformer": (100.0, 50.0), "mamba": (99.0, 80.0), "lstm": (40.0, 92.0)}
 PHASES = ("train", "first_token")
-STATE = {"transformer": (1000, 3000), "mamba": (500, 500), "lstm": (250, 250)}
-
-
-def make(folder: Path, *, seeds: int = 3, quality: Mapping[str, Mapping[int, Sequence[float]]] = QUALITY) -> Path:
-    for arch, by_length in quality.items():
-        for length, values in by_length.items():
-            for seed, value in enumerate(values[:seeds]):
-                home = write_run(folder / "made", arch, seed=seed, seq_len=length)
-                home = home.rename(folder / f"{arch}-l{length}-s{seed}")
-                result = json.loads((home / "result.json").read_text())
-                write_json(home / "result.json", result | {"val_bits_per_byte": value, "tokens": 614_400})
-                info = json.loads((home / "run.json").read_text())
-                info["config"]["train"]["batch_size"] = 2400 // length
-                write_json(home / "run.json", info)
-    for arch in quality:
-        for i, length in enumerate(LENGTHS):
-            speed = SPEED[arch][i]
-            rate: dict[str, Any] = {"tokens_per_second": speed, "spread": (0.97 * speed, 1.03 * speed)}
-            memory: dict[str, Any] = {"peak_bytes": 2**20 * (1 + i), "state_bytes": STATE[arch][i]}
-            append_cells(folder, *[cell(arch, phase, length, **rate, **memory) for phase in ("train", "decode")])
-    config = {"archs": list(quality), "seeds": seeds, "seq_len": list(LENGTHS), "context": list(LENGTHS)}
-    write_json(folder / "compare.json", {"config": config})
-    return folder
 
 
 def cells_of(folder: Path, **options: str) -> dict[str, list[tuple[str, str, str]]]:
