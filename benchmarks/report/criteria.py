@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .crossovers import Direction, Gap, Point, Scale, gap_between
+from .crossovers import Crossover, Direction, Gap, Point, Scale, all_crossovers, gap_between
 from .results import METRICS, Comparison, Metric, curve
 from .statistics import LEVEL, holm
 
-__all__ = ["CRITERIA_COLUMNS", "Criterion", "criteria", "undominated"]
+__all__ = ["CRITERIA_COLUMNS", "Criterion", "criteria", "crossings_of_quality", "undominated"]
 
 CRITERIA_COLUMNS = (
     "criterion",
@@ -138,6 +138,19 @@ def criteria(comparison: Comparison) -> list[Criterion]:
     """Every criterion by which anything was measured, quality first."""
     found = [quality_criterion(comparison), *(_of_cells(comparison, metric) for metric in METRICS)]
     return [criterion for criterion in found if criterion.points]
+
+
+def crossings_of_quality(found: Sequence[Criterion]) -> list[Crossover]:
+    """Crossovers of the score by trained length, of every ordered pair of models; none without runs."""
+    crossings: list[Crossover] = []
+    for quality in (criterion for criterion in found if criterion.kind == "quality"):
+        curves = {
+            arch: [point for (name, _), point in quality.points.items() if name == arch] for arch in quality.archs
+        }
+        crossings += all_crossovers(
+            quality.name, {arch: some for arch, some in curves.items() if some}, quality.direction, quality.scale
+        )
+    return crossings
 
 
 def quality_criterion(comparison: Comparison) -> Criterion:

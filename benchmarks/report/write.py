@@ -10,7 +10,7 @@ from typing import Any
 
 from ...files import remove_drafts, write_json, write_text
 from .between import BETWEEN_COLUMNS, between, criteria_rows, load_sides, summary_between
-from .criteria import CRITERIA_COLUMNS, criteria
+from .criteria import CRITERIA_COLUMNS, criteria, crossings_of_quality
 from .crossovers import Crossover
 from .document import Block, Figure, Figures, Map, to_html, to_markdown
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
@@ -45,7 +45,13 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
     write_json(
         folder / "summary.json",
-        _summary(comparison, rows, crossings, checks, [*filter(None, [verdict(comparison, found)]), *statements]),
+        _summary(
+            comparison,
+            rows,
+            [*crossings, *crossings_of_quality(found)],
+            checks,
+            [*filter(None, [verdict(comparison, found)]), *statements],
+        ),
     )
     _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
     return _write_page(folder, heading, subtitle, blocks)

@@ -182,6 +182,10 @@ def test_quality_by_length_is_told_by_position_at_other_lengths_and_with_the_con
     assert "a step with longer windows holds fewer different documents" in section
     assert "| Mamba | up to 300 tokens" not in section
     assert "| LSTM | beyond 190 tokens (180-190) | 3 |" in section  # 100 x 3^(0.25 / 0.443)
+    found = json.loads((tmp_path / "summary.json").read_text())["crossovers"]
+    (there,) = (c for c in found if (c["metric"][:4], c["a"], c["b"]) == ("bits", "transformer", "lstm"))
+    assert (there["verdict"], there["n_pairs"], round(there["context_len"])) == ("beyond", 3, 186)
+    assert 179 < there["low"] < there["context_len"] < there["high"] < 193
     assert "| Trained at | 64 to 128 |\n|---|---:|\n| 100 | 2.000 |\n| 300 | 2.500 |\n" in section
     assert "| Transformer | 100 | 1.500 | beyond its positions |" in section
     assert "| LSTM | 300 | 2.000 | 1.250 |" in section

@@ -170,7 +170,7 @@ def test_quality_csv_has_one_row_per_architecture(folder: Path) -> None:
 
 def test_summary_lists_every_crossover(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
-    assert len(summary["crossovers"]) == 5 * 5 * 4
+    assert len(summary["crossovers"]) == 6 * 5 * 4  # of quality by trained length, too
     crossing = next(
         c
         for c in summary["crossovers"]
