@@ -9,6 +9,7 @@ from .command_line import parse
 from .config import RunConfig
 from .plugins import explaining, take, words
 from .streams import lasting_streams, one_line_warnings
+from .turns import Turns
 
 __all__ = ["main"]
 
@@ -32,6 +33,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m crossover.tra
 
 
 def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
+    try:
+        turns = Turns(run.turns)
+    except ValueError as error:
+        return _refuse(prog, error)
+    with turns:  # from here on: to start up is work too
+        return _train_in_turn(run, argv, prog, turns)
+
+
+def _train_in_turn(run: RunConfig, argv: Sequence[str], prog: str, turns: Turns) -> int:
     # These import torch, which --help and a mistyped option need not wait for.
     from .checkpoint import CheckpointError
     from .objectives import open_objective
@@ -40,7 +50,7 @@ def _train(run: RunConfig, argv: Sequence[str], prog: str) -> int:
     try:
         with explaining(run.directory):
             objective = open_objective(run, progress=sys.stderr.isatty())
-            trainer = Trainer(run, objective, command=[*prog.split(), *words(), *argv])
+            trainer = Trainer(run, objective, command=[*prog.split(), *words(), *argv], turns=turns)
     except (ValueError, OSError) as error:
         return _refuse(prog, error)
     try:

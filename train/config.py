@@ -75,6 +75,11 @@ def _unset(meaning: str) -> Callable[[str], str]:
     return lambda default: f"(default: {default if default not in _NOTHING else meaning})"
 
 
+def _zero(meaning: str) -> Callable[[str], str]:
+    """Says in the help what a default of 0 stands for."""
+    return lambda default: f"(default: {meaning if float(default) == 0 else default})"
+
+
 Count = Annotated[int, _value(count, "COUNT"), Range(1)]
 """A number of things, at least one, that accepts what `count` reads."""
 CountOrNone = Annotated[int, _value(count, "COUNT"), Range(0)]
@@ -274,6 +279,11 @@ class TrainConfig:
 
     steps: Count = 1000
     """Number of optimiser updates."""
+    seconds: Annotated[float, Range(0), tyro.conf.arg(help_behavior_hint=_zero("steps decide"))] = 0.0
+    """Seconds to train instead of `steps`, to the end of the step that is under way then. Warm-up and decay are shares
+    of this time, held-out text is read after each fifth of it and a checkpoint saved after each tenth, unless
+    eval_every or checkpoint_every is 0. What counts is training alone, not evaluation, saving, start-up or waiting; a
+    resumed run goes on counting."""
     batch_size: Count = 8
     """Sequences per update."""
     seq_len: Count = 256
@@ -348,6 +358,11 @@ class RunConfig:
     """Folder that holds run directories."""
     resume: Literal["auto", "must", "never"] = "auto"
     """Continue from the newest checkpoint if there is one; only so; or refuse a directory that holds a run."""
+    turns: Annotated[
+        Path | None, _value(Path, "PATH", optional=True), tyro.conf.arg(help_behavior_hint=_unset("none are taken"))
+    ] = None
+    """Folder by which runs that train at the same time take turns, as `crossover compare --equal seconds` makes it for
+    its own."""
     model: ModelSpec = ModelSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     data: DataConfig = DataConfig()

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
+from .course import Course
 from .score import BITS_PER_BYTE, Score
 
 __all__ = ["Display", "duration", "farewell", "greeting"]
@@ -27,10 +28,10 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows a run of `steps` steps on standard output."""
+    """Shows a run on standard output."""
 
-    def __init__(self, steps: int, score: Score = BITS_PER_BYTE, *, done: int = 0) -> None:
-        self._steps, self._score = steps, score
+    def __init__(self, course: Course, score: Score = BITS_PER_BYTE) -> None:
+        self._train, self._score = course.train, score
         self._quality = ""
         self._bar: Progress | None = None
         console = Console(highlight=False)
@@ -38,11 +39,12 @@ class Display:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[place]}"),
                 TextColumn("{task.fields[state]}"),
             )
             self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task("training", total=steps, completed=done, state="")
+            self._task = self._bar.add_task("training", total=1.0, place=course.words, state="")
+            self._bar.update(self._task, completed=course.share)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -71,16 +73,21 @@ class Display:
         """Shows a line of training metrics."""
         state = f"loss {record['train/loss']:.3f}  {record['perf/tokens_per_second']:,.0f} tokens/s"
         left = f"{duration(seconds_left)} left"
+        course = self._course(record)
         if self._bar is not None:
-            self._bar.update(self._task, completed=record["step"], state=f"{state}{self._quality}  {left}")
+            shown = {"completed": course.share, "place": course.words, "state": f"{state}{self._quality}  {left}"}
+            self._bar.update(self._task, **shown)
         else:
-            self.say(f"step {record['step']}/{self._steps}  {state}  {left}")
+            self.say(f"{course.words}  {state}  {left}")
 
     def validated(self, record: Mapping[str, Any]) -> None:
         """Shows a validation."""
         quality = self._score.text(record[self._score.tag])
         self._quality = f"  {quality}"
-        self.say(f"step {record['step']}/{self._steps}  held out: {quality}")
+        self.say(f"{self._course(record).words}  held out: {quality}")
+
+    def _course(self, record: Mapping[str, Any]) -> Course:
+        return Course(train=self._train, step=record["step"], seconds=record["seconds"])
 
 
 def greeting(record: Mapping[str, Any], directory: Path) -> str:

@@ -43,7 +43,7 @@ def layout(score: Score) -> dict[str, dict[str, list[Any]]]:
     }
 
 
-_PLACES = frozenset({"name", "out", "resume", "data.cache", "train.threads", "train.tensorboard"})
+_PLACES = frozenset({"name", "out", "resume", "turns", "data.cache", "train.threads", "train.tensorboard"})
 """Options that TensorBoard's page of hyperparameters leaves out."""
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ..files import FormatError, read_json, remove_drafts, write_json
 from . import checkpoint
 from .config import RunConfig, flatten
+from .course import Course
 from .objective import Objective
 from .record import MetricsLog
 
@@ -69,7 +70,7 @@ class RunDirectory:
 
     def __init__(self, run: RunConfig) -> None:
         self.path = run.directory
-        self._resume = run.resume
+        self._resume, self._train = run.resume, run.train
         self._checkpoints = self.path / "checkpoints"
         self._board = run.train.tensorboard or self.path / "tb"
         self._keep = run.train.keep_checkpoints
@@ -124,11 +125,11 @@ class RunDirectory:
             raise ResumeError(f"{self.path} has no checkpoint to continue from: leave --resume must out to start")
         return path
 
-    def state_at(self, start: Path, experiment: Mapping[str, Any], *, steps: int) -> RunState:
-        """The state of a checkpoint of this experiment, which is to have `steps` steps.
+    def state_at(self, start: Path, experiment: Mapping[str, Any]) -> RunState:
+        """The state of a checkpoint of this experiment.
 
         Raises:
-            ResumeError: if it is of another experiment, or beyond these steps already.
+            ResumeError: if it is of another experiment, or beyond the end of this run already.
         """
         with _refusing_newer_formats():
             stored = checkpoint.read_state(start)
@@ -144,10 +145,12 @@ class RunDirectory:
                 f"give the same ones to continue it, or another --name to start a new run"
             )
         state = RunState.from_dict(stored)
-        if state.step > steps:
+        times = {key: state.stopwatch.get(key, 0.0) for key in ("seconds", "before")}
+        if Course(train=self._train, step=state.step, **times).is_beyond:
+            kind = "seconds" if self._train.seconds else "steps"
             raise ResumeError(
                 f"the run in {self.path} is at step {state.step} already, "
-                f"beyond train.steps={steps}: give more steps, or another --name"
+                f"beyond train.{kind}={getattr(self._train, kind)}: give more {kind}, or another --name"
             )
         self._saved_step = state.step
         return state

@@ -277,12 +277,15 @@ class Stopwatch:
         self,
         *,
         seconds: float = 0.0,
+        before: float = 0.0,
         warm_seconds: float = 0.0,
         warm_tokens: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Continues from the `state` of an earlier process."""
         self.seconds = seconds
+        self.before = before
+        """`seconds` before the last step."""
         self._warm_seconds = warm_seconds
         self._warm_tokens = warm_tokens
         self._clock = clock
@@ -292,7 +295,8 @@ class Stopwatch:
     @property
     def state(self) -> dict[str, Any]:
         """Arguments of the constructor to continue."""
-        return {"seconds": self.seconds, "warm_seconds": self._warm_seconds, "warm_tokens": self._warm_tokens}
+        warm = {"warm_seconds": self._warm_seconds, "warm_tokens": self._warm_tokens}
+        return {"seconds": self.seconds, "before": self.before, **warm}
 
     @contextlib.contextmanager
     def step(self) -> Iterator[Callable[[int], None]]:
@@ -300,7 +304,7 @@ class Stopwatch:
         start, counted = self._clock(), list[int]()
         yield counted.append
         elapsed, tokens = self._clock() - start, sum(counted)
-        self.seconds += elapsed
+        self.before, self.seconds = self.seconds, self.seconds + elapsed
         self._lap_seconds += elapsed
         self._lap_tokens += tokens
         if self._is_warm:

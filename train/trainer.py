@@ -22,6 +22,7 @@ from ..archs import build
 from ..kernels.dispatch import record_backends
 from . import checkpoint
 from .config import RunConfig
+from .course import Course
 from .evaluate import evaluate, evaluating, origin
 from .finite import NonFiniteError, check_finite, check_weights
 from .learner import Learner, Update, split_rows
@@ -42,6 +43,7 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
+from .turns import Turns
 from .verdict import apply_verdict
 from .warm_up import warm_up
 
@@ -53,6 +55,9 @@ _CONDITIONS = {key: key for key in ("precision", "threads", "torch", "cuda", "py
 """What a continued run may change, of provenance and arithmetic, and by which its numbers may differ; with its name."""
 
 _REMEDY = "try a lower --optim.lr or a longer --optim.warmup"
+
+_VALIDATIONS, _CHECKPOINTS = 5, 10
+"""Equal parts of the time of a run that ends by time, after each of which it is judged and saved."""
 
 _BYTES_PER_PARAMETER = 16
 """A weight, its gradient and the two moments of AdamW, in float32."""
@@ -78,6 +83,7 @@ class Trainer:
         *,
         command: Sequence[str] = (),
         clock: Callable[[], float] = time.perf_counter,
+        turns: Turns | None = None,
     ) -> None:
         """Checks everything that can be checked without touching the run directory or much memory.
 
@@ -85,7 +91,8 @@ class Trainer:
             run: the configuration.
             objective: what it learns, with its data.
             command: what the user typed, for run.json.
-            clock: seconds, for the throughput figures.
+            clock: seconds, of which those of training are counted.
+            turns: those of `run.turns`, where they are being taken already.
 
         Raises:
             ValueError: if model, data, device and lengths do not fit together.
@@ -100,6 +107,7 @@ class Trainer:
         self.device = choose_device(run.train.device)
         self._directory = RunDirectory(run)
         self._command, self._clock = command, clock
+        self._turns = Turns(run.turns) if turns is None else turns
         self._state, self._watch, self._first_step = RunState(), Stopwatch(clock=clock), 0
         self._found: dict[str, Any] = {}
         self._backends: Mapping[str, Sequence[str]] = {}
@@ -125,22 +133,21 @@ class Trainer:
         return choose_precision(setting, self.device, d_model=self.model_config.d_model)
 
     def fit(self) -> Outcome:
-        """Trains to the last step, evaluates, and leaves result.json, whatever happens.
+        """Trains to the end, evaluates, and leaves result.json, whatever happens.
 
         A run that is done already is left as it is.
 
         Raises:
             ResumeError, CheckpointError: if the directory is in use, or --resume does not fit what it holds.
         """
-        steps = self.run.train.steps
-        with self._directory.locked():
+        with self._turns, self._directory.locked():
             start = self._directory.resume_point()
             if start is not None:
-                self._take_up(self._directory.state_at(start, self._experiment(), steps=steps))
-            with Display(steps, self.objective.score, done=self._first_step) as display:
+                self._take_up(self._directory.state_at(start, self._experiment()))
+            with Display(self._course, self.objective.score) as display:
                 result = self._directory.result()
-                if result is not None and result["status"] == "done" and self._first_step == steps:
-                    display.say(f"{self._directory.path} is trained already, to step {steps}")
+                if result is not None and result["status"] == "done" and self._course.is_over:
+                    display.say(f"{self._directory.path} is trained already, to step {self._first_step}")
                     return Outcome(result=result, exit_code=0)
                 return self._fit(start, display)
 
@@ -191,7 +198,7 @@ class Trainer:
     def _train(
         self, start: Path | None, memory: PeakMemory, log: MetricsLog, display: Display, poll: Callable[[], None]
     ) -> None:
-        """Trains from a checkpoint, or from nothing, to the last step."""
+        """Trains from a checkpoint, or from nothing, to the end."""
         run, objective = self.run, self.objective
         torch.manual_seed(run.seed)
         check_memory(_BYTES_PER_PARAMETER * self._facts["n_params"], self.device)
@@ -212,19 +219,20 @@ class Trainer:
 
         try:
             while True:
-                if self._is_due(run.train.eval_every) and not self._is_validated():
+                if self._course.is_due(run.train.eval_every, parts=_VALIDATIONS) and not self._is_validated():
                     with _losing_no_step(save):
                         self._validate(learner, log, display, poll)
-                if self._is_due(run.train.checkpoint_every):
+                if self._course.is_due(run.train.checkpoint_every, parts=_CHECKPOINTS):
                     save()
-                if self._state.step == run.train.steps:
+                if self._course.is_over:
                     break
+                self._turns.pass_on(self._watch.seconds)
                 poll()
                 values = self._update(learner, update)
                 self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
                 if self._state.step == self._first_step + 1:
                     self._directory.add(backends=self._backends_run())
-                if self._state.step == 1 or self._is_due(run.train.log_every):
+                if self._state.step == 1 or self._course.is_due(run.train.log_every):
                     self._log(values, log, display)
             display.doing("examining")
 
@@ -242,10 +250,10 @@ class Trainer:
             save()
             raise
 
-    def _is_due(self, every: int) -> bool:
-        """Whether something that happens each `every` steps (0: at the end only) happens now."""
-        step = self._state.step
-        return step == self.run.train.steps or bool(step and every and step % every == 0)
+    @property
+    def _course(self) -> Course:
+        watch = self._watch
+        return Course(train=self.run.train, step=self._state.step, seconds=watch.seconds, before=watch.before)
 
     def _is_validated(self) -> bool:
         """Whether the last validation is of this step."""
@@ -258,7 +266,8 @@ class Trainer:
             NonFiniteError: before the update, if the loss or the gradient is not finite.
         """
         run, step = self.run, self._state.step
-        lr = learning_rate(step, peak=self.peak_lr, steps=run.train.steps, config=run.optim)
+        tick, ticks = self._course.ticks
+        lr = learning_rate(tick, peak=self.peak_lr, steps=ticks, config=run.optim)
         with self._watch.step() as count:
             rows = self.objective.rows(step)
             n_tokens = self.objective.n_tokens(rows)
@@ -285,14 +294,14 @@ class Trainer:
             "perf/peak_bytes": state.peak_bytes,
         }
         log.append(record)
-        tokens_left = (self.run.train.steps - state.step) * (state.tokens or 0) / state.step
-        display.trained(record, seconds_left=tokens_left / rate if rate else 0.0)
+        seconds_per_step = (state.tokens or 0) / state.step / rate if rate else 0.0
+        display.trained(record, seconds_left=self._course.seconds_left(seconds_per_step))
 
     def _validate(self, learner: Learner, log: MetricsLog, display: Display, poll: Callable[[], None]) -> None:
         """Judges the model by held-out rows, and lets it write something."""
         settings, objective, step = self.run.train, self.objective, self._state.step
         display.doing("validating")
-        rows = objective.held_out(settings.final_eval_tokens if step == settings.steps else settings.eval_tokens)
+        rows = objective.held_out(settings.final_eval_tokens if self._course.is_over else settings.eval_tokens)
         rows_at_once = settings.batch_size // settings.grad_accumulation
         with self._naming_the_step():
             found = evaluate(learner, objective, rows, precision=self.precision, rows_at_once=rows_at_once, poll=poll)
@@ -340,8 +349,9 @@ class Trainer:
     def _experiment(self) -> dict[str, Any]:
         """What must be the same before and after a resume; logging, device and the like may change."""
         run = self.run.to_dict()
-        # a schedule that falls knows where it ends: with more steps it would have been another run from the start
-        length = {} if self.run.optim.schedule == "constant" else {"schedule_steps": self.run.train.steps}
+        # a schedule that falls knows where it ends: if that were later, it would have been another run from the start
+        kind = "seconds" if self.run.train.seconds else "steps"
+        length = {} if self.run.optim.schedule == "constant" else {f"schedule_{kind}": run["train"][kind]}
         return {
             "seed": self.run.seed,
             "objective": self.objective.experiment(),
@@ -361,6 +371,8 @@ class Trainer:
             "peak_memory_method": PeakMemory.method_on(self.device),
         }
         stretch = {"from_step": self._first_step, **{key: origin[key] for key in ("started", "command", *_CONDITIONS)}}
+        if self._turns.runs:
+            stretch["in_turns_with"] = self._turns.runs
         self._state = replace(self._state, stretches=[*self._state.stretches, stretch])
         return {
             "name": self._directory.path.name,

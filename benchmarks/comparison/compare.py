@@ -14,6 +14,7 @@ from ...train.config import DataConfig, ModelSpec, RunConfig, TrainConfig, plain
 from ...train.plugins import explaining, words
 from ...train.runtime import Interrupted, stop_signals
 from ...train.score import BITS_PER_BYTE
+from ...train.turns import TURN_SECONDS
 from ..context.cell import read_cells
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
 from ..context.jobs import ContextJob, context_jobs
@@ -27,7 +28,7 @@ from ..harness.sizes import SizedArch, size_arch
 from ..report.results import baseline_among, load_run
 from ..report.write import write_report
 from .options import CompareConfig
-from .runs import arguments, check_resumable, is_done, share_threads, train_runs, training_tasks
+from .runs import arguments, check_resumable, is_done, share_threads, train_in_turns, train_runs, training_tasks
 from .tuning import Search
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ __all__ = [
 _WITHIN = 0.02
 """Share by which equal budgets may differ."""
 
-_BUDGETS = {"tokens": "tokens", "flops": "FLOPs of training"}
+_BUDGETS = {"tokens": "tokens", "flops": "FLOPs of training", "seconds": "seconds of training"}
 
 
 def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
@@ -73,7 +74,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             runs = [with_rate(run, search.rates) for run in runs]
         decided = [run for run in runs if search is None or run.model.preset in search.rates]
         check_resumable(decided, objective.data.digest)
-        print_budgets(config, runs, sizes)
+        print_budgets(config, runs, sizes, at_once=at_once)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
@@ -84,7 +85,8 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         record = _record(config, precision, labels, provenance)
         write_json(config.out / "compare.json", record)
         tasks = [*(search.tasks() if search else ()), *training_tasks(runs, sizes), *cell_tasks(jobs)]
-        schedule = Schedule(tasks, known=frozenset({"cell"}), at_once={"train": at_once})
+        side_by_side = {"train": at_once, "timed train": len(config.archs)}
+        schedule = Schedule(tasks, known=frozenset({"cell"}), at_once=side_by_side)
         progress = Progress(schedule)
         try:
             with stop_signals(at_once=True), progress:
@@ -95,7 +97,8 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
                     record["tuning"] = search.record
                     write_json(config.out / "compare.json", record)
                     progress.say(_by_hand(runs[0]))
-                record["failures"] = train_runs(runs, progress, logs=logs, jobs=at_once)
+                train = train_in_turns if config.equal == "seconds" else train_runs
+                record["failures"] = train(runs, progress, logs=logs, jobs=at_once)
                 write_json(config.out / "compare.json", record)
                 failed = measure_cells(jobs, config.out / "context.jsonl", progress, logs=logs)
         except Interrupted as stop:
@@ -255,17 +258,15 @@ def run_configs(
             data=config.data,
             optim=dataclasses.replace(config.optim, lr=config.optim.lr or sizes[arch].lr),
             train=TrainConfig(
-                steps=steps[arch, length],
+                **_duration(config, steps[arch, length]),
                 batch_size=config.tokens_per_step // length,
                 seq_len=length,
                 precision=config.precision,
-                eval_every=max(1, steps[arch, length] // 5),
                 eval_tokens=config.eval_tokens,
                 final_eval_tokens=8 * config.eval_tokens,
                 position_len=position_len,
                 lengths=config.seq_len if len(config.seq_len) > 1 else (),
                 length_tokens=config.length_tokens,
-                checkpoint_every=max(1, steps[arch, length] // 4),
                 device=config.device,
                 threads=threads,
                 tensorboard=config.out / "tb" / name,
@@ -277,14 +278,21 @@ def run_configs(
     ]
 
 
+def _duration(config: CompareConfig, steps: int) -> dict[str, Any]:
+    """How long a run trains, and how often it is judged and saved, as options of TrainConfig."""
+    if config.seconds is not None:
+        return {"seconds": config.seconds}
+    return {"steps": steps, "eval_every": max(1, steps // 5), "checkpoint_every": max(1, steps // 4)}
+
+
 def steps_of(config: CompareConfig, sizes: Mapping[str, SizedArch]) -> dict[tuple[str, int], int]:
-    """Optimizer steps of each architecture at each trained length.
+    """Optimizer steps of each architecture at each trained length, where these are known ahead.
 
     Raises:
         ValueError: if whole steps cannot spend the budget within 2 %.
     """
     kinds = [(arch, length) for arch in config.archs for length in config.seq_len]
-    if config.equal == "tokens":
+    if config.equal != "flops":
         return dict.fromkeys(kinds, config.steps)
     baseline = config.baseline or baseline_among(config.archs)
     budget = sizes[baseline].flops_per_token * config.steps
@@ -300,9 +308,17 @@ def steps_of(config: CompareConfig, sizes: Mapping[str, SizedArch]) -> dict[tupl
     return steps
 
 
-def print_budgets(config: CompareConfig, runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch]) -> None:
+def print_budgets(
+    config: CompareConfig, runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch], *, at_once: int
+) -> None:
     """Prints what each run is to spend, where that is not the same for all."""
     if len(config.seq_len) == 1 and config.equal == "tokens":
+        return
+    if config.equal == "seconds":
+        print(
+            f"\nEqual {_BUDGETS[config.equal]}: {config.seconds:g} for each run. The {len(config.archs)} models of a "
+            f"seed and length take turns of {TURN_SECONDS:g} seconds, {at_once} at a time."
+        )
         return
     print(f"\nEqual {_BUDGETS[config.equal]}:")
     rows = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ...options import Length, Range, Size
+from ...options import Length, Positive, Range, Size
 from ...train.config import Count
 from ..context.options import CellsConfig
 from ..harness.options import Budget, Models, Place
@@ -37,9 +37,14 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     8 held-out documents have so many tokens: of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have
     32,768 and 3 have 65,536."""
 
-    equal: Literal["tokens", "flops"] = "tokens"
+    equal: Literal["tokens", "flops", "seconds"] = "tokens"
     """What every run gets: as many tokens, or as many FLOPs of training as the baseline spends in --steps at the
-    shortest --seq-len, in as many steps as that makes."""
+    shortest --seq-len, in as many steps as that makes, or as many --seconds of training, however many steps those are.
+    For seconds all models of a seed and length are held in memory, and --jobs of them train at a time, in turns of two
+    seconds, so that what slows the machine down slows all alike."""
+
+    seconds: Positive | None = None
+    """Seconds of training of every run with --equal seconds; --steps is then for the trials of --tune-lr alone."""
 
     position_len: Length | None = None
     """Longest length at which loss by position is evaluated, on the same texts for all; when not given, 4 times the
@@ -65,5 +70,7 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
             raise ValueError(f"--baseline {self.baseline} is not among --archs {' '.join(self.archs)}")
         if self.tune_lr and self.optim.lr is not None:
             raise ValueError(f"--tune-lr finds a rate for each model: leave --optim.lr {self.optim.lr:g} out")
+        if (self.equal == "seconds") != (self.seconds is not None):
+            raise ValueError("--equal seconds and --seconds S, the time that every run trains, go together: give both")
         if self.position_len is not None and self.position_len < self.seq_len[-1]:
             raise ValueError(f"--position-len {self.position_len} is shorter than --seq-len {self.seq_len[-1]}")

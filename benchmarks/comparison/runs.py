@@ -1,18 +1,22 @@
 """Trains a list of runs, each in a process of its own, some at once, and leaves out those that are done."""
 
+import itertools
 import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...files import read_json, read_record
 from ...options import check_table
 from ...train.config import RunConfig, flatten
+from ...train.course import Course
 from ...train.plugins import words
 from ...train.runtime import Interrupted, MemoryKills, signals_held
 from ...train.score import Score
+from ...train.turns import folder_of_turns
 from ..harness.processes import last_line, start, stop
 from ..harness.progress import Progress, Task
 from ..harness.sizes import SizedArch
@@ -26,6 +30,7 @@ __all__ = [
     "differences",
     "is_done",
     "share_threads",
+    "train_in_turns",
     "train_runs",
     "training_tasks",
 ]
@@ -53,7 +58,7 @@ def arguments(run: RunConfig) -> list[str]:
 
 
 _NOT_THE_EXPERIMENT = frozenset(
-    {"out", "resume", "data.cache"}
+    {"out", "resume", "turns", "data.cache"}
     | {f"train.{name}" for name in ("threads", "checkpoint_every", "keep_checkpoints", "tensorboard")}
 )
 
@@ -104,14 +109,15 @@ def is_done(run: RunConfig) -> bool:
 
 
 def training_tasks(runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch]) -> list[Task]:
-    """The runs as tasks of a schedule, with their FLOPs as cost."""
+    """The runs as tasks of a schedule, with their FLOPs as cost, or their time where that is given."""
+    flops = [sizes[run.model.preset].flops_at[run.train.seq_len] * run.train.n_tokens for run in runs]
     return [
         Task(
             name=run.name,
-            kind="train",
-            cost=sizes[run.model.preset].flops_at[run.train.seq_len] * run.train.n_tokens,
+            kind="timed train" if run.train.seconds else "train",
+            cost=run.train.seconds or n_flops,
         )
-        for run in runs
+        for run, n_flops in zip(runs, flops, strict=True)
     ]
 
 
@@ -168,6 +174,20 @@ def train_runs(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, job
     return failures
 
 
+def train_in_turns(runs: Sequence[RunConfig], progress: Progress, *, logs: Path, jobs: int = 1) -> dict[str, str]:
+    """Trains them as `train_runs` does, but all models of a seed and length together, `jobs` of them at a time.
+
+    They take turns, in which what happens to the machine happens to all of them alike.
+    """
+    failures: dict[str, str] = {}
+    for _, same in itertools.groupby(runs, key=lambda run: (run.seed, run.train.seq_len)):
+        group = list(same)
+        with folder_of_turns([run.name for run in group if not is_done(run)], at_once=jobs) as folder:
+            group = [replace(run, turns=folder) for run in group]
+            failures |= train_runs(group, progress, logs=logs, jobs=len(group))
+    return failures
+
+
 class TrainingProcess:
     """A run in a process of its own."""
 
@@ -180,10 +200,11 @@ class TrainingProcess:
 
     def progress(self) -> tuple[float, str]:
         """The fraction done, and the same in words."""
-        step, detail = self._metrics.read()
+        step, seconds, detail = self._metrics.read()
         if step == 0:
             return 0.0, "warms up, which compiles kernels the first time"
-        return step / self.run.train.steps, f"step {step}/{self.run.train.steps}{detail}"
+        course = Course(train=self.run.train, step=step, seconds=seconds)
+        return min(1.0, course.share), f"{course.words}{detail}"
 
     def quality(self) -> str:
         """The final score of a run that has finished, in words."""
@@ -210,12 +231,12 @@ class MetricsTail:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
-        self._step = 0
+        self._step, self._seconds = 0, 0.0
         self._quality = ""
         self._score: Score | None = None
 
-    def read(self) -> tuple[int, str]:
-        """The last step recorded and the last validation, as text."""
+    def read(self) -> tuple[int, float, str]:
+        """The last step recorded with its seconds of training, and the last validation as text."""
         if self._path.exists():
             with self._path.open("rb") as file:
                 file.seek(min(self._offset, self._path.stat().st_size))
@@ -223,13 +244,13 @@ class MetricsTail:
                 self._offset += len(whole) + 1 if whole else 0
             for line in whole.split(b"\n"):
                 self._look(line)
-        return self._step, self._quality
+        return self._step, self._seconds, self._quality
 
     def _look(self, line: bytes) -> None:
         record = read_record(line, self._path)
         if record is None:
             return  # the tail of a line that a resumed run has rewritten
-        self._step = record.get("step", self._step)
+        self._step, self._seconds = record.get("step", self._step), record.get("seconds", self._seconds)
         if self._score is None and any(key.startswith("val/") for key in record):
             self._score = load_run(self._path.parent).score
         if self._score is not None and self._score.tag in record:

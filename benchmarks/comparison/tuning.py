@@ -228,12 +228,8 @@ class Search:
     @property
     def _settings(self) -> dict[str, Any]:
         """By which two searches are the same: all that decides a trial but the model, its rate and its length."""
-        run = self._trial(next(iter(self._sizes)), 0, 1).to_dict()
-        kept = {name: {**run[name]} for name in ("objective", "optim", "train")}
-        for section, name in (("optim", "lr"), ("train", "tensorboard"), ("train", "threads"), ("train", "device")):
-            del kept[section][name]
         return {
-            **kept,
+            **_deciding(self._trial(next(iter(self._sizes)), 0, 1)),
             "n_params": self._config.params,
             "rounds": self._rounds,
             "digest": self._objective.data.digest,
@@ -245,12 +241,25 @@ class Search:
             return {}
         held = read_json(path)
         check_table(held, {"settings": Mapping, "rates": dict[str, float]}, path)
-        if held["settings"] != self._settings:
+        found = held["settings"]
+        recorded = RunConfig.from_dict({name: found[name] for name in _DECIDING if name in found})
+        if {**found, **_deciding(recorded)} != self._settings:
             raise ValueError(
                 f"{self._out} holds a search for learning rates with other settings; "
                 "give the same options, another --out, or --fresh to start over"
             )
         return {arch: rate for arch, rate in held["rates"].items() if arch in self._sizes}
+
+
+_DECIDING = ("objective", "optim", "train")
+
+
+def _deciding(run: RunConfig) -> dict[str, Any]:
+    """All of these sections but what differs between trials, or decides nothing."""
+    kept = {name: table for name, table in run.to_dict().items() if name in _DECIDING}
+    for section, name in (("optim", "lr"), ("train", "tensorboard"), ("train", "threads"), ("train", "device")):
+        del kept[section][name]
+    return kept
 
 
 def load_quality(run: RunConfig) -> float | None:

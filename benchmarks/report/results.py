@@ -173,6 +173,7 @@ _INFO: dict[str, Any] = {
     "corpus.val_bytes": _NUMBER,
     "corpus.reference_bits_per_byte": dict[str, float],
     "objective": Mapping[str, Any] | None,
+    "stretches": list[dict[str, Any]] | None,
     "provenance": Mapping,
     "provenance.imports": list[str] | None,
     "provenance.plugins": list[str] | None,
@@ -649,6 +650,8 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         equal = not spent or max(spent) <= (1 + within) * min(spent)
         statement = f"{min(spent):.4g} to {max(spent):.4g}" if spent else "not recorded"
         checks.append(Check(name=f"training {comparison.equal}", equal=equal, statement=statement))
+    if comparison.equal == "seconds":
+        checks.append(_turns_check(done))
     read = {
         key: _distinct(run.info["config"]["train"].get(key) for run in runs)
         for key in ("eval_tokens", "final_eval_tokens")
@@ -708,6 +711,24 @@ def budget_checks(comparison: Comparison, tolerance: float = 0.02) -> list[Check
         )
     )
     return checks
+
+
+def _turns_check(runs: Sequence[Run]) -> Check:
+    """Verifies that the runs of each seed and length have taken turns, so that a slower machine was so for all."""
+    apart = []
+    for run in runs:
+        beside = {name for stretch in run.info.get("stretches") or () for name in stretch.get("in_turns_with", ())}
+        same = {other.folder.name for other in runs if (other.seed, other.seq_len) == (run.seed, run.seq_len)}
+        if not same - {run.folder.name} <= beside:
+            apart.append(run.folder.name)
+    return Check(
+        name="turns",
+        equal=not apart,
+        statement=f"{_joined(apart)} did not train in turns with all others of the seed and length, so that a machine "
+        "that was slower for a while may have favoured some"
+        if apart
+        else "the models of each seed and length trained in turns of some steps",
+    )
 
 
 def _objective(run: Run) -> str:

@@ -167,11 +167,12 @@ def _pair(found: Mapping[tuple[str, str, str], Crossover], metric: Metric, a: st
 def _budget_section(comparison: Comparison, checks: Sequence[Check]) -> list[Block]:
     if not checks:
         return []
+    budget = "tokens and steps" if comparison.equal == "tokens" else f"{comparison.equal} of training"
     return [
         Heading(text="Equal budgets"),
         Paragraph(
             text="Verified from the files of the runs: every model had the same number of parameters (within 2 %), "
-            "tokens and steps, the same data in the same order and the same schedule."
+            f"{budget}, the same data in the same order and the same schedule."
             if all(check.equal for check in checks)
             else "The runs did not have equal budgets, so their quality cannot be compared as it stands."
         ),

@@ -461,7 +461,10 @@ def _best_sentence(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) ->
     compressors = f"; compressors on the whole held-out text: {beside}" if beside else ""
     several = len({row["seq_len"] for row in scored}) > 1
     trained = f", trained at {best['seq_len']:,}," if several else ""
-    return f"After {count(best['tokens'])} training tokens {best['label']}{trained} {found}{compressors}."
+    spent = f"{count(best['tokens'])} training tokens"
+    if comparison.equal == "seconds":
+        spent = f"{best['train_seconds']:,.0f} seconds of training, {count(best['tokens'])} tokens,"
+    return f"After {spent} {best['label']}{trained} {found}{compressors}."
 
 
 def score_meaning(comparison: Comparison) -> str:

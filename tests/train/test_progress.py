@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from crossover.train.config import TrainConfig
+from crossover.train.course import Course
 from crossover.train.progress import Display, duration, farewell
 
 pytestmark = pytest.mark.quick
 
-TRAINED = {"step": 5, "train/loss": 1.25, "perf/tokens_per_second": 1234.5}
+BEGUN = Course(train=TrainConfig(steps=10))
+TRAINED = {"step": 5, "seconds": 9.0, "train/loss": 1.25, "perf/tokens_per_second": 1234.5}
 
 
 @pytest.mark.parametrize(
@@ -19,10 +22,10 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 
 def test_without_a_terminal_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display(10) as display:
+    with Display(BEGUN) as display:
         display.say("[model] 100 %")
         display.trained(TRAINED, seconds_left=65)
-        display.validated({"step": 5, "val/bits_per_byte": 2.0})
+        display.validated({"step": 5, "seconds": 9.0, "val/bits_per_byte": 2.0})
     assert capsys.readouterr().out.splitlines() == [
         "[model] 100 %",
         "step 5/10  loss 1.250  1,234 tokens/s  1:05 min left",
@@ -41,7 +44,7 @@ def test_on_a_terminal_there_is_a_bar(no_color: bool, monkeypatch: pytest.Monkey
     outer, inner = os.openpty()
     with os.fdopen(inner, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        with Display(10) as display:
+        with Display(BEGUN) as display:
             display.trained(TRAINED, seconds_left=65)
             display.say("[model] 100 %")
     shown = ""

@@ -2,7 +2,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from crossover.train.record import provenance
 from crossover.train.runtime import choose_precision
 from crossover.train.score import Score
 from crossover.train.trainer import Outcome, ResumeError, Trainer
+from crossover.train.turns import Turns
 from crossover.train.verdict import store_verdict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -768,6 +769,80 @@ def test_a_schedule_that_falls_cannot_be_made_longer(tmp_path: Path, corpus: Cor
     fit(run, corpus)
     with pytest.raises(ResumeError, match=r"optim\.schedule_steps 6 -> 8"):
         fit(changed(run, steps=8), corpus)
+
+
+class Clock:
+    """Seconds that pass when told to: those of training in every step, and many more outside of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, durations: Sequence[float]) -> None:
+        self.now = 0.0
+        left = iter(durations)
+        replace_loss(monkeypatch, lambda _, found: (self.wait(next(left)), found)[1])
+        for place in ("held_out", "examine"):
+            original = getattr(NextToken, place)
+            monkeypatch.setattr(NextToken, place, lambda *a, _f=original, **b: (self.wait(500), _f(*a, **b))[1])
+        monkeypatch.setattr(Turns, "pass_on", lambda *_: self.wait(3000))
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+DURATIONS = (0.375, 1.5, 3.0, 0.125, 2.5, 4.0)
+"""Of steps, the last of which is the one in which ten seconds end."""
+
+
+@pytest.mark.quick
+def test_a_time_ends_training_within_a_step_and_rates_follow_it(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, steps=2, seconds=10.0, eval_every=1, checkpoint_every=1, keep_checkpoints=9)
+    result = fit(run, corpus, clock=Clock(monkeypatch, DURATIONS)).result
+    assert (result["status"], result["steps"]) == ("done", 6)
+    assert result["train_seconds"] == 11.5
+    times = [seconds for _, seconds in metrics(run, "seconds")]
+    assert sorted(set(times)) == [0.375, 1.875, 4.875, 5.0, 7.5, 11.5]
+    assert [step for step, _ in metrics(run, "val/loss")] == [3, 5, 6]  # beyond 4, 6 and 10 seconds
+    saved = sorted((run.directory / "checkpoints").glob("step-*"))
+    assert [int(path.name[-8:]) for path in saved] == [2, 3, 4, 5, 6]
+    falling = [3e-4 + 2.7e-3 * (1 + math.cos(math.pi * (t - 0.5) / 9.5)) / 2 for t in (1.875, 4.875, 5.0, 7.5)]
+    rates = [rate for _, rate in metrics(run, "train/lr")]
+    assert rates == pytest.approx([0.0, 3e-3 * 0.375 / 0.5, *falling], abs=1e-6)  # warm-up for half a second
+
+
+def test_an_interrupted_run_continues_its_time(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"seconds": 10.0, "eval_every": 1}
+    straight, broken = config(tmp_path / "a", **settings), config(tmp_path / "b", **settings)
+    with monkeypatch.context() as patch:
+        fit(straight, corpus, clock=Clock(patch, DURATIONS))
+    with monkeypatch.context() as patch:
+        clock = Clock(patch, DURATIONS)
+        patch.setattr(Turns, "pass_on", lambda *_: clock.now > 4 and signal.raise_signal(signal.SIGTERM))
+        assert fit(broken, corpus, clock=clock).exit_code == 143
+    with monkeypatch.context() as patch:
+        assert fit(broken, corpus, clock=Clock(patch, DURATIONS[3:])).exit_code == 0
+    assert read_json(broken.directory / "run.json")["resumed_from_step"] == 3
+    for key in ("seconds", "train/lr", "train/loss", "val/loss"):
+        assert metrics(broken, key) == metrics(straight, key), key
+    with pytest.raises(ResumeError, match=r"optim\.schedule_seconds 10\.0 -> 20\.0"):
+        fit(changed(broken, seconds=20.0), corpus)
+    with pytest.raises(ResumeError, match=r"optim\.schedule_seconds 10\.0 -> None, optim\.schedule_steps None -> 6"):
+        fit(changed(broken, seconds=0.0), corpus)
+    assert fit(broken, corpus).result["train_seconds"] == 11.5  # is done
+
+
+def test_a_constant_rate_can_be_given_more_time_but_not_less(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path, schedule="constant", seconds=3.0)
+    clock = Clock(monkeypatch, [1.0] * 5)
+    fit(run, corpus, clock=clock)
+    with pytest.raises(ResumeError, match=r"at step 3 already, beyond train\.seconds=2\.0: give more seconds"):
+        fit(changed(run, seconds=2.0), corpus)
+    fit(changed(run, seconds=4.5), corpus, clock=clock)
+    assert [seconds for _, seconds in metrics(run, "seconds")][-1] == 5.0
 
 
 def test_a_resume_on_other_data_is_refused(tmp_path: Path, corpus: Corpus) -> None:

@@ -16,7 +16,9 @@ from crossover.benchmarks.comparison.runs import (
     differences,
     is_done,
     share_threads,
+    train_in_turns,
     train_runs,
+    training_tasks,
 )
 from crossover.benchmarks.harness.options import ARCHS
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
@@ -130,6 +132,48 @@ def test_equal_flops_are_equal_within_two_percent_over_models_and_lengths(tmp_pa
         at_lengths(tmp_path, 64, 512, archs=("transformer", "mamba", "lstm"), equal="flops", steps=3)
 
 
+def test_equal_seconds_are_the_same_for_all_whatever_the_steps(tmp_path: Path) -> None:
+    runs, sizes = at_lengths(tmp_path, 64, 512, equal="seconds", seconds=30.0, steps=60)
+    same, _ = at_lengths(tmp_path, 64, 512, equal="seconds", seconds=30.0, steps=70)
+    assert runs == same
+    assert {run.train.seconds for run in runs} == {30.0}
+    assert {(task.kind, task.cost) for task in training_tasks(runs, sizes)} == {("timed train", 30.0)}
+    assert all(parse(arguments(run), "train") == run for run in runs)
+    for options in ({"equal": "seconds"}, {"seconds": 5.0}):
+        with pytest.raises(ValueError, match=r"--equal seconds and --seconds S, .* go together: give both"):
+            CompareConfig(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_models_of_a_seed_and_length_train_together_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, _ = at_lengths(tmp_path, 64, 512, archs=("lstm", "gpt2", "mamba"), equal="seconds", seconds=1.0, seeds=2)
+    record(runs[1])  # is done
+    found = []
+
+    def train(group: list[RunConfig], *_: object, logs: Path, jobs: int) -> dict[str, str]:
+        assert jobs == len(group)
+        (folder,) = {run.turns for run in group}
+        assert folder is not None
+        slots = [path.name for path in folder.glob("slot-*")]
+        found.append(([run.name for run in group], (folder / "runs").read_text().split(), len(slots)))
+        return {group[0].name: "on purpose"}
+
+    monkeypatch.setattr(training, "train_runs", train)
+    progress = Progress(Schedule([]), stream=io.StringIO())
+    failures = train_in_turns(runs, progress, logs=tmp_path, jobs=2)
+    names = [[run.name for run in runs[i : i + 3]] for i in range(0, 12, 3)]
+    assert found == [(group, [name for name in group if name != runs[1].name], 2) for group in names]
+    assert failures == {group[0]: "on purpose" for group in names}
+
+
+def test_a_run_of_before_there_were_times_and_turns_is_the_same_run(runs: list[RunConfig]) -> None:
+    before = runs[0].to_dict()
+    del before["turns"], before["train"]["seconds"]
+    assert differences(replace(runs[0], turns=Path("elsewhere")), before) == []
+    timed = replace(runs[0], train=replace(runs[0].train, seconds=9.0))
+    assert differences(timed, before) == ["train.seconds 0.0 instead of 9.0"]
+    assert differences(runs[0], timed.to_dict()) == ["train.seconds 9.0 instead of 0.0"]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_is_sized_within_two_percent(arch: str) -> None:
     sized = size_arch(arch, n_params=300_000, vocab_size=256, seq_len=128)
@@ -163,13 +207,13 @@ def test_a_run_on_other_data_is_not_overwritten(runs: list[RunConfig]) -> None:
 def test_progress_reads_what_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = MetricsTail(path)
-    assert tail.read() == (0, "")
+    assert tail.read() == (0, 0.0, "")
     append_line(path, json.dumps({"step": 10, "train/loss": 2.0}) + '\n{"step": 2')
-    assert tail.read() == (10, "")
+    assert tail.read() == (10, 0.0, "")
     write_json(tmp_path / "run.json", {"score": {**BITS_PER_BYTE.to_dict(), "name": "likeness", "unit": "alike"}})
-    append_line(path, '0, "val/likeness": 2.5}\n')
-    assert tail.read() == (20, ", 2.50 alike")
-    assert tail.read() == (20, ", 2.50 alike")
+    append_line(path, '0, "seconds": 1.5, "val/likeness": 2.5}\n')
+    assert tail.read() == (20, 1.5, ", 2.50 alike")
+    assert tail.read() == (20, 1.5, ", 2.50 alike")
 
 
 def test_threads_are_shared_among_runs_that_train_at_once() -> None:

@@ -14,7 +14,7 @@ from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.comparison.tuning import Search, next_trials, rounds_of
 from crossover.benchmarks.harness.progress import Progress, Schedule
 from crossover.benchmarks.harness.sizes import size_arch
-from crossover.files import read_json
+from crossover.files import read_json, write_json
 from crossover.train.config import RunConfig, TrainConfig
 from crossover.train.objectives import open_objective
 from crossover.train.score import BITS_PER_BYTE, Score
@@ -172,3 +172,12 @@ def test_a_search_that_was_stopped_goes_on_and_its_progress_counts_what_there_is
     assert len(set(trained)) == len(trained)
     again, progress = found()
     assert (again, progress.schedule.done) == (rates, "0/0")
+    path = tmp_path / "tuning" / "rates.json"
+    held = read_json(path)
+    del held["settings"]["train"]["seconds"]  # as a search of before there was such an option
+    write_json(path, held)
+    assert found()[0] == rates
+    held["settings"]["train"]["seconds"] = 7.0
+    write_json(path, held)
+    with pytest.raises(ValueError, match="a search for learning rates with other settings"):
+        found()

@@ -148,6 +148,33 @@ def test_an_unequal_budget_is_found(tmp_path: Path, change: dict[str, int], name
     assert name in unequal
 
 
+def test_models_that_did_not_train_in_turns_at_equal_seconds_are_named(tmp_path: Path) -> None:
+    write_comparison(tmp_path, archs=["transformer", "mamba", "lstm"], seeds=2)
+    info = json.loads((tmp_path / "compare.json").read_text())
+    write_json(tmp_path / "compare.json", info | {"config": info["config"] | {"equal": "seconds"}})
+    together = {seed: [f"{arch}-s{seed}" for arch in ("transformer", "mamba", "lstm")] for seed in range(2)}
+    turns = {name: [names] for names in together.values() for name in names}
+
+    def checks() -> dict[str, tuple[bool, str]]:
+        for name, stretches in turns.items():
+            path = tmp_path / name / "run.json"
+            found = [{"from_step": 0, "in_turns_with": names} for names in stretches]
+            write_json(path, json.loads(path.read_text()) | {"stretches": found})
+            result = json.loads((tmp_path / name / "result.json").read_text())
+            write_json(tmp_path / name / "result.json", result | {"train_seconds": 60.0})
+        return {c.name: (c.equal, c.statement) for c in budget_checks(load_comparison(tmp_path))}
+
+    found = checks()
+    assert found["turns"][0]
+    assert found["training seconds"] == (True, "60 to 60")
+    assert "tokens" not in found
+    turns["mamba-s0"] = turns["lstm-s0"] = [together[0], together[0][1:]]  # went on when the first was done
+    turns["lstm-s1"] = [["lstm-s1"]]  # later, when the others were done
+    equal, statement = checks()["turns"]
+    assert not equal
+    assert statement.startswith("lstm-s1 did not train in turns with all others")
+
+
 def test_another_schedule_is_an_unequal_budget_but_another_learning_rate_is_not(tmp_path: Path) -> None:
     write_comparison(tmp_path, archs=["transformer", "mamba"], seeds=1)
     path = tmp_path / "mamba-s0" / "run.json"
