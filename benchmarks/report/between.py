@@ -114,9 +114,9 @@ def between(sides: Sequence[Side], out: Path) -> tuple[str, str, list[Block]]:
     ]
     said = {name for name in different if not name.startswith(("parameters of", "learning rate of"))}
     few = [name for name in different if name in said][:4]
-    more = len(said) - len(few)
-    subtitle = f"They differ in {and_list(few)}{f', and {more} more' if more else ''}" if few else "Made the same way"
-    return f"{len(sides)} comparisons: {and_list(names)}", subtitle, blocks
+    more = [f"{len(said) - len(few)} more"] if len(said) > len(few) else []
+    subtitle = f"They differ in {and_list([*few, *more])}" if few else "Made the same way"
+    return f"{and_list(names)} compared", subtitle, blocks
 
 
 def _link(folder: Path, out: Path) -> str:
@@ -167,14 +167,14 @@ def _map(sides: Sequence[Side], kinds: Sequence[str]) -> Map:
 
 def _joined(sides: Sequence[Side], cells: Sequence[MapCell], pens: Sequence[str]) -> MapCell:
     """One cell for what several maps say: in their order where they name others."""
-    texts = [cell.text or "-" for cell in cells]
-    text = texts[0] if len({*texts}) == 1 else " → ".join(texts)
     notes = [cell.note for cell in cells]
     said = [f"{side.name}: {note}" for side, note in zip(sides, notes, strict=True) if note]
     named = [{*cell.models} for cell in cells]
+    same = all(models == named[0] for models in named)  # in whatever order
+    text = cells[-1].text if same else " → ".join(cell.text or "-" for cell in cells)
     last = next((cell for cell in reversed(cells) if cell.models), None)
     return MapCell(
-        text=text if last else "",
+        text=text,
         note=notes[0] if len({*notes}) == 1 else "; ".join(said),
         state=_state(cells, named),
         models=sorted(set.intersection(*named)),
@@ -199,7 +199,12 @@ def _counts(sides: Sequence[Side], found: Map) -> str:
     both = "both" if len(sides) == 2 else "all"
     if not total:
         return f"No cell of the map is decided in {both}."
-    changed = [f"{row.title} at {column}: {cell.text}" for row, column, cell in cells if cell.state == "changed"]
+    exact = {criterion.kind for side in sides for criterion in side.found if criterion.basis == "exact"}
+    changed = [
+        f"{row.title} at {column}: {cell.text}{', without an interval' if row.key in exact else ''}"
+        for row, column, cell in cells
+        if cell.state == "changed"
+    ]
     decided = f"cells of the map that are decided in {both}"
     if n["won"] == total:
         return f"All {total} {decided} name the same models."
@@ -239,9 +244,9 @@ def _criterion_blocks(sides: Sequence[Side], kind: str) -> list[Block]:
         for side, criterion in pairs:
             if arch not in side.comparison.archs:
                 continue
-            strong |= {(len(rows), i) for i, length in enumerate(lengths, 2) if is_strong(criterion, arch, length)}
+            strong |= {(len(rows), i) for i, length in enumerate(lengths, 1) if is_strong(criterion, arch, length)}
             values = [entry(side.comparison, criterion, arch, length) for length in lengths]
-            rows.append([side.comparison.label(arch), side.name, *values])
+            rows.append([f"{side.comparison.label(arch)}, {side.name}", *values])
     how = [how_to_read(side.comparison, criterion) for side, criterion in pairs]
     said = (
         how[0]
@@ -250,7 +255,7 @@ def _criterion_blocks(sides: Sequence[Side], kind: str) -> list[Block]:
     )
     names = " → ".join(dict.fromkeys(criterion.name for _, criterion in pairs))
     table = Table(
-        columns=["Model", "Of", *(f"{length:,}" for length in lengths)],
+        columns=["Model", *(f"{length:,}" for length in lengths)],
         rows=rows,
         caption=f"{capital(names)}, by {'trained' if kind == 'quality' else 'context'} length. {said}",
         strong=frozenset(strong),
