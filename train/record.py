@@ -1,4 +1,4 @@
-"""Records of a run: run.json and result.json, metrics.jsonl, and the TensorBoard events derived from it.
+"""Records of a run: metrics.jsonl, from which TensorBoard's events are derived, and where its numbers come from.
 
 metrics.jsonl is the record: one JSON object per line, flushed at once, so that it survives a kill to the last line.
 TensorBoard repeats it; where TensorBoard fails (a full disk, say), one warning is given and training goes on.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import shlex
 import subprocess
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,27 +22,10 @@ import torch
 
 from ..files import naming, scan_json_lines, write_text
 from . import plugins
+from .board import Board
 from .score import BITS_PER_BYTE, Score
 
-__all__ = ["MetricsLog", "cpu_model", "layout", "provenance"]
-
-
-def layout(score: Score) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars page of a run that is judged by a score."""
-    return {
-        "Quality": {
-            "training loss": ["Multiline", ["train/loss"]],
-            f"{score.words} ({score.better} is better)": ["Multiline", [score.tag]],
-        },
-        "Cost": {
-            "speed (tokens per second)": ["Multiline", ["perf/tokens_per_second"]],
-            "peak memory (bytes)": ["Multiline", ["perf/peak_bytes"]],
-        },
-    }
-
-
-_PLACES = frozenset({"name", "out", "resume", "turns", "data.cache", "train.threads", "train.tensorboard"})
-"""Options that TensorBoard's page of hyperparameters leaves out."""
+__all__ = ["MetricsLog", "cpu_model", "provenance"]
 
 
 class MetricsLog:
@@ -59,11 +40,13 @@ class MetricsLog:
         n_records: int | None = None,
         board: Path | None = None,
         options: Mapping[str, Any] | None = None,
+        flops_per_token: float | None = None,
     ) -> None:
         """Continues the log of a run after `first_step` steps and `n_records` lines, where their number is known.
 
         What was recorded beyond is dropped: the run records it again. Lines that are lost are said. TensorBoard's
-        events go to the folder `board`, or to tb in the directory, and its page of hyperparameters shows `options`.
+        events go to the folder `board`, or to tb in the directory; its page of hyperparameters shows `options`, and
+        quality by FLOPs needs those that a trained token takes.
         """
         path = self._path = directory / "metrics.jsonl"
         found = scan_json_lines(path).records if first_step else []
@@ -78,7 +61,10 @@ class MetricsLog:
         self.n_records = len(kept)
         write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
-        self._board = _TensorBoard(board or directory / "tb", score, options or {}, purge_step=first_step + 1)
+        self._board = Board(
+            board or directory / "tb", score, options or {}, flops_per_token=flops_per_token, first_step=first_step
+        )
+        self._board.repeat(kept)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record, which has a "step"; keys with a slash are scalars, "sample" is text."""
@@ -88,9 +74,9 @@ class MetricsLog:
         self.n_records += 1
         self._board.append(record)
 
-    def finish(self) -> None:
-        """Says that the run has come to its end."""
-        self._board.finish()
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Says that the run has come to its end, with what is to be in result.json."""
+        self._board.finish(result)
 
     def close(self) -> None:
         """Ends the log."""
@@ -101,83 +87,6 @@ class MetricsLog:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-class _TensorBoard:
-    """TensorBoard events, as long as they can be written: here and now, as in a thread nobody could catch an error."""
-
-    def __init__(self, directory: Path, score: Score, options: Mapping[str, Any], *, purge_step: int) -> None:
-        # Imported here: it takes a second, and the configuration and the tests of other modules do not need it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard import summary
-
-        self._directory, self._summary, self._event = directory, summary, Event
-        self._writer = None
-        # in the events of the run itself, as SummaryWriter.add_hparams would make a second run of them
-        shown = {key: value for key, value in options.items() if value is not None and key not in _PLACES}
-        values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in shown.items()}
-        metrics = dict.fromkeys((score.tag, "val/loss", "train/loss", "perf/tokens_per_second", "perf/peak_bytes"), 0.0)
-        experiment, session, self._end = summary.hparams(values, metrics)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            name = f"events.out.tfevents.{time.time():017.6f}.{os.getpid()}"
-            self._writer = RecordWriter((directory / name).open("wb"))
-            self._add(file_version="brain.Event:2")
-            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-            for page in (summary.custom_scalars(layout(score)), experiment, session):
-                self._add(summary=page)
-            self._writer.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            return
-        step = record["step"]
-        try:
-            for tag, value in record.items():
-                if "/" in tag and value is not None:
-                    self._add(step=step, summary=self._summary.scalar(tag, value))
-            if "sample" in record:
-                # Indented, Markdown shows it as it is.
-                text = "    " + record["sample"].replace("\n", "\n    ")
-                self._add(step=step, summary=self._summary.text("sample", text))
-            self._writer.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def finish(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._add(summary=self._end)
-            self._writer.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def close(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._give_up(error)
-
-    def _add(self, **entries: Any) -> None:
-        assert self._writer is not None
-        self._writer.write(self._event(wall_time=time.time(), **entries).SerializeToString())
-
-    def _give_up(self, error: OSError) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):  # it holds what could not be written
-                self._writer.close()
-        self._writer = None
-        warnings.warn(
-            f"no more TensorBoard events in {self._directory} ({error.strerror or error}); metrics.jsonl has them all",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:

@@ -199,6 +199,7 @@ class RunDirectory:
                 n_records=state.n_records,
                 board=self._board,
                 options={key: record[key] for key in ("arch", "n_params")} | flatten(record["config"]),
+                flops_per_token=record["flops_per_token"],
             )
 
     def add(self, **entries: Any) -> None:

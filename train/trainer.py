@@ -245,7 +245,7 @@ class Trainer:
                 found = objective.examine(model, judge=judge, poll=poll)
                 check_finite(found, "held-out")
                 self._found = found
-            log.finish()
+            log.finish(self._result("done", None))
         except Interrupted:
             save()
             raise

@@ -139,7 +139,7 @@ def _get(url: str) -> Any:
 
 def test_tensorboard_shows_quality_and_cost_of_every_run(tensorboard: str, tmp_path: Path) -> None:
     layout = _get(f"{tensorboard}/data/plugin/custom_scalars/layout")
-    assert [category["title"] for category in layout["category"]] == ["Quality", "Cost"]
+    assert [category["title"] for category in layout["category"]] == ["Quality", "Quality at equal budgets", "Cost"]
     tags = _get(f"{tensorboard}/data/plugin/scalars/tags")
     assert all({"train/loss", "val/bits_per_byte", "perf/peak_bytes"} <= runs.keys() for runs in tags.values())
     assert len(tags) == 2
