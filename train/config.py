@@ -311,6 +311,10 @@ class TrainConfig:
     """Tokens of sample text written at each validation; 0 for none."""
     log_every: Count = 10
     """Steps between two lines of metrics."""
+    layer_stats_every: CountOrNone = 0
+    """Steps between two looks into the layers, 0 for none: in such a step metrics and TensorBoard have for each layer
+    layer_NN/activation_rms of its output, gradient_rms before clipping, and update_ratio, the root mean square of the
+    change of its parameters over their own. It trains the same, and takes longer, which counts."""
     checkpoint_every: CountOrNone = 250
     """Steps between two checkpoints; 0 saves only at the end."""
     tensorboard: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,10 @@ class Update:
         self._learner, self._objective, self._optimizer = learner, objective, optimizer
         self._precision, self._clip, self._world = precision, clip, world
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> dict[str, float]:
-        """Makes one update on the parts of a batch.
+    def __call__(
+        self, batches: Sequence[Batch], lr: float, *, look: Callable[[], None] | None = None
+    ) -> dict[str, float]:
+        """Makes one update on the parts of a batch. `look` is called when gradients are there, before they are clipped.
 
         Returns:
             The mean of each term, "loss" (the weighted sum, where no term has that name), and "grad_norm", the norm
@@ -112,6 +114,8 @@ class Update:
         means = accumulate_gradients(
             self._learner, self._objective, batches, precision=self._precision, world=self._world
         )
+        if look is not None:
+            look()
         norm = nn.utils.clip_grad_norm_(self._learner.parameters(), self._clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore[reportAttributeAccessIssue]
         found = torch.stack([value.to(norm.dtype) for value in (*means.values(), norm)]).tolist()

@@ -25,6 +25,7 @@ from .config import RunConfig
 from .course import Course
 from .evaluate import evaluate, evaluating, origin
 from .finite import NonFiniteError, check_finite, check_weights
+from .layers import MeasuredUpdate
 from .learner import Learner, Update, split_rows
 from .objective import Objective
 from .optim import adamw, learning_rate
@@ -232,7 +233,11 @@ class Trainer:
                 self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
                 if self._state.step == self._first_step + 1:
                     self._directory.add(backends=self._backends_run())
-                if self._state.step == 1 or self._course.is_due(run.train.log_every):
+                if (
+                    self._state.step == 1
+                    or self._course.is_due(run.train.log_every)
+                    or self._looks_at(self._state.step)
+                ):
                     self._log(values, log, display)
             display.doing("examining")
 
@@ -255,6 +260,15 @@ class Trainer:
         watch = self._watch
         return Course(train=self.run.train, step=self._state.step, seconds=watch.seconds, before=watch.before)
 
+    def _is_logged(self) -> bool:
+        step = self._state.step
+        return step == 1 or self._course.is_due(self.run.train.log_every) or self._looks_at(step)
+
+    def _looks_at(self, step: int) -> bool:
+        """Whether the update that makes this step looks into the layers."""
+        every = self.run.train.layer_stats_every
+        return every > 0 and step % every == 0
+
     def _is_validated(self) -> bool:
         """Whether the last validation is of this step."""
         return self._state.validation is not None and self._state.validation["step"] == self._state.step
@@ -273,8 +287,12 @@ class Trainer:
             n_tokens = self.objective.n_tokens(rows)
             count(n_tokens)
             batches = [self.objective.collate(part) for part in split_rows(rows, run.train.grad_accumulation)]
+            layers: dict[str, float] = {}
             try:
-                values = update(batches, lr)
+                if self._looks_at(step + 1):
+                    values, layers = MeasuredUpdate(learner.model, update)(batches, lr)
+                else:
+                    values = update(batches, lr)
             except NonFiniteError as error:
                 where = next(filter(None, (origin(learner, batch, self.precision) for batch in batches)), "")
                 raise NonFiniteError(
@@ -283,7 +301,7 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         self._state = replace(self._state, step=step + 1, tokens=(self._state.tokens or 0) + n_tokens)
-        return {"train/lr": lr, **{f"train/{name}": value for name, value in values.items()}}
+        return {"train/lr": lr, **{f"train/{name}": value for name, value in values.items()}, **layers}
 
     def _log(self, values: Mapping[str, float], log: MetricsLog, display: Display) -> None:
         rate, state = self._watch.lap(), self._state

@@ -708,6 +708,22 @@ def test_what_is_in_the_way_of_a_run_is_one_sentence_before_any_work(
     assert "\n" not in str(refused.value)
 
 
+def test_a_run_that_looks_into_its_layers_trains_the_same_to_the_bit(tmp_path: Path, corpus: Corpus) -> None:
+    plain = config(tmp_path / "plain", "jamba", steps=5, log_every=2, grad_accumulation=2)
+    seen = replace(changed(plain, layer_stats_every=3), out=tmp_path / "seen")
+    for run in (plain, seen):
+        assert fit(run, corpus).exit_code == 0
+    for key in ("train/loss", "train/grad_norm"):
+        steps = dict(metrics(seen, key))
+        assert list(steps) == [1, 2, 3, 4, 5]
+        assert metrics(plain, key) == [(step, steps[step]) for step in (1, 2, 4, 5)]
+    for name, tensor in tensors(plain).items():
+        assert torch.equal(tensor, tensors(seen)[name])
+    for layer in ("layer_00", "layer_01"):
+        for name in ("activation_rms", "gradient_rms", "update_ratio"):
+            assert [step for step, _ in metrics(seen, f"{layer}/{name}")] == [3]
+
+
 def test_what_a_killed_writer_left_is_gone_after_the_next_start(tmp_path: Path, corpus: Corpus) -> None:
     run = config(tmp_path, steps=1)
     drafts = [run.directory / ".run.json.4194309.tmp", run.directory / "checkpoints" / "step-00000001.tmp-123"]
