@@ -65,7 +65,8 @@ setup(
     ],
     package_data={
         NAME: ["py.typed"],
-        f"{NAME}.benchmarks.report": ["templates/*"],
+        f"{NAME}.archs": ["*.bib"],
+        f"{NAME}.benchmarks.report": ["templates/*", "*.bib"],
     },
     entry_points={"console_scripts": ["crossover = crossover.benchmarks.cli:main"]},
 )

@@ -72,7 +72,7 @@ def test_the_wheel_adds_one_name(site: Path) -> None:
 
 
 def test_the_wheel_holds_every_module_and_template_and_the_type_marker(site: Path) -> None:
-    files = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".j2", ".css")]
+    files = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".j2", ".css", ".bib")]
     expected = {str(p.relative_to(ROOT)) for p in files} | {"py.typed"}
     assert {name for name in expected if not (site / "crossover" / name).exists()} == set()
 

@@ -10,6 +10,7 @@ from .criteria import Criterion
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
+from .methods import methods, references
 from .results import METRICS, Check, Comparison, Metric
 from .winner_map import criterion_blocks, winner_map
 from .words import (
@@ -49,6 +50,7 @@ def sections(
         *_budget_section(comparison, checks),
         *_sample_section(comparison),
         *_details_section(comparison, crossings),
+        _methods_section(comparison, checks),
     ]
 
 
@@ -240,6 +242,17 @@ def _details_section(comparison: Comparison, crossings: Sequence[Crossover]) -> 
     if comparison.runs:
         details.append(Details(summary="Backend of every operation", blocks=[_backend_table(comparison)]))
     return details
+
+
+def _methods_section(comparison: Comparison, checks: Sequence[Check]) -> Details:
+    text = methods(comparison, checks)
+    return Details(
+        summary="Methods and references, to paste into a paper",
+        blocks=[
+            Preformatted(title="methods.md", text=text),
+            Preformatted(title="references.bib", text=references(text)),
+        ],
+    )
 
 
 def _with_reverse(crossings: Sequence[Crossover]) -> Iterable[tuple[Crossover, Crossover]]:

@@ -12,7 +12,8 @@ from ...files import remove_drafts, write_json, write_text
 from .between import BETWEEN_COLUMNS, between, criteria_rows, load_sides, summary_between
 from .criteria import CRITERIA_COLUMNS, criteria, crossings_of_quality
 from .crossovers import Crossover
-from .document import Block, Figure, Figures, Map, to_html, to_markdown
+from .document import Block, Figure, Figures, Map, plain, to_html, to_markdown
+from .methods import methods, references
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
 from .rows import CONTEXT_COLUMNS, context_rows
 from .sections import sections
@@ -54,6 +55,8 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
         ),
     )
     _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
+    write_text(folder / "methods.md", methods(comparison, checks, quote=plain))
+    write_text(folder / "references.bib", references(methods(comparison, checks)))
     return _write_page(folder, heading, subtitle, blocks)
 
 
