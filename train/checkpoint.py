@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent: written aside, synced, and published by one rename.
 
 checkpoints/step-00000500/ has model.safetensors and config.json (what LanguageModel.from_pretrained reads),
-optimizer.safetensors, trainer.json, and manifest.json with the size and SHA-256 of each, checked at load because no
-tensor format notices a flipped byte. Nothing is pickled, so loading runs no code.
+optimizer.safetensors, trainer.json, carried.safetensors where states are carried from step to step, and manifest.json
+with the size and SHA-256 of each, checked at load because no tensor format notices a flipped byte. Nothing is pickled,
+so loading runs no code.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ..archs.weights import read_tensors, weights_for
 from ..files import FormatError, give_usual_mode, read_json, sync, write_json
+from .carry import Carried
 
 __all__ = ["CheckpointError", "newest", "prune", "read_state", "restore", "save", "verify"]
 
@@ -44,6 +46,7 @@ def save(
     model: Any,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
+    carried: Carried | None = None,
     keep: int = 2,
 ) -> Path:
     """Publishes root/step-XXXXXXXX and then removes all but the `keep` newest.
@@ -54,6 +57,7 @@ def save(
         model: has save_pretrained(directory).
         optimizer: its groups name their parameters (`param_names`).
         state: JSON values for trainer.json; the step and the random number generators are added.
+        carried: states that the next step goes on from.
         keep: number of checkpoints to keep, at least 2.
 
     Raises:
@@ -66,8 +70,12 @@ def save(
     temporary.mkdir()
     try:
         model.save_pretrained(temporary)
-        safetensors.torch.save_file(_optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        give_usual_mode(temporary / "optimizer.safetensors")
+        tensors = {"optimizer": _optimizer_tensors(optimizer)}
+        if carried is not None:
+            tensors["carried"] = carried.tensors()
+        for name, values in tensors.items():
+            safetensors.torch.save_file(values, temporary / f"{name}.safetensors")
+            give_usual_mode(temporary / f"{name}.safetensors")
         write_json(temporary / "trainer.json", {"step": step, **state, "rng": _rng()})
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         for path in files:
@@ -133,8 +141,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / "trainer.json")
 
 
-def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads weights, optimiser state and torch's random number generators from a checkpoint.
+def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, carried: Carried | None = None) -> None:
+    """Loads weights, optimiser state, what is carried and torch's random number generators from a checkpoint.
 
     Call it last, because building a model draws random numbers. Generators of GPUs that are not here are left out.
 
@@ -143,6 +151,11 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     _load_model(model, path)
     _load_optimizer(optimizer, path)
+    if carried is not None:
+        try:
+            carried.load(read_tensors(path / "carried.safetensors"))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     rng = read_state(path)["rng"]
     torch.set_rng_state(_decode(rng["torch"]))
     for index, text in enumerate(rng["cuda"][: torch.cuda.device_count()]):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archs import States
 from .finite import NonFiniteError, check_finite, first_bad_weight
 from .objective import Batch, Objective
 from .runtime import Precision
@@ -73,8 +74,11 @@ def evaluate(
     return found
 
 
-def origin(learner: nn.Module, batch: Batch, precision: Precision) -> str:
-    """Says in parentheses where a Learner makes a number of a batch that is not finite; empty where it makes none."""
+def origin(learner: nn.Module, batch: Batch, precision: Precision, state: States | None = None) -> str:
+    """Says in parentheses where a Learner makes a number of a batch that is not finite; empty where it makes none.
+
+    `state` is what the batch went on from, which this consumes.
+    """
     if (name := first_bad_weight(learner)) is not None:
         return f" (the weights of {name} are not finite)"
     names: list[str] = []
@@ -90,7 +94,7 @@ def origin(learner: nn.Module, batch: Batch, precision: Precision) -> str:
     hooks = [module.register_forward_hook(watch(name)) for name, module in learner.named_modules() if name]
     try:
         with evaluating(learner, precision):
-            learner(batch.to(next(learner.parameters()).device))
+            learner(batch.to(next(learner.parameters()).device), state)
     finally:
         for hook in hooks:
             hook.remove()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..archs import States
 from ..archs.model import Block
 from .learner import Update
 from .objective import Batch
@@ -33,8 +34,10 @@ class MeasuredUpdate:
         self._gradients: dict[str, float] = {}
         self._before: dict[str, list[Tensor]] = {}
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> tuple[dict[str, float], dict[str, float]]:
-        """Makes one update on the parts of a batch.
+    def __call__(
+        self, batches: Sequence[Batch], lr: float, states: list[States] | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Makes one update on the parts of a batch, with `states` as in `accumulate_gradients`.
 
         Returns:
             What the other one returns, and for each layer, as far as they are finite: NAME/activation_rms, of what it
@@ -45,7 +48,7 @@ class MeasuredUpdate:
             NonFiniteError: as the other one.
         """
         with self._listening():
-            values = self._update(batches, lr, look=self._look)
+            values = self._update(batches, lr, states, look=self._look)
         found: dict[str, float] = {}
         for name, layer in self._layers.items():
             before, now = self._before[name], [parameter.detach() for parameter in layer.parameters()]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..archs import States
 from .finite import NonFiniteError
 from .objective import Batch, Objective
 from .optim import set_learning_rate
@@ -26,9 +27,11 @@ class Learner(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The mean of each term of the objective."""
-        return self.objective.terms(self.model, batch)
+    def forward(self, batch: Batch, state: States | None = None) -> Any:
+        """The mean of each term of the objective, a dict; given a state, from there on, and the state after it."""
+        if state is None:
+            return self.objective.terms(self.model, batch)
+        return self.objective.terms_from(self.model, batch, state)
 
 
 def split_rows(rows: Sequence[Any], n_parts: int) -> list[Sequence[Any]]:
@@ -44,6 +47,7 @@ def accumulate_gradients(
     *,
     precision: Precision,
     world: int = 1,
+    states: list[States] | None = None,
 ) -> dict[str, Tensor]:
     """Leaves the gradient of the whole batch, over all processes, in the parameters.
 
@@ -53,6 +57,7 @@ def accumulate_gradients(
         batches: the parts that this process has, run one after the other, to hold the activations of one at a time.
         precision: arithmetic of the forward pass.
         world: number of processes that share the batch; each has at least one part, and all have as many.
+        states: what each part goes on from, in whose place the state after it is put; no gradient goes through it.
 
     Returns:
         The mean of each term over the whole batch, on the device.
@@ -68,7 +73,11 @@ def accumulate_gradients(
     for i, batch in enumerate(batches):
         _sync_gradients(learner, i == len(batches) - 1)
         with precision.autocast(device):
-            terms = learner(batch.to(device))
+            if states is None:
+                terms = learner(batch.to(device))
+            else:
+                terms, after = learner(batch.to(device), states[i])
+                states[i] = after.detach()
         shares = {name: terms[name] * (batch.counts[name] / max(totals[name], 1)) for name in names}
         loss = sum((weight * shares[name] for name, weight in learned.items()), torch.zeros((), device=device))
         # also of a share that is zero: the wrappers of other processes wait for this one's gradient
@@ -99,9 +108,16 @@ class Update:
         self._precision, self._clip, self._world = precision, clip, world
 
     def __call__(
-        self, batches: Sequence[Batch], lr: float, *, look: Callable[[], None] | None = None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        states: list[States] | None = None,
+        *,
+        look: Callable[[], None] | None = None,
     ) -> dict[str, float]:
-        """Makes one update on the parts of a batch. `look` is called when gradients are there, before they are clipped.
+        """Makes one update on the parts of a batch, with `states` as in `accumulate_gradients`.
+
+        `look` is called when gradients are there, before they are clipped.
 
         Returns:
             The mean of each term, "loss" (the weighted sum, where no term has that name), and "grad_norm", the norm
@@ -112,7 +128,7 @@ class Update:
         """
         set_learning_rate(self._optimizer, lr)
         means = accumulate_gradients(
-            self._learner, self._objective, batches, precision=self._precision, world=self._world
+            self._learner, self._objective, batches, precision=self._precision, world=self._world, states=states
         )
         if look is not None:
             look()

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .score import BITS_PER_BYTE, Score
 
 if TYPE_CHECKING:
-    from ..archs import ModelConfig
+    from ..archs import ModelConfig, States
     from .config import RunConfig, TrainConfig
     from .data import Data
 
@@ -75,6 +76,9 @@ class Objective(abc.ABC, Generic[Row, B]):
 
     has_windows: ClassVar[bool] = False
     """Whether every row is train.seq_len tokens of running text, so that the length of rows is free to choose."""
+
+    carries: ClassVar[bool] = False
+    """Whether it follows train.carry: then rows read on from step to step, and it has `begins` and `terms_from`."""
 
     facts: ClassVar[frozenset[str]] = frozenset()
     """Names among `metrics` of what is no curve, such as bytes read: it goes to the result alone."""
@@ -147,6 +151,17 @@ class Objective(abc.ABC, Generic[Row, B]):
         Of nothing (a count of 0) a term is finite, and depends on the parameters as ever: a part of a batch, or a
         process, may have none of what it counts.
         """
+
+    def begins(self, step: int) -> np.ndarray:
+        """The rows of a step, (n,) bool, that do not go on from those of the step before: a function of seed and step.
+
+        The state of such a row is emptied. At step 0 these are all rows.
+        """
+        raise NotImplementedError
+
+    def terms_from(self, model: Any, batch: B, state: States) -> tuple[dict[str, Tensor], Any]:
+        """As `terms`, of rows that go on from a state; and the state after them."""
+        raise NotImplementedError
 
     def metrics(self, means: Mapping[str, float], rows: Sequence[Row]) -> dict[str, float]:
         """Makes what is written down of held-out rows, from the means of the terms over all of them."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..files import FormatError, read_json, remove_drafts, write_json
 from . import checkpoint
+from .carry import Carried
 from .config import RunConfig, flatten
 from .course import Course
 from .objective import Objective
@@ -162,12 +163,14 @@ class RunDirectory:
         experiment: Mapping[str, Any],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        carried: Carried | None = None,
     ) -> None:
         """Publishes a checkpoint, unless nothing was trained since the last one."""
         if state.step in (0, self._saved_step):
             return
         content = {"experiment": experiment, **state.to_dict()}
-        checkpoint.save(self._checkpoints, state.step, model=model, optimizer=optimizer, state=content, keep=self._keep)
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "carried": carried}
+        checkpoint.save(self._checkpoints, state.step, state=content, keep=self._keep, **parts)
         self._saved_step = state.step
 
     def result(self) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import torch
 from ..archs import build
 from ..kernels.dispatch import record_backends
 from . import checkpoint
+from .carry import Carried, check_carry
 from .config import RunConfig
 from .course import Course
 from .evaluate import evaluate, evaluating, origin
@@ -100,6 +101,7 @@ class Trainer:
         """
         self.model_config = run.model.configure(objective.data.tokenizer.vocab_size)
         objective.check(self.model_config)
+        check_carry(objective, self.model_config)
         if run.train.threads is not None:
             torch.set_num_threads(run.train.threads)
         self.run = run
@@ -206,8 +208,9 @@ class Trainer:
         model = objective.prepare(build(self.model_config, device=self.device))
         learner = Learner(model, objective)
         optimizer = adamw(model, run.optim)
+        carried = Carried(model, run.train.batch_size, run.train.grad_accumulation) if run.train.carry else None
         if start is not None:
-            checkpoint.restore(start, model=model, optimizer=optimizer)
+            checkpoint.restore(start, model=model, optimizer=optimizer, carried=carried)
         update = Update(learner, objective, optimizer, precision=self.precision, clip=run.optim.clip)
 
         def save() -> None:
@@ -216,7 +219,8 @@ class Trainer:
             self._state = replace(
                 self._state, stopwatch=self._watch.state, n_records=log.n_records, backends=self._backends_run()
             )
-            self._directory.save(self._state, experiment=self._experiment(), model=model, optimizer=optimizer)
+            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "carried": carried}
+            self._directory.save(self._state, experiment=self._experiment(), **parts)
 
         try:
             while True:
@@ -229,7 +233,7 @@ class Trainer:
                     break
                 self._turns.pass_on(self._watch.seconds)
                 poll()
-                values = self._update(learner, update)
+                values = self._update(learner, update, carried)
                 self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
                 if self._state.step == self._first_step + 1:
                     self._directory.add(backends=self._backends_run())
@@ -273,7 +277,7 @@ class Trainer:
         """Whether the last validation is of this step."""
         return self._state.validation is not None and self._state.validation["step"] == self._state.step
 
-    def _update(self, learner: Learner, update: Update) -> dict[str, float]:
+    def _update(self, learner: Learner, update: Update, carried: Carried | None) -> dict[str, float]:
         """Makes one update and returns its metrics.
 
         Raises:
@@ -287,14 +291,18 @@ class Trainer:
             n_tokens = self.objective.n_tokens(rows)
             count(n_tokens)
             batches = [self.objective.collate(part) for part in split_rows(rows, run.train.grad_accumulation)]
+            states = None if carried is None else carried.before(self.objective.begins(step))
+            before = [None] * len(batches) if states is None else [*states]
             layers: dict[str, float] = {}
             try:
                 if self._looks_at(step + 1):
-                    values, layers = MeasuredUpdate(learner.model, update)(batches, lr)
+                    values, layers = MeasuredUpdate(learner.model, update)(batches, lr, states)
                 else:
-                    values = update(batches, lr)
+                    values = update(batches, lr, states)
             except NonFiniteError as error:
-                where = next(filter(None, (origin(learner, batch, self.precision) for batch in batches)), "")
+                parts = zip(batches, before, strict=True)
+                found = (origin(learner, batch, self.precision, state) for batch, state in parts)
+                where = next(filter(None, found), "")
                 raise NonFiniteError(
                     f"step {step + 1}: {error} at learning rate {lr:.3g}{where}; this update was not made: {_REMEDY}"
                 ) from None

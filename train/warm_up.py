@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import archs
+from .carry import Carried
 from .config import OptimConfig
 from .learner import Learner, Update
 from .objective import Objective
@@ -40,7 +41,8 @@ def warm_up(
         model = objective.prepare(archs.build(config if is_cuda or not _is_legal(toy) else toy, device=device))
         optimizer = adamw(model, OptimConfig())
         update = Update(Learner(model, objective), objective, optimizer, precision=precision, clip=1.0)
-        update([objective.collate(rows)], lr=0.0)
+        carried = Carried(model, len(rows)) if objective.train.carry else None
+        update([objective.collate(rows)], lr=0.0, states=None if carried is None else carried.parts)
         if config.kind == "decoder":
             lm: Any = model
             n_tokens = min(128, (config.max_positions or 129) - 1)

@@ -199,7 +199,8 @@ def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
 def _objective_at(config: CompareConfig, seq_len: int, data: DataConfig) -> "Objective[Any, Any]":
     from ...train.objectives import open_objective as open_of_run
 
-    train = TrainConfig(batch_size=config.tokens_per_step // seq_len, seq_len=seq_len, position_len=0)
+    batch_size = config.tokens_per_step // seq_len
+    train = TrainConfig(batch_size=batch_size, seq_len=seq_len, carry=config.carry, position_len=0)
     run = RunConfig(objective=config.objective, data=data, train=train)
     return open_of_run(run, progress=sys.stderr.isatty())
 
@@ -216,6 +217,8 @@ def sizes_of(config: CompareConfig, objective: "Objective[Any, Any]") -> dict[st
     Raises:
         ValueError: if one cannot, or has no legal size.
     """
+    from ...train.carry import check_carry
+
     vocab_size = objective.data.tokenizer.vocab_size
     sizes = {
         arch: size_arch(
@@ -226,6 +229,7 @@ def sizes_of(config: CompareConfig, objective: "Objective[Any, Any]") -> dict[st
     for sized in sizes.values():
         try:
             objective.check(sized.config)
+            check_carry(objective, sized.config)
         except ValueError as error:
             raise ValueError(f"{sized.label}: {error}; or leave {sized.arch} out of --archs") from None
     return sizes
@@ -261,6 +265,7 @@ def run_configs(
                 **_duration(config, steps[arch, length]),
                 batch_size=config.tokens_per_step // length,
                 seq_len=length,
+                carry=config.carry,
                 precision=config.precision,
                 eval_tokens=config.eval_tokens,
                 final_eval_tokens=8 * config.eval_tokens,

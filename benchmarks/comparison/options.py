@@ -37,6 +37,10 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     8 held-out documents have so many tokens: of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have
     32,768 and 3 have 65,536."""
 
+    carry: bool = False
+    """Train every run with the state carried from window to window (`crossover train --train.carry`), which models with
+    attention cannot do: leave them out of --archs."""
+
     equal: Literal["tokens", "flops", "seconds"] = "tokens"
     """What every run gets: as many tokens, or as many FLOPs of training as the baseline spends in --steps at the
     shortest --seq-len, in as many steps as that makes, or as many --seconds of training, however many steps those are.

@@ -198,6 +198,7 @@ class Search:
                 steps=steps,
                 batch_size=config.tokens_per_step // config.seq_len[0],
                 seq_len=config.seq_len[0],
+                carry=config.carry,
                 precision=config.precision,
                 eval_every=0,
                 eval_tokens=8 * config.eval_tokens,

@@ -9,6 +9,7 @@ from .corpus import (
     document_windows,
     load_corpus,
     train_batch,
+    train_positions,
     val_windows,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "document_windows",
     "load_corpus",
     "train_batch",
+    "train_positions",
     "val_windows",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "encode",
     "load_corpus",
     "train_batch",
+    "train_positions",
     "val_windows",
 ]
 
@@ -160,7 +161,9 @@ def check_lengths(corpus: Corpus, seq_len: int) -> None:
     _check_length(corpus.name, "validation", corpus.val, seq_len)
 
 
-def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
+def train_batch(
+    corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int, carry: bool = False
+) -> np.ndarray:
     """Returns the training windows of one step, a pure function of its arguments; (batch_size, seq_len + 1) int64.
 
     A window holds inputs [:, :-1] and targets [:, 1:], starts anywhere and stays inside the stream. Rows do not depend
@@ -172,13 +175,28 @@ def train_batch(corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_le
         step: optimizer step, from 0.
         batch_size: rows of the global batch; rank r of R takes rows [r::R].
         seq_len: tokens to predict per row.
+        carry: as in `train_positions`.
 
     Raises:
         DataError: if the training split is shorter than one window.
     """
     _check_length(corpus.name, "training", corpus.train, seq_len)
-    starts = draw_indices(len(corpus.train) - seq_len, seed=seed, step=step, n=batch_size)
+    starts = train_positions(corpus, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len, carry=carry)
     return _windows(corpus.train, starts, seq_len)
+
+
+def train_positions(
+    corpus: Corpus, *, seed: int, step: int, batch_size: int, seq_len: int, carry: bool = False
+) -> np.ndarray:
+    """Returns where the windows of `train_batch` begin in the stream, (batch_size,) int64.
+
+    With `carry` a row begins at step 0 where it does without, and each later window follows the one of the step before;
+    near the end of the stream it wraps round, to a place among the first `seq_len` tokens.
+    """
+    below = len(corpus.train) - seq_len
+    if not carry:
+        return draw_indices(below, seed=seed, step=step, n=batch_size)
+    return (draw_indices(below, seed=seed, step=0, n=batch_size) + step * seq_len) % below
 
 
 def draw_indices(below: int, *, seed: int, step: int, n: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...archs import States
 from ..config import RunConfig, TrainConfig
 from ..data import (
     Corpus,
@@ -21,6 +22,7 @@ from ..data import (
     document_windows,
     load_corpus,
     train_batch,
+    train_positions,
     val_windows,
 )
 from ..objective import Batch, Judge, Objective
@@ -65,6 +67,7 @@ class NextToken(Objective[np.ndarray, Tokens]):
     Config = NextTokenConfig
     facts = frozenset({"bytes"})
     has_windows = True
+    carries = True
 
     def __init__(self, corpus: Corpus, *, seed: int, train: TrainConfig, packing: str = "concat") -> None:
         self.data = self.corpus = corpus
@@ -94,8 +97,27 @@ class NextToken(Objective[np.ndarray, Tokens]):
 
     def rows(self, step: int) -> list[np.ndarray]:
         """See Objective.rows."""
-        size = {"batch_size": self.train.batch_size, "seq_len": self.train.seq_len}
-        return list(train_batch(self.corpus, seed=self.seed, step=step, **size))
+        return list(train_batch(self.corpus, step=step, **self._order))
+
+    def begins(self, step: int) -> np.ndarray:
+        """See Objective.begins: where the stream wraps round, and where a document begins that is read apart."""
+        first = train_positions(self.corpus, step=step, **self._order)
+        # a window that goes on begins at least a window's length after the start of the stream
+        begins = (first < self.train.seq_len) | (step == 0)
+        if self.packing == "reset":
+            begins |= self.corpus.train[first - 1] == self.corpus.separator
+        return begins
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What decides the order of the data, besides the step."""
+        train = self.train
+        return {
+            "seed": self.seed,
+            "batch_size": train.batch_size,
+            "seq_len": train.seq_len,
+            "carry": train.carry,
+        }
 
     def held_out(self, max_tokens: int) -> list[np.ndarray]:
         """See Objective.held_out."""
@@ -117,14 +139,18 @@ class NextToken(Objective[np.ndarray, Tokens]):
     def terms(self, model: Any, batch: Tokens) -> dict[str, Tensor]:
         """Nats per token, and the auxiliary loss of the layers."""
         if batch.tokens.shape[1] <= self._at_once or torch.is_grad_enabled():
-            out = model(batch.tokens, targets=batch.targets, starts=batch.starts)
-            return {"loss": out.loss, "aux_loss": out.aux_loss}
+            return self.terms_from(model, batch, None)[0]
         shares: list[Tensor] = []
         for x, targets, aux_loss in self._parts(model, batch):
             share = targets.numel() / batch.targets.numel()
             shares.append(torch.stack([model.cross_entropy(x, targets), aux_loss]) * share)
         loss, aux_loss = torch.stack(shares).sum(0)
         return {"loss": loss, "aux_loss": aux_loss}
+
+    def terms_from(self, model: Any, batch: Tokens, state: States | None) -> tuple[dict[str, Tensor], States | None]:
+        """See Objective.terms_from."""
+        out = model(batch.tokens, state, targets=batch.targets, starts=batch.starts)
+        return {"loss": out.loss, "aux_loss": out.aux_loss}, out.state
 
     def _parts(self, model: Any, batch: Tokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Reads texts part by part: what the backbone makes of each, its targets, and the auxiliary loss."""
@@ -250,7 +276,8 @@ class NextToken(Objective[np.ndarray, Tokens]):
 
     def experiment(self) -> dict[str, Any]:
         """See Objective.experiment."""
-        return {"kind": "next_token", "packing": self.packing}
+        carry = {"carry": True} if self.train.carry else {}  # runs of before there was a choice do not say it
+        return {"kind": "next_token", "packing": self.packing, **carry}
 
     def _position_len(self, config: Any) -> int:
         """Longest window of the loss by position: a model is read as far as its positions go."""
