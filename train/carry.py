@@ -66,18 +66,20 @@ def check_carry(objective: Objective[Any, Any], config: archs.ModelConfig) -> No
     if not objective.train.carry:
         return
     if not objective.carries:
-        raise ValueError("train.carry needs rows that read on in a text, as those of next_token: leave it out")
+        raise ValueError(
+            "train.carry is for rows that read on in a text, and those of this objective do not: turn it off"
+        )
     blocks = archs.build(config, device="meta").backbone.blocks
     for (name, _), block in zip(config.layers, blocks, strict=True):
         state = block.mixer.init_state(1, 1, device="meta")
         grows = block.mixer.state_layout(1) != block.mixer.state_layout(2**20)
         if grows or state.tensors().keys() != vars(state).keys():
             raise ValueError(
-                f"train.carry needs layers whose state is of constant size, and that of {name} depends on how much was "
-                "read: leave it out, or train a model without such layers"
+                f"train.carry is for layers of constant state, and that of {name} depends on how much was read: "
+                "turn it off, or train a model without such layers"
             )
     if config.max_positions is not None:
         raise ValueError(
-            f"train.carry reads on without end, and this model ends at max_positions={config.max_positions}: leave it "
-            "out, or train a model without learned positions"
+            f"train.carry reads on without end, and this model ends at max_positions={config.max_positions}: turn it "
+            "off, or train a model without learned positions"
         )

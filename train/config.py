@@ -291,9 +291,9 @@ class TrainConfig:
     grad_accumulation: Count = 1
     """Number of equal parts in which a batch is computed: the same update in less memory."""
     carry: bool = False
-    """Let each row of a batch read on from where its last one ended, with the state that it had there and without the
-    gradient of that: truncated backpropagation through time. Windows still follow each other across documents unless
-    the objective's packing says otherwise; validations begin with an empty state. For models of constant state."""
+    """Truncated backpropagation through time, for models of constant state: each row of a batch is the window after its
+    last one, and begins with the state that was left there, without its gradient. Where the text wraps round, and with
+    packing=reset at each document, the state is emptied; validations begin with an empty one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of matrix products; auto: bf16 where it pays, which a CPU with instructions for it measures, and which
     a run keeps when it is resumed. Parameters, states and sums always stay float32."""

@@ -22,12 +22,14 @@ from crossover.train.objectives.next_token import NextToken
 from crossover.train.objectives.pairs import Pairs
 from crossover.train.runtime import choose_precision
 from crossover.train.trainer import ResumeError, Trainer
+from crossover.train.warm_up import warm_up
 from safetensors.torch import load_file
 from torch import Tensor
 
 pytestmark = pytest.mark.quick
 CONSTANT = ("gated_deltanet", "h3", "lstm", "mamba", "mamba2", "mamba3", "s4", "s4d")
-FP32 = choose_precision("fp32", torch.device("cpu"))
+CPU = torch.device("cpu")
+FP32 = choose_precision("fp32", CPU)
 ROWS, L = 8, 12
 
 
@@ -202,7 +204,7 @@ def test_a_model_that_cannot_read_on_for_ever_is_refused(
     run = run_of(tmp_path, arch, options)
     with pytest.raises(ValueError, match=said) as error:
         Trainer(run, NextToken(corpus, seed=0, train=run.train))
-    assert "leave it out" in str(error.value)
+    assert "turn it off" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -212,6 +214,14 @@ def test_an_objective_whose_rows_stand_alone_is_refused(tmp_path: Path, corpus: 
     pairs.train = run.train
     with pytest.raises(ValueError, match="rows that read on"):
         check_carry(pairs, run.model.configure(256))
+
+
+def test_the_warm_up_runs_what_training_will(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[States] = []
+    original = NextToken.terms_from
+    monkeypatch.setattr(NextToken, "terms_from", lambda *args: given.append(args[3]) or original(*args))
+    warm_up(ModelSpec(preset="lstm", d_model=32, n_layers=1).configure(256), text(corpus), CPU, FP32)
+    assert [state.n_rows for state in given] == [ROWS]
 
 
 def test_a_carried_state_that_is_not_finite_is_found_where_it_enters(corpus: Corpus) -> None:

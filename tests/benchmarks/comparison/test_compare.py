@@ -143,17 +143,22 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    "words", [["compare", "--seq-len", "32", "--data"], ["bench", "context", "--vocab-size", "99"]]
+    ("words", "arch", "said"),
+    [
+        (["compare", "--seq-len", "32", "--data"], "bert", "encoder"),
+        (["bench", "context", "--vocab-size", "99"], "bert", "encoder"),
+        (["compare", "--carry", "--seq-len", "32", "--data"], "transformer", "attention"),
+    ],
 )
-def test_an_encoder_is_refused_in_words(
-    words: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_that_does_not_fit_is_refused_in_words(
+    words: list[str], arch: str, said: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = [str(text)] if words[-1] == "--data" else []
-    assert main([*words, *data, "--archs", "lstm", "bert", "--params", "300k", "--out", str(tmp_path / "out")]) == 2
+    assert main([*words, *data, "--archs", "lstm", arch, "--params", "300k", "--out", str(tmp_path / "out")]) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1
-    assert "encoder" in complaint
-    assert "leave bert out of --archs" in complaint
+    assert said in complaint
+    assert f"leave {arch} out of --archs" in complaint
 
 
 @pytest.mark.quick

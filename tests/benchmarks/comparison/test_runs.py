@@ -103,7 +103,10 @@ def test_every_model_is_trained_at_every_length_on_as_many_tokens(tmp_path: Path
 def test_one_length_keeps_names_batch_and_model(tmp_path: Path) -> None:
     runs, _ = at_lengths(tmp_path, 96)
     assert [run.name for run in runs] == ["gpt2-s0", "lstm-s0"]
-    assert {(run.train.batch_size, run.train.lengths, run.model.set) for run in runs} == {(4, (), ())}
+    assert {(run.train.batch_size, run.train.lengths, run.model.set, run.train.carry) for run in runs} == {
+        (4, (), (), False)
+    }
+    assert all(run.train.carry for run in at_lengths(tmp_path, 96, carry=True)[0])
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,15 @@ def test_a_run_of_other_settings_is_not_overwritten(runs: list[RunConfig]) -> No
     record(replace(runs[0], train=replace(runs[0].train, steps=999)))
     with pytest.raises(ValueError, match=r"lstm-s0 holds another run \(train.steps 999 instead of 20\).*--fresh"):
         check_resumable(runs, DIGEST)
+
+
+def test_a_run_of_before_states_were_carried_is_one_that_carries_none(runs: list[RunConfig]) -> None:
+    recorded = runs[0].to_dict()
+    del recorded["train"]["carry"]
+    assert differences(runs[0], recorded) == []
+    carrying = replace(runs[0], train=replace(runs[0].train, carry=True))
+    assert differences(carrying, recorded) == ["train.carry False instead of True"]
+    assert differences(runs[0], carrying.to_dict()) == ["train.carry True instead of False"]
 
 
 def test_a_run_on_other_data_is_not_overwritten(runs: list[RunConfig]) -> None:
