@@ -43,6 +43,7 @@ from .ssd.reference import ssd as _ssd
 from .state_update.reference import state_update as _state_update
 from .step.program import Program as Program
 from .swiglu.reference import swiglu as _swiglu
+from .turned_heads.reference import turned_heads as _turned_heads
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +84,7 @@ dplr_kernel = _op(_dplr_kernel)
 dplr_scan = _op(_dplr_scan)
 lstm_scan = _op(_lstm_scan)
 rotary = _op(_rotary)
+turned_heads = _op(_turned_heads)
 swiglu = _op(_swiglu)
 gelu_tanh = _op(_gelu_tanh)
 linear_cross_entropy = _op(_linear_cross_entropy)

@@ -439,6 +439,37 @@ def exchanged(typing_context, tile):
     return tile(tile), generate
 
 
+def _rearranged(lanes: Sequence[int], negated: Callable[[int], bool] = lambda _: False) -> Callable[..., Any]:
+    """Takes these values of a vector, those at negated places with the other sign."""
+
+    def rearrange(typing_context, vector):
+        def generate(context, builder, sig, args):
+            both = _beside(builder, [args[0], builder.fneg(args[0])])
+            return _shuffle(builder, both, [lane + LANES * negated(i) for i, lane in enumerate(lanes)])
+
+        return _vector(_vector), generate
+
+    return _operation(rearrange)
+
+
+# (vector): of the first half of its values each twice, and the same with the first of each two negated; and the other
+# half in the place of the first
+doubled = _rearranged([i // 2 for i in range(LANES)])
+opposed = _rearranged([i // 2 for i in range(LANES)], lambda i: i % 2 == 0)
+upper_half = _rearranged([(i + LANES // 2) % LANES for i in range(LANES)])
+
+
+@_operation
+def differences(typing_context, a, b):
+    """Of every two neighbours in two vectors, the second less the first: a vector."""
+
+    def generate(context, builder, sig, args):
+        both = _beside(builder, args)
+        return builder.fsub(*(_shuffle(builder, both, range(i, 2 * LANES, 2)) for i in (1, 0)), flags=_CONTRACT)
+
+    return _vector(_vector, _vector), generate
+
+
 @_operation
 def without_first(typing_context, vector, n):
     """A vector whose first `n` values are zeros."""
@@ -678,3 +709,18 @@ def tanh(x):
     q = x * x
     p = (((1.33546711e-8 * q + 2.06090898e-5) * q + 3.49558859e-3) * q + 0.13381026) * q + 0.999999979
     return x * p / ((((7.77656241e-7 * q + 3.28563558e-4) * q + 0.025876984) * q + 0.467143416) * q + 1.0)
+
+
+@inline
+def cos_and_sin(x):
+    """Cosine and sine of x to 5e-7 up to a million; where float32 hardly tells turns apart, no more than -1 to 1."""
+    shifted = at_least(at_most(x * 0.159154943, 4e6), -4e6) + _ROUND
+    n = shifted - _ROUND
+    # one turn in three parts, of which n times the first two is exact
+    h = 0.5 * (((x - n * 6.28125) - n * 0.001935005187988281) - n * 3.0199159819567529e-7)
+    h = at_least(at_most(h, 2.0), -2.0) + (x - x)  # of infinity, no number
+    q = h * h
+    s = h + h * q * (((2.60005481e-6 * q - 1.98066147e-4) * q + 0.00833301712) * q - 0.166666567)
+    c = (((-2.60771060e-7 * q + 2.47618865e-5) * q - 0.00138884038) * q + 0.0416666418) * q - 0.5
+    c = 1.0 + q * c
+    return 1.0 - 2.0 * s * s, 2.0 * s * c

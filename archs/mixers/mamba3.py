@@ -108,21 +108,18 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
             before = turn.new_zeros(len(turn), *turn.shape[2:]) if state is None else state.angle
             before, (turn,), _, _, lost = ops.isolated(starts, before, [turn], turn)
             angle = (before[:, None] + turn.cumsum(1)).masked_fill(lost[..., None, None], torch.nan)
-        cos, sin = angle.cos(), angle.sin()
-        B, C = (
-            _turned(norm(t).to(wide)[:, :, None] + bias.to(wide), cos, sin)
-            for norm, t, bias in ((self.B_norm, B, self.B_bias), (self.C_norm, C, self.C_bias))
-        )  # (B, L, H, N)
-        x = x.unflatten(-1, (self.n_heads, -1))
+        x = x.unflatten(-1, (self.n_heads, -1)).to(wide)
         own, rest = (share.to(wide).sigmoid() * dt for share in (mix, -mix))
-        y, ssm = self._scan(x.to(wide), B, C, fade, own, rest, state, starts)
+        B, C = self.B_norm(B).to(wide), self.C_norm(C).to(wide)
+        y, ssm, B_last = self._scan(x, B, C, angle, fade, own, rest, state, starts)
         out = self.out_proj(ops.swiglu(z, y.to(z.dtype).flatten(2)))
         if state is None:
             return out, None
         if not x.shape[1]:
             return out, state
         # clones: the state must not keep whole sequences alive
-        return out, Mamba3State(ssm, x[:, -1].clone(), B[:, -1].clone(), angle[:, -1].remainder(2 * math.pi))
+        x_last = x[:, -1].to(z.dtype, copy=True)
+        return out, Mamba3State(ssm, x_last, B_last.clone(), angle[:, -1].remainder(2 * math.pi))
 
     def describe_step(self, step: Step, x: Tensor, state: Mamba3State) -> Tensor:
         """See Mixer.describe_step."""
@@ -145,13 +142,16 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         x: Tensor,
         B: Tensor,
         C: Tensor,
+        angle: Tensor,
         fade: Tensor,
         own: Tensor,
         rest: Tensor,
         state: Mamba3State | None,
         starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """y, (B, L, H, P), with the skip, and h after the last token, for fade = -A dt, own = l dt, rest = (1 - l) dt.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, (B, L, H, P), with the skip, and h and the turned B after the last token.
+
+        fade = -A dt, own = l dt, rest = (1 - l) dt; B and C, (B, L, N), are without biases and not turned.
 
         What a token itself adds to the state, own[t] x[t] B[t]^T, is left for the token after it, which has another
         share of the same x B^T to add: h' = h - own x B^T is one scan with one drive,
@@ -161,19 +161,19 @@ class Mamba3(Mixer[Mamba3Config, Mamba3State]):
         and what was left reaches y[t] by the product of C[t] and B[t]. A given state has its own[t-1] in it already.
         """
         h, x_before, B_before = (None, None, None) if state is None else (state.ssm, state.x, state.B)
-        x_last, B_last = _shifted(x, x_before), _shifted(B, B_before)
-        if starts is not None:
-            x_last, B_last = (t.masked_fill(starts[..., None, None], 0) for t in (x_last, B_last))
         # ops.ssd has one A of each head: with fade for its dt, A is -1, and the fade that multiplies x is divided out
         drive = torch.exp(-fade) * (_shifted(own, None) + rest) / fade
-        A = fade.new_full((self.n_heads,), -1)
-        driven, chunk_len = drive[..., None] * x_last, self.config.chunk_len
+        x_last = _shifted(x, x_before)
+        turns = angle if self.n_angles else None
+        driven_B, C, products, B_last = ops.turned_heads(B, C, self.B_bias, self.C_bias, drive, turns, B_before)
         if starts is not None:  # the drive, too, knows the token before
-            driven = driven.masked_fill(starts[..., None, None], 0)
-        y, before = ops.ssd(driven, fade, A, B_last, C, initial_state=h, starts=starts, chunk_len=chunk_len)
-        y = y + (own * (B * C).sum(-1) + self.D.to(own.dtype))[..., None] * x
-        left = (own[:, -1:, :, None] * x[:, -1:])[..., None] * B[:, -1:, :, None]  # of no token: nothing
-        return y, before + left.sum(1)
+            x_last, driven_B = (t.masked_fill(starts[..., None, None], 0) for t in (x_last, driven_B))
+        A = fade.new_full((self.n_heads,), -1)
+        chunk_len = self.config.chunk_len
+        y, before = ops.ssd(x_last, fade, A, driven_B, C, initial_state=h, starts=starts, chunk_len=chunk_len)
+        y = torch.addcmul(y, (own * products + self.D.to(own.dtype))[..., None], x)
+        left = (own[:, -1:, :, None] * x[:, -1:])[..., None] * B_last[:, None, :, None]  # of no token: nothing
+        return y, before + left.sum(1), B_last
 
     def state_layout(self, max_len: int) -> dict[str, Zeros]:
         """See Mixer.state_layout."""
@@ -217,11 +217,3 @@ def _shifted(t: Tensor, before: Tensor | None) -> Tensor:
     """Moves t one place along the length, so that each token sees the one before it; `before` or zeros go first."""
     first = torch.zeros_like(t[:, :1]) if before is None else before[:, None].to(t.dtype)
     return torch.cat([first, t[:, :-1]], dim=1)[:, : t.shape[1]]
-
-
-def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (t[2 i], t[2 i + 1]) of the last axis by angle[i]; what lies beyond the last angle stays."""
-    n = 2 * cos.shape[-1]
-    a, b = t[..., :n:2], t[..., 1:n:2]
-    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    return torch.cat([pairs.flatten(-2), t[..., n:]], dim=-1)

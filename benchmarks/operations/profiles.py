@@ -25,7 +25,7 @@ _TABLE = {
     PRODUCTS: """mm addmm grouped_mm_torch grouped_mm_torch_weight_gradient linear_cross_entropy _log_softmax
         nll_loss_forward""",
     ATTENTION: "attention_cpu rotary_cpu _Attention _scaled_dot_product_flash_attention_for_cpu",
-    SCANS: "selective_scan_cpu ssd_cpu gated_delta_rule_cpu lstm_scan_cpu",
+    SCANS: "selective_scan_cpu ssd_cpu turned_heads_cpu gated_delta_rule_cpu lstm_scan_cpu",
     # only the kernels of S4, S4D and H3 multiply batches of matrices
     LONG: "_fft_r2c _fft_c2r bmm _Convolution",
     SHORT: "causal_conv1d_cpu",

@@ -23,6 +23,7 @@ ALONE = {
     ("long_conv", "u", 0),
     ("rotary", "q", 2),
     ("rotary", "k", 2),
+    ("turned_heads", "angle", 3),
     ("linear_cross_entropy", "weight", 0),
     ("grouped_mm", "x", 0),
     ("grouped_mm", "weight", 1),

@@ -223,14 +223,17 @@ def test_loss_of_no_counted_token_is_zero_and_has_zero_gradient() -> None:
     assert torch.equal(x.grad, torch.zeros(5, 3))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "lstm_scan"])
+@pytest.mark.parametrize("name", ["selective_scan", "lstm_scan", "turned_heads"])
 def test_custom_operators_are_registered_soundly(name: str) -> None:
     from crossover.kernels.lstm_scan import torch_impl as lstm
     from crossover.kernels.selective_scan import torch_impl as scan
+    from crossover.kernels.turned_heads import cpu as turned
 
     tensors = cast(ops.OPS[name].cases.example(L=20), torch.float32)
     t = {k: v.requires_grad_() for k, v in tensors.items() if v.is_floating_point()}
     if name == "lstm_scan":
         torch.library.opcheck(lstm._scan, (t["gates"], t["weight"], t["initial_state"], None))
+    elif name == "turned_heads":
+        torch.library.opcheck(turned._turned, tuple(t.values()))
     else:
         torch.library.opcheck(scan._scan, (t["u"], t["delta"].exp(), t["A"], t["B"], t["C"], t["initial_state"], None))

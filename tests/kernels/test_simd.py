@@ -18,6 +18,7 @@ from crossover.kernels.simd import (
     TILE,
     Floats1,
     Floats2,
+    cos_and_sin,
     exp,
     exp2,
     kernel,
@@ -59,6 +60,14 @@ def apply_softplus(x: Floats1, y: Floats1) -> None:
 def apply_tanh(x: Floats1, y: Floats1) -> None:
     for i in range(0, len(x), LANES):
         store(y, i, tanh(load(x, i)))
+
+
+@kernel
+def apply_cos_and_sin(x: Floats1, y: Floats2) -> None:
+    for i in range(0, len(x), LANES):
+        c, s = cos_and_sin(load(x, i))
+        store(y, (0, i), c)
+        store(y, (1, i), s)
 
 
 @kernel
@@ -122,6 +131,18 @@ def test_tanh_of_a_vector_is_accurate_where_it_is_small_and_where_it_is_one() ->
     special = np.tile(np.array([0, np.nan, np.inf, -np.inf], np.float32), LANES)
     apply_tanh(special, result := np.empty_like(special))
     np.testing.assert_allclose(result, np.tanh(special), rtol=3e-7)
+
+
+def test_angles_of_many_turns_keep_their_cosine_and_sine() -> None:
+    special = np.tile(np.array([0, np.nan, np.inf, -np.inf], np.float32), LANES)
+    for x, error in ((grid(-4, 4), 5e-7), (grid(-1e6, 1e6), 5e-7), (special, 0)):
+        with np.errstate(invalid="ignore"):
+            exact = np.stack([np.cos(x.astype(np.float64)), np.sin(x.astype(np.float64))])
+        apply_cos_and_sin(x, y := np.empty_like(exact, np.float32))
+        np.testing.assert_allclose(y, exact, rtol=0, atol=error)
+    far = grid(-1e9, 1e9)
+    apply_cos_and_sin(far, y := np.empty((2, len(far)), np.float32))
+    assert np.abs(y).max() <= 1
 
 
 def test_functions_reach_their_limits() -> None:

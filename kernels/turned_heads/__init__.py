@@ -1,0 +1,1 @@
+"""B and C of the heads of a rotating state space model."""
