@@ -56,7 +56,7 @@ _LEADING = ("arch", "n_params", "optim.lr", "seed", "train.seq_len")
 
 _HIDDEN = frozenset(
     {"name", "out", "resume", "turns", "model.preset", "data.cache", "data.column"}
-    | {f"train.{name}" for name in ("threads", "device", "tensorboard", "log_every", "layer_stats_every")}
+    | {f"train.{name}" for name in ("threads", "device", "tensorboard", "profile", "log_every", "layer_stats_every")}
     | {
         f"train.{name}"
         for name in ("checkpoint_every", "keep_checkpoints", "eval_every", "eval_tokens", "final_eval_tokens")

@@ -319,6 +319,9 @@ class TrainConfig:
     """Steps between two looks into the layers, 0 for none: in such a step metrics and TensorBoard have for each layer
     layer_NN/activation_rms of its output, gradient_rms before clipping, and update_ratio, the root mean square of the
     change of its parameters over their own. It trains the same, and takes longer, which counts."""
+    profile: bool = False
+    """Record steps 3 to 5 from the start or the resume by PyTorch's profiler: OUT/NAME/trace-step-N.json.gz has every
+    operation by name and opens at https://ui.perfetto.dev. These steps take longer, which counts."""
     checkpoint_every: CountOrNone = 250
     """Steps between two checkpoints; 0 saves only at the end."""
     tensorboard: Annotated[

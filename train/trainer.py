@@ -45,6 +45,7 @@ from .runtime import (
     keep_freed_memory,
     stop_signals,
 )
+from .trace import Trace
 from .turns import Turns
 from .verdict import apply_verdict
 from .warm_up import warm_up
@@ -222,6 +223,7 @@ class Trainer:
             parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "carried": carried}
             self._directory.save(self._state, experiment=self._experiment(), **parts)
 
+        trace = Trace(self._directory.path, model, is_on=run.train.profile, done=self._first_step, say=display.say)
         try:
             while True:
                 if self._course.is_due(run.train.eval_every, parts=_VALIDATIONS) and not self._is_validated():
@@ -237,11 +239,8 @@ class Trainer:
                 self._state = replace(self._state, peak_bytes=max(self._state.peak_bytes or 0, memory.peak_bytes()))
                 if self._state.step == self._first_step + 1:
                     self._directory.add(backends=self._backends_run())
-                if (
-                    self._state.step == 1
-                    or self._course.is_due(run.train.log_every)
-                    or self._looks_at(self._state.step)
-                ):
+                trace.step()
+                if self._is_logged():
                     self._log(values, log, display)
             display.doing("examining")
 
@@ -258,6 +257,8 @@ class Trainer:
         except Interrupted:
             save()
             raise
+        finally:
+            trace.stop()
 
     @property
     def _course(self) -> Course:

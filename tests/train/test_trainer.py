@@ -1,7 +1,9 @@
+import gzip
 import json
 import math
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -722,6 +724,24 @@ def test_a_run_that_looks_into_its_layers_trains_the_same_to_the_bit(tmp_path: P
     for layer in ("layer_00", "layer_01"):
         for name in ("activation_rms", "gradient_rms", "update_ratio"):
             assert [step for step, _ in metrics(seen, f"{layer}/{name}")] == [3]
+
+
+def test_a_profile_names_operations_layers_and_steps_and_changes_nothing(
+    tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, seen = config(tmp_path / "plain"), config(tmp_path / "seen", profile=True)
+    for run in (plain, seen):
+        fit(run, corpus)
+    assert metrics(seen) == metrics(plain)
+    assert not list(plain.directory.glob("*trace*"))
+    (path,) = seen.directory.glob("*trace*")
+    assert f"{path}    https://ui.perfetto.dev opens it" in capsys.readouterr().out
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+    names = Counter(event["name"] for event in trace["traceEvents"] if event.get("ph") == "X")
+    assert {name for name in names if name.startswith("step ")} == {"step 3", "step 4", "step 5"}
+    assert names["layer_00"] == names["Optimizer.step#AdamW.step"] == 3
+    assert any(name.startswith("crossover::") for name in names)
+    assert "host_name" not in trace
 
 
 def test_what_a_killed_writer_left_is_gone_after_the_next_start(tmp_path: Path, corpus: Corpus) -> None:

@@ -172,7 +172,7 @@ def test_a_run_of_before_there_were_times_and_turns_is_the_same_run(runs: list[R
     before = runs[0].to_dict()
     del before["turns"], before["train"]["seconds"]
     assert differences(replace(runs[0], turns=Path("elsewhere")), before) == []
-    looking = replace(runs[0], train=replace(runs[0].train, layer_stats_every=7))
+    looking = replace(runs[0], train=replace(runs[0].train, layer_stats_every=7, profile=True))
     assert differences(looking, before) == differences(runs[0], looking.to_dict()) == []
     timed = replace(runs[0], train=replace(runs[0].train, seconds=9.0))
     assert differences(timed, before) == ["train.seconds 0.0 instead of 9.0"]
