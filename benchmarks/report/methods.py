@@ -120,7 +120,7 @@ def _optimizer(comparison: Comparison, quote: Quote) -> Iterator[str]:
     parts += [f"epsilon {optim['eps']:g}"] if optim.get("eps") else []
     parts += [f"weight decay {optim['weight_decay']:g}"] if optim.get("weight_decay") is not None else []
     parts += [f"gradients clipped at a norm of {optim['clip']:g}"] if optim.get("clip") else []
-    parts += [f"a warm-up of {_percent(optim['warmup'])} of the steps"] if optim.get("warmup") else []
+    parts += [f"a warm-up of {_percent(optim['warmup'])}"] if optim.get("warmup") else []
     if schedule := optim.get("schedule"):
         cosine = schedule == "cosine"
         end = f" down to {_percent(optim['min_lr_ratio'])} of the peak" if cosine and optim.get("min_lr_ratio") else ""
@@ -156,10 +156,11 @@ def _quality(comparison: Comparison, checks: Sequence[Check], quote: Quote) -> s
     score = comparison.score
     one = len(seeds) == 1
     same = any(check.name == "data and its order" and check.equal for check in checks)
+    far = "" if comparison.equal == "tokens" else ", as far as they came"
     order = f"the order of the data, which is a function of seed and step alone{_cite('salmon2011philox')}"
     sentences = [
         f"{_plural(len(seeds), 'seed')} ({', '.join(map(str, seeds))}) set{'s' if one else ''} weights and {order}"
-        + (": all models read the same tokens in the same order." if same else ".")
+        + (f": all models read the same tokens in the same order{far}." if same else ".")
     ]
     read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
     where = f", read on {read.pop():,} bytes" if comparison.predicts_text and len(read) == 1 else ""

@@ -222,6 +222,7 @@ _COMPARISON: dict[str, Any] = {
     "config.equal": str | None,
     "config.baseline": str | None,
     "config.optim": Mapping[str, Any] | None,
+    "config.optim.lr": float | None,
     "labels": dict[str, str] | None,
     "failures": dict[str, str] | None,
     "provenance": Mapping[str, Any] | None,

@@ -10,6 +10,7 @@ from .criteria import Criterion
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
 from .figures import context_figure, learning_figure, position_figure, quality_figure
+from .limits import limits_section
 from .methods import methods, references
 from .results import METRICS, Check, Comparison, Metric
 from .winner_map import criterion_blocks, winner_map
@@ -42,6 +43,7 @@ def sections(
         Lead(paragraphs=lead),
         *([winner_map(comparison, found)] if found else []),
         *_incomplete_section(comparison),
+        *limits_section(comparison, found),
         *criterion_blocks(comparison, found),
         *([Heading(text="In words"), *(Paragraph(text=text) for text in statements)] if statements else []),
         *length_blocks(comparison, found),

@@ -39,7 +39,7 @@ def test_every_sentence_comes_from_the_files(tmp_path: Path) -> None:
         "9.88 MB for training and 520 kB to judge by (SHA-256 of the data: c0ffeec0ffeec0ff). A run took 600 steps of "
         "24 sequences of 100 tokens and 8 sequences of 300 tokens (by trained length), 614,400 tokens in all: 0.61 "
         "tokens per parameter. We used AdamW [@loshchilov2019adamw] with weight decay 0.1, gradients clipped at a "
-        "norm of 1, a warm-up of 5 % of the steps and a cosine schedule [@loshchilov2017sgdr], in float32. Peak "
+        "norm of 1, a warm-up of 5 % and a cosine schedule [@loshchilov2017sgdr], in float32. Peak "
         "learning rates: 0.001 (Transformer), 0.003 (Mamba), 0.005 (LSTM). They are those of the presets, chosen at "
         "one million parameters."
     )
