@@ -38,6 +38,8 @@ P = ParamSpec("P")
 TARGET: tuple[str, str, str] = cast(Any, cpu_target).target_context.codegen().magic_tuple()
 """Describes what numba compiles for: system, processor, and its features as "+avx2,-avx512f,..."."""
 
+cast(Any, cpu_target).target_context.refresh()  # before any kernel does it: what imports this and then forks pays once
+
 Floats1 = Floats2 = Floats3 = Floats4 = Bools2 = np.ndarray
 """Annotations of a kernel's arrays: what is in them and the number of axes. Strides are free, but see `simd.load`."""
 

@@ -3,9 +3,11 @@
 import itertools
 import json
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from ...options import check_table
 from ...train.config import RunConfig, flatten
 from ...train.course import Course
 from ...train.plugins import words
-from ...train.runtime import Interrupted, MemoryKills, signals_held
+from ...train.runtime import Interrupted, MemoryKills, choose_device, signals_held
 from ...train.score import Score
 from ...train.turns import folder_of_turns
-from ..harness.processes import last_line, start, stop
+from ..harness.processes import Child, last_line, preloaded, stop
 from ..harness.progress import Progress, Task
 from ..harness.sizes import SizedArch
 from ..report.results import load_run
@@ -128,8 +130,6 @@ def share_threads(jobs: int | None, threads: int | None, *, device: str, n_runs:
     """How many runs train at once, and with how many CPU threads each."""
     import torch
 
-    from ...train.runtime import choose_device
-
     cores = threads or torch.get_num_threads()
     at_once = jobs or (1 if choose_device(device).type == "cuda" else cores)
     at_once = min(at_once, n_runs)
@@ -198,7 +198,9 @@ class TrainingProcess:
         (run.directory / "result.json").unlink(missing_ok=True)  # an earlier attempt's
         log.unlink(missing_ok=True)
         self.run, self._log, self._kills = run, log, kills
-        self.child = start("crossover.train", *words(), *arguments(run), threads=run.train.threads, log=log)
+        device = str(choose_device(run.train.device))
+        order = [*words(), *arguments(run)]
+        self.child = Child(_train, order, log=log, preload=preloaded(device), orphaned=signal.SIGTERM)
         self._metrics = MetricsTail(run.directory / "metrics.jsonl")
 
     def progress(self) -> tuple[float, str]:
@@ -220,12 +222,20 @@ class TrainingProcess:
             return None
         result = self.run.directory / "result.json"
         recorded = read_json(result) if result.exists() else {}
-        if self.child.returncode == -signal.SIGKILL:
+        code = self.child.poll()
+        if code == -signal.SIGKILL:
             killed = "out of memory (killed by the system)"
             return killed if self._kills.explain_one() else "killed from outside (SIGKILL); the same command goes on"
         reason = str(recorded.get("status", "failed")).replace("_", " ")
-        ended = f"ended with code {self.child.returncode}"
+        ended = f"ended with code {code}"
         return f"{reason}: {recorded.get('error') or last_line(self._log) or ended}"
+
+
+def _train(words: Sequence[str], parent: Connection) -> None:
+    """Main function of a run's process, which is `python -m crossover.train` with these words."""
+    from ...train.__main__ import main
+
+    sys.exit(main(words))
 
 
 class MetricsTail:

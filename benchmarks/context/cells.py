@@ -13,7 +13,7 @@ from typing import Any
 from ...train import plugins
 from ...train.runtime import MemoryKills, says_out_of_memory, signals_held
 from ..harness.folder import append_jsonl
-from ..harness.processes import Child, last_line
+from ..harness.processes import Child, last_line, preloaded
 from ..harness.progress import Progress, Task
 from .cell import Cell, read_cells
 from .jobs import ContextJob
@@ -25,8 +25,6 @@ Key = tuple[str, str, int, int]
 _RESULTS = ("done", "out_of_memory", "timeout", "beyond_positions")  # whatever else a cell holds is tried again
 _SAME_MACHINE = ("cpu", "device", "torch")
 _START_SECONDS = 3.0  # the first call of every kernel
-# torch._dynamo is imported by every optimizer, numba by the CPU kernels
-_PRELOAD = ("crossover.benchmarks.context.worker", "torch._dynamo", "numba")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +154,11 @@ def _run_worker(
         progress.update(job.name, 1 - len(left) / len(job.phases), left[0])
 
     log_bytes = log.stat().st_size if log.exists() else 0
-    preload = _PRELOAD if job.device == "cpu" else None
     kills = MemoryKills()
     with contextlib.ExitStack() as ends:
         with signals_held():
             order = (job, phases, plugins.imported())
-            child = ends.enter_context(Child(_work, order, log=log, preload=preload))
+            child = ends.enter_context(Child(_work, order, log=log, preload=preloaded(job.device)))
         while left:
             show()
             try:

@@ -1,27 +1,26 @@
 """Child processes: each run and each measurement gets its own, so that one that dies takes nothing with it.
 
-A measurement is a `Child`, which is sent its order and sends messages back; a training run is a command of its own
-(`start`), whose results are files. Either leads its own session, so that a Ctrl-C at the terminal reaches this process
-alone, which then decides how each child ends; and either ends when this process does, however that ends.
+A measurement is sent its order and sends messages back; a training run leaves files. Either leads its own session, so
+that a Ctrl-C at the terminal reaches this process alone, which then decides how each child ends; and either ends when
+this process does, however that ends.
 """
 
 import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Child", "environment", "last_line", "module_command", "ready", "start", "stop"]
+__all__ = ["Child", "last_line", "module_command", "preloaded", "ready", "stop"]
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _TICK = 0.5
@@ -29,6 +28,30 @@ _TICK = 0.5
 
 _UNKNOWN = 255
 """Exit code of a child whose server has died, which may itself live on."""
+
+_OF_A_TERMINAL = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+"""Signals that a terminal, or who stops a command, sends to all of its processes at once."""
+
+_PRELOAD = (
+    "crossover.benchmarks.cli",
+    "crossover.benchmarks.comparison.runs",
+    "crossover.benchmarks.context.worker",
+    "crossover.kernels.compiled",
+    "crossover.train.__main__",
+    "crossover.train.objectives",
+    "crossover.train.trainer",
+    "torch._dynamo",  # by every optimizer
+    "torch.utils.tensorboard",
+)
+"""What runs and measurements import. None of it starts a thread, which a fork would not have."""
+
+
+def preloaded(device: str) -> Sequence[str] | None:
+    """What a `Child` that runs models on a device ("cpu", "cuda:1") finds imported: the same list for all of them.
+
+    On a GPU it begins with nothing: asking for one in the server would be enough to lose it in every fork.
+    """
+    return _PRELOAD if device == "cpu" else None
 
 
 class Child:
@@ -49,6 +72,7 @@ class Child:
         *,
         log: Path,
         preload: Sequence[str] | None = (),
+        orphaned: signal.Signals = signal.SIGKILL,
     ) -> None:
         """Starts a process that calls work(order, parent), where `parent` sends to this process and receives from it.
 
@@ -57,14 +81,15 @@ class Child:
             order: any value that can be pickled.
             log: file that gets what the child prints.
             preload: modules that the server imports, once and for all; with None the child is no fork but a new
-                process, as CUDA needs it: asking for a GPU in the server would be enough to lose it in every fork.
+                process.
+            orphaned: signal that ends the child when this process has ended; SIGTERM lets it save what it has.
         """
         context = multiprocessing.get_context("spawn")
         if preload is not None and sys.platform == "linux":
             context = _FORKSERVER
             _FORKSERVER.set_forkserver_preload(list(preload))
         self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_in_child, args=(work, order, str(log), theirs))
+        self._process = context.Process(target=_in_child, args=(work, order, str(log), orphaned, theirs))
         _start(self._process)
         theirs.close()
 
@@ -112,6 +137,24 @@ class Child:
         assert self._process.exitcode is not None
         return self._process.exitcode
 
+    def poll(self) -> int | None:
+        """The exit code of a child that has ended, negative where a signal did that, and None while it is at work."""
+        if self._process.exitcode == _UNKNOWN:
+            self.kill()
+            return -signal.SIGKILL
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        """As `poll`, at its end or after so many seconds."""
+        self._process.join(timeout)
+        return self.poll()
+
+    def ask_to_stop(self, signum: int) -> None:
+        """Sends a signal to the child, but not to what it has started; nothing happens where it has ended."""
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signum)
+
     def kill(self) -> None:
         """Ends the child at once, with all that it has started."""
         if self._process.is_alive() or self._process.exitcode == _UNKNOWN:
@@ -128,80 +171,69 @@ def ready(children: Sequence[Child], *, timeout: float) -> list[Child]:
     return list(dict.fromkeys(doors[door] for door in connection.wait(list(doors), max(0.0, timeout))))  # pyright: ignore[reportArgumentType]
 
 
-def _start(process: BaseProcess) -> None:
-    """Starts a process, also where the server that should fork it is just being killed, and a new one is needed."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            process.start()
-            return
-        except ConnectionRefusedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_TICK)
-
-
-def _in_child(work: Callable[[Any, Connection], object], order: Any, log: str, parent: Connection) -> None:
-    os.setsid()
-    messages = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(messages, descriptor)
-    os.close(messages)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(order, parent)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def environment(threads: int | None) -> dict[str, str]:
-    """The environment of a command: the same thread count for each library that has its own pool."""
-    limits = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return {**os.environ, **limits, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "TERM": "dumb"}
-
-
-def module_command(module: str, *words: str) -> list[str]:
-    """The command line that runs one of our modules in this Python."""
-    return [sys.executable, "-m", module, *words]
-
-
-def start(module: str, *words: str, threads: int | None, log: Path) -> subprocess.Popen:
-    """Starts `python -m module words` as a child whose output and messages go to the file `log`.
-
-    When this process ends without having stopped it, it gets SIGTERM and may save what it has.
-    """
-    with log.open("ab") as messages:
-        return subprocess.Popen(
-            module_command("crossover.benchmarks.harness.attached", module, *words),
-            stdin=subprocess.PIPE,  # ends with this process
-            stdout=messages,
-            stderr=messages,
-            env=environment(threads),
-            start_new_session=True,
-        )
-
-
-def stop(children: Sequence[subprocess.Popen], signum: int = signal.SIGTERM, *, grace: float) -> None:
+def stop(children: Sequence[Child], signum: int = signal.SIGTERM, *, grace: float) -> None:
     """Asks children to end, waits `grace` seconds for them to save what they have, and then kills their sessions.
 
     All are asked before any is waited for, so that they save side by side; Ctrl-C ends the waiting for all.
     """
     alive = [child for child in children if child.poll() is None]
     for child in alive:
-        child.send_signal(signum)
+        child.ask_to_stop(signum)
     deadline = time.monotonic() + grace
-    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         for child in alive:
             child.wait(max(0.0, deadline - time.monotonic()))
     for child in alive:
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        child.kill()
+
+
+def _start(process: BaseProcess) -> None:
+    """Starts a process, also where the server that should fork it is just being killed, and a new one is needed.
+
+    What stops this process is no signal to the server, which must tell how children end, nor to a child that does not
+    lead its session yet: both begin with these signals blocked, and the child lets them through then.
+    """
+    deadline = time.monotonic() + 10
+    resource_tracker.ensure_running()  # which would let them through here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_A_TERMINAL)
+    try:
+        while True:
+            try:
+                process.start()
+                return
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_TICK)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _in_child(
+    work: Callable[[Any, Connection], object], order: Any, log: str, orphaned: signal.Signals, parent: Connection
+) -> None:
+    os.setsid()
+    messages = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(messages, descriptor)
+    os.close(messages)
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ |= {"NO_COLOR": "1", "TERM": "dumb"}
+    threading.Thread(target=_end_with_parent, args=(orphaned,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_A_TERMINAL)
+    work(order, parent)
+
+
+def _end_with_parent(signum: signal.Signals) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signum)
+
+
+def module_command(module: str, *words: str) -> list[str]:
+    """The command line that runs one of our modules in this Python."""
+    return [sys.executable, "-m", module, *words]
 
 
 def last_line(log: Path, *, after: int = 0) -> str:

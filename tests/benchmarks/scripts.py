@@ -7,6 +7,7 @@ class Script:
     """Given to a `Child` as its work, runs these lines there, which see `order` and `parent`."""
 
     def __init__(self, *lines: str) -> None:
+        self.lines = lines
         self.text = "\n".join(("import os, signal, sys, time", *lines))
 
     def __reduce__(self) -> tuple[Any, ...]:

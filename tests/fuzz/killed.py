@@ -56,14 +56,14 @@ class Points:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Done:
-    """A process that has ended."""
+class Trained:
+    """A process that has ended, whose run was made in this one."""
 
-    def __init__(self, returncode: int) -> None:
-        self.returncode = returncode
+    def __init__(self, work: object, words: list[str], **_: object) -> None:
+        self._code = train(words)
 
     def poll(self) -> int:
-        return self.returncode
+        return self._code
 
 
 class Measured:
@@ -98,7 +98,7 @@ def main(words: list[str], folder: str, fatal: int | None, fault: int | None) ->
         append(log, record)
 
     MetricsLog.append = appended  # pyright: ignore[reportAttributeAccessIssue]
-    runs.start = lambda module, *words, **_: Done(train(words))  # pyright: ignore[reportAttributeAccessIssue]
+    runs.Child = Trained  # pyright: ignore[reportAttributeAccessIssue]
     cells.Child = Measured  # pyright: ignore[reportAttributeAccessIssue]
     # what takes most of the time and writes nothing itself
     figures._svg = lambda *_: b"<svg></svg>"  # pyright: ignore[reportPrivateUsage]

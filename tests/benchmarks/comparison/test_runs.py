@@ -1,16 +1,21 @@
 import io
 import json
+import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crossover.archs import build
 from crossover.benchmarks.comparison import runs as training
 from crossover.benchmarks.comparison.compare import run_configs
 from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.comparison.runs import (
     MetricsTail,
+    TrainingProcess,
     arguments,
     check_resumable,
     differences,
@@ -24,7 +29,9 @@ from crossover.benchmarks.harness.options import ARCHS
 from crossover.benchmarks.harness.progress import Progress, Schedule, Task
 from crossover.benchmarks.harness.sizes import size_arch
 from crossover.train.command_line import parse
-from crossover.train.config import ObjectiveSpec, RunConfig, TrainConfig
+from crossover.train.config import DataConfig, ModelSpec, ObjectiveSpec, RunConfig, TrainConfig
+from crossover.train.run import train
+from crossover.train.runtime import MemoryKills
 from crossover.train.score import BITS_PER_BYTE
 
 from ..fake_runs import append_line, write_json
@@ -268,6 +275,47 @@ def test_as_many_runs_train_at_once_as_are_asked_for(tmp_path: Path, monkeypatch
     assert started == ended == ["a", "c", "d", "e"]
     assert failures == dict.fromkeys("acde", "failed: on purpose")
     assert progress.schedule.done == "5/5"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
+def test_a_run_from_the_warm_server_learns_the_same_bits_and_one_that_is_killed_is_said_to_be(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"Document {i} says that {i * i} is the square of {i}. " * 12)
+    of_all = TrainConfig(
+        batch_size=2, seq_len=32, eval_tokens=256, final_eval_tokens=256, position_len=32, log_every=1,
+        threads=torch.get_num_threads(), precision="fp32",
+    )  # fmt: skip
+    ours, forked, endless = (
+        RunConfig(
+            name=name,
+            out=tmp_path,
+            model=ModelSpec(preset="mamba", n_params=60_000),
+            data=DataConfig(source=str(text)),
+            train=replace(of_all, steps=steps),
+        )
+        for name, steps in (("ours", 4), ("forked", 4), ("endless", 10**6))
+    )
+    assert train(ours).exit_code == 0
+    tasks = [Task(name=name, kind="train", cost=1.0) for name in ("forked", "endless")]
+    progress = Progress(Schedule(tasks), stream=io.StringIO())
+    assert train_runs([forked], progress, logs=tmp_path) == {}
+
+    def losses(run: RunConfig) -> list[float]:
+        lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+        return [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]
+
+    assert losses(forked) == losses(ours)
+    assert len(losses(ours)) == 4
+
+    run = TrainingProcess(endless, tmp_path / "endless.log", MemoryKills())
+    while not run.progress()[0]:
+        assert run.child.poll() is None
+        time.sleep(0.05)
+    run.child.ask_to_stop(signal.SIGKILL)
+    assert run.child.wait(20) == -signal.SIGKILL
+    assert (run.failure() or "").startswith("killed from outside (SIGKILL)")
 
 
 def test_options_of_an_objective_are_the_same_however_they_are_given() -> None:

@@ -5,40 +5,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crossover.benchmarks.harness.processes import Child, environment, last_line, ready, start, stop
+from crossover.benchmarks.harness.processes import Child, last_line, ready, stop
 from crossover.train.runtime import stop_signals
 
 from ..scripts import Script
 
 pytestmark = pytest.mark.quick
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-POLITE = """
-import signal, sys, time
-def save(signum, frame):
-    time.sleep(0.2)
-    print(f'saved on {signum}', flush=True)
-    sys.exit()
-for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, save)
-print('up', flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes code as a module that a command can run, and returns its name."""
-
-    def write(code: str) -> str:
-        (tmp_path / "scripted.py").write_text(code)
-        return "scripted"
-
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
-    return write
+STUBBORN = Script("signal.signal(signal.SIGTERM, signal.SIG_IGN)", "print('up')", "time.sleep(60)")
+POLITE = Script(
+    "def save(signum, frame): time.sleep(0.2); print(f'saved on {signum}'); sys.exit()",
+    "for signum in (signal.SIGINT, signal.SIGTERM): signal.signal(signum, save)",
+    "print('up', os.getpid())",
+    "time.sleep(60)",
+)
 
 
 def wait_for(log: Path, text: str) -> None:
@@ -65,69 +49,94 @@ def is_running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Callable[[Script], list[Child]]]:
+    """Starts two children, with logs that are called first and second, and waits until they are up."""
+    with contextlib.ExitStack() as alive:
+
+        def start(work: Script) -> list[Child]:
+            logs = [tmp_path / "first", tmp_path / "second"]
+            children = [alive.enter_context(Child(work, None, log=log)) for log in logs]
+            for log in logs:
+                wait_for(log, "up")
+            return children
+
+        yield start
+
+
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_commands_are_asked_to_stop_and_may_save(
-    signum: signal.Signals, module: Callable[[str], str], tmp_path: Path
+def test_children_are_asked_to_stop_and_may_save(
+    signum: signal.Signals, pair: Callable[[Script], list[Child]], tmp_path: Path
 ) -> None:
-    logs = [tmp_path / "first", tmp_path / "second"]
-    children = [start(module(POLITE), threads=None, log=log) for log in logs]
-    for log in logs:
-        wait_for(log, "up")
+    children = pair(POLITE)
+    assert [child.poll() for child in children] == [None, None]
     stop(children, signum, grace=20)
-    assert [child.returncode for child in children] == [0, 0]
-    assert [last_line(log) for log in logs] == [f"saved on {signum.value}"] * 2
+    assert [child.poll() for child in children] == [0, 0]
+    assert [last_line(tmp_path / log) for log in ("first", "second")] == [f"saved on {signum.value}"] * 2
 
 
-def test_a_command_that_does_not_stop_is_killed(module: Callable[[str], str], tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    child = start(module(STUBBORN), threads=None, log=log)
-    wait_for(log, "up")
-    stop([child], grace=0.2)
-    assert child.returncode == -signal.SIGKILL
+def test_a_child_that_does_not_stop_is_killed(pair: Callable[[Script], list[Child]]) -> None:
+    children = pair(STUBBORN)
+    stop(children, grace=0.2)
+    assert [child.poll() for child in children] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_ctrl_c_kills_all_commands_at_once(module: Callable[[str], str], tmp_path: Path) -> None:
-    logs = [tmp_path / "first", tmp_path / "second"]
-    children = [start(module(STUBBORN), threads=None, log=log) for log in logs]
-    for log in logs:
-        wait_for(log, "up")
+def test_a_second_ctrl_c_kills_all_children_at_once(pair: Callable[[Script], list[Child]]) -> None:
+    children = pair(STUBBORN)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     begin = time.monotonic()
     with stop_signals(at_once=True):
         stop(children, grace=60)
     assert time.monotonic() - begin < 20
-    assert [child.returncode for child in children] == [-signal.SIGKILL] * 2
+    assert [child.poll() for child in children] == [-signal.SIGKILL] * 2
 
 
-def test_a_command_runs_a_module_with_its_arguments_in_a_session_of_its_own(
-    module: Callable[[str], str], tmp_path: Path
+PARENT = f"""
+import pathlib, signal, sys, time
+sys.path.append({str(Path(__file__).parents[1])!r})
+from crossover.benchmarks.harness.processes import Child, stop
+from crossover.train.runtime import stop_signals
+from scripts import Script
+def start(*lines, **options):
+    return Child(Script(*lines), None, log=pathlib.Path(sys.argv[1]), **options)
+"""
+"""What a process begins with that starts a child, whose log is its first argument."""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_command_leaves_it_to_the_command_how_children_end(
+    signum: signal.Signals, tmp_path: Path
 ) -> None:
-    log = tmp_path / "log"
-    code = "import os, sys; print(__name__, os.getsid(0) == os.getpid(), os.environ['OMP_NUM_THREADS'], *sys.argv[1:])"
-    child = start(module(code), "--some", "words", threads=1, log=log)
-    assert child.wait(20) == 0
-    assert log.read_text() == "__main__ True 1 --some words\n"
-    child = start(module("import sys; sys.exit('no such thing')"), threads=1, log=log)
-    assert child.wait(20) == 1
-    assert last_line(log) == "no such thing"
+    code = f"""{PARENT}
+child = start("def save(*_): time.sleep(0.5); print('saved'); sys.exit(7)",
+    "signal.signal({signum.value}, save)", "print('up')", "time.sleep(60)")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with stop_signals(at_once=True):
+        time.sleep(60)
+except KeyboardInterrupt as asked:
+    stop([child], asked.signum, grace=20)
+    sys.exit(child.poll())
+"""
+    log = tmp_path / "child"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(log)], start_new_session=True)
+    wait_for(log, "up")
+    os.killpg(parent.pid, signum)
+    assert parent.wait(20) == 7
+    assert last_line(log) == "saved"
 
 
-def test_a_command_may_save_when_its_parent_is_killed(module: Callable[[str], str], tmp_path: Path) -> None:
-    name, log = module(POLITE), tmp_path / "child"
-    code = "import pathlib, sys, time; from crossover.benchmarks.harness.processes import start; "
-    code += f"child = start({name!r}, threads=1, log=pathlib.Path(sys.argv[1])); time.sleep(60)"
+@pytest.mark.parametrize("preload", ["()", "None"])
+def test_a_child_may_save_when_its_parent_is_killed(preload: str, tmp_path: Path) -> None:
+    code = f"{PARENT}\nchild = start(*{POLITE.lines}, preload={preload}, orphaned=signal.SIGTERM)\ntime.sleep(60)"
+    log = tmp_path / "child"
     parent = subprocess.Popen([sys.executable, "-c", code, str(log)])
     wait_for(log, "up")
     parent.kill()
     parent.wait(20)
     wait_for(log, f"saved on {signal.SIGTERM.value}")
-
-
-def test_every_command_gets_the_same_number_of_threads() -> None:
-    assert environment(2)["OMP_NUM_THREADS"] == "2"
-    assert environment(None).get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
 
 
 @pytest.mark.parametrize("preload", [(), None])
@@ -213,8 +222,8 @@ def test_a_child_whose_server_is_killed_has_ended_and_the_next_one_is_none_the_w
         os.kill(server, signal.SIGKILL)
         with pytest.raises(EOFError):
             child.receive(timeout=20)
-        assert child.join() != 0
-    wait_for_end(pid)
+        assert child.wait(20) == -signal.SIGKILL
+        wait_for_end(pid)
     with Child(Script("parent.send(1)"), None, log=tmp_path / "log") as child:
         assert child.receive(timeout=20) == 1
 
@@ -232,13 +241,8 @@ def test_of_several_children_those_that_speak_or_end_are_ready(tmp_path: Path) -
 @pytest.mark.parametrize("work", ["parent.recv()", "time.sleep(60)"])
 @pytest.mark.parametrize("preload", ["()", "None"])
 def test_a_child_ends_when_its_parent_is_killed_whatever_it_does(work: str, preload: str, tmp_path: Path) -> None:
-    code = f"""
-import pathlib, sys, time
-sys.path.append({str(Path(__file__).parents[1])!r})
-from crossover.benchmarks.harness.processes import Child
-from scripts import Script
-script = Script("print('up', os.getpid(), flush=True)", {work!r})
-child = Child(script, None, log=pathlib.Path(sys.argv[1]), preload={preload})
+    code = f"""{PARENT}
+child = start("print('up', os.getpid())", {work!r}, preload={preload})
 time.sleep(60)
 """
     log = tmp_path / "log"
