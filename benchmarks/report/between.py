@@ -14,7 +14,7 @@ from .differences import data_apart, differences, machine_apart
 from .document import Block, Heading, Items, Lead, Links, Map, MapCell, MapRow, Paragraph, Table
 from .results import Comparison, load_comparison
 from .winner_map import at_lengths, entry, how_to_read, is_strong, verdict, winner_map
-from .words import and_list, capital
+from .words import and_list, capital, missing_parts
 
 __all__ = ["BETWEEN_COLUMNS", "Change", "Side", "between", "criteria_rows", "load_sides", "summary_between"]
 
@@ -125,7 +125,17 @@ def _link(folder: Path, out: Path) -> str:
 
 def _warnings(sides: Sequence[Side], different: Mapping[str, Sequence[str]]) -> list[str]:
     apart = data_apart([side.comparison for side in sides], [side.name for side in sides])
-    return [*filter(None, (apart, machine_apart(different)))]
+    read = different.get("held-out bytes read") if "quality" in _kinds(sides) else None
+    unlike = f"Unlike amounts of the held-out text were read ({', '.join(read)} bytes)" if read else ""
+    warnings = [apart, f"{unlike}: compare differences within a folder, not scores." if unlike else ""]
+    warnings.append(machine_apart(different))
+    for side in sides:
+        cells = side.comparison.cells
+        if disturbed := sum(cell.disturbed for cell in cells):
+            warnings.append(f"Other work disturbed {disturbed} of {len(cells)} measurements of {side.name}.")
+        if missing := len(missing_parts(side.comparison)):
+            warnings.append(f"{side.name} is not complete: its own report lists what is missing ({missing}).")
+    return [*filter(None, warnings)]
 
 
 def _kinds(sides: Sequence[Side]) -> list[str]:

@@ -3,13 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crossover.benchmarks import cli
 from crossover.benchmarks.report.between import between, load_sides
-from crossover.benchmarks.report.document import Block, Map, Paragraph, Table
+from crossover.benchmarks.report.document import Block, Items, Map, Paragraph, Table
 
 from ..fake_runs import QUALITY, SPEEDS, cell, write_json, write_winners
 
@@ -139,6 +140,25 @@ def test_quality_on_other_data_is_not_compared_and_speeds_of_another_machine_are
     assert "Training tokens/s, by context length." in page
     assert {change["criterion"] for change in summary["difference_shown"]} == {"training tokens/s", "decode tokens/s"}
     assert summary["differences"]["processor of the measurements"] == ["AMD EPYC 9R45", "Another"]
+
+
+def test_what_was_disturbed_missing_or_read_unlike_is_warned_of(folders: tuple[Path, Path]) -> None:
+    small, large = folders
+    assert not [block for block in blocks_of(small, large) if isinstance(block, Items)]
+    with (large / "context.jsonl").open("a") as file:
+        file.write(json.dumps(cell("mamba", "train", 300, disturbed=True).to_dict()) + "\n")
+    shutil.rmtree(large / "lstm-l300-s2")
+    for folder, n_bytes in ((small, 65_536), (large, 262_144)):
+        for path in folder.glob("*/result.json"):
+            write_json(path, json.loads(path.read_text()) | {"val_bytes": n_bytes})
+    (warned,) = (block for block in blocks_of(small, large) if isinstance(block, Items))
+    assert warned.items == [
+        "Unlike amounts of the held-out text were read (65536, 262144 bytes): compare differences within a folder, not "
+        "scores.",
+        "Other work disturbed 1 of 12 measurements of large.",
+        "large is not complete: its own report lists what is missing (1).",
+    ]
+    assert warned.warnings == {0, 1, 2}
 
 
 def test_the_page_links_to_the_reports_of_its_folders_and_leaves_them_alone(
