@@ -97,7 +97,7 @@ def between(sides: Sequence[Side], out: Path) -> tuple[str, str, list[Block]]:
     table = Table(
         columns=["", *names],
         rows=[[name, *values] for name, values in different.items()],
-        caption="As the files record it. Everything else that they record is the same.",
+        caption="As the files record it. All else that they record of how they were made is the same.",
     )
     same = Paragraph(text="Nothing that the files record: the same comparison was made again.")
     blocks: list[Block] = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from ..harness.format import DASH
@@ -35,7 +35,8 @@ _MACHINE = ("processor", "device", "threads", "machine, as a hash of its name", 
 
 def differences(comparisons: Sequence[Comparison]) -> dict[str, list[str]]:
     """What the files of comparisons record differently, by name: how it is in each, in their order."""
-    all_facts = [_facts(comparison, _settings(comparison, comparisons)) for comparison in comparisons]
+    shared = set.intersection(*({*comparison.archs} for comparison in comparisons))
+    all_facts = [_facts(comparison, _settings(comparison, comparisons), shared) for comparison in comparisons]
     names = dict.fromkeys(name for facts in all_facts for name in facts)
     found = {name: [_shown(facts.get(name)) for facts in all_facts] for name in names}
     different = {name: values for name, values in found.items() if len({*values}) > 1}
@@ -92,7 +93,7 @@ def _settings(comparison: Comparison, among: Sequence[Comparison]) -> Mapping[st
     return {key: config[key] for key in ("data", "optim", "train") if key in config}
 
 
-def _facts(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(comparison: Comparison, settings: Mapping[str, Any], archs: Set[str]) -> dict[str, Any]:
     facts = {name: value for name, value in _flat(settings).items() if name not in _NOT_SETTINGS}
     if comparison.cells:
         facts |= {f"measure {name}": value for name, value in _flat(comparison.cells[0].settings).items()}
@@ -103,7 +104,7 @@ def _facts(comparison: Comparison, settings: Mapping[str, Any]) -> dict[str, Any
     if done is not None:
         facts["tokens of a run"] = f"{done.result['tokens']:,}"
         facts["held-out bytes read"] = done.result.get("val_bytes")
-    for arch in comparison.archs:
+    for arch in (arch for arch in comparison.archs if arch in archs):
         for run in comparison.runs_of(arch)[:1]:
             facts[f"parameters of {comparison.label(arch)}"] = f"{run.info['n_params']:,}"
             facts[f"learning rate of {comparison.label(arch)}"] = run.learning_rate

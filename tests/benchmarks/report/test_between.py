@@ -12,7 +12,7 @@ from crossover.benchmarks import cli
 from crossover.benchmarks.report.between import between, load_sides
 from crossover.benchmarks.report.document import Block, Items, Map, Paragraph, Table
 
-from ..fake_runs import QUALITY, SPEEDS, cell, write_json, write_winners
+from ..fake_runs import QUALITY, SPEEDS, cell, write_json, write_run, write_winners
 
 pytestmark = pytest.mark.quick
 
@@ -123,22 +123,25 @@ def test_quality_on_other_data_is_not_compared_and_speeds_of_another_machine_are
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     small, large = folders
+    write_run(large, "s4d")  # which the other one lacks
     change(large, "corpus", digest="feed" * 16)
     lines = (large / "context.jsonl").read_text()
     (large / "context.jsonl").write_text(lines.replace("AMD EPYC 9R45", "Another"))
     assert cli.main(["report", str(small), str(large), "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    data, machine = summary["warnings"]
+    data, machine, incomplete = summary["warnings"]
+    assert incomplete.startswith("large is not complete")
     assert data == (
         "Quality is not compared: the data differ (digests c0ffeec0ffee in small and feedfeedfeed in large), and of "
         "two texts one is easier to predict, whatever the model."
     )
     assert machine.startswith("Speeds were measured under unlike conditions (processor): a speed")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count('<li class="warn">') == 2
+    assert page.count('<li class="warn">') == 3
     assert not re.search("by trained length|Predicts best|Worth choosing", page)
     assert "Training tokens/s, by context length." in page
     assert {change["criterion"] for change in summary["difference_shown"]} == {"training tokens/s", "decode tokens/s"}
+    assert not [name for name in summary["differences"] if "S4D" in name]
     assert summary["differences"]["processor of the measurements"] == ["AMD EPYC 9R45", "Another"]
 
 
