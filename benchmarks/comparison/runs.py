@@ -61,10 +61,8 @@ def arguments(run: RunConfig) -> list[str]:
 
 _NOT_THE_EXPERIMENT = frozenset(
     {"out", "resume", "turns", "data.cache"}
-    | {
-        f"train.{name}"
-        for name in ("threads", "checkpoint_every", "keep_checkpoints", "tensorboard", "layer_stats_every")
-    }
+    | {f"train.{name}" for name in ("threads", "checkpoint_every", "keep_checkpoints")}
+    | {f"train.{name}" for name in ("tensorboard", "layer_stats_every", "profile")}
 )
 
 
