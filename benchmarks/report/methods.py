@@ -105,6 +105,8 @@ def _budget(comparison: Comparison) -> Iterator[str]:
         f"A run took {_span(steps)} steps of {batch}{each}, {_span(tokens)} tokens in all{equal}: "
         f"{_span([round(value, 2) for value in ratio])} tokens per parameter."
     )
+    if all(run.info["config"]["train"].get("carry") for run in done):
+        yield "A sequence went on from the state that the one before it in the text had left, without its gradient."
 
 
 def _span(values: Sequence[float]) -> str:

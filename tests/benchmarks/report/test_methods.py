@@ -80,6 +80,14 @@ def test_a_search_for_rates_is_told_and_cited_where_there_was_one(tmp_path: Path
     assert "of the presets" not in text
 
 
+def test_a_state_that_was_carried_in_training_is_told(tmp_path: Path) -> None:
+    home = write_run(tmp_path, "mamba")
+    assert "went on from the state" not in methods_of(tmp_path)
+    record = (home / "run.json").read_text()
+    (home / "run.json").write_text(record.replace('"batch_size":', '"carry": true, "batch_size":'))
+    assert "A sequence went on from the state that the one before it in the text had left" in methods_of(tmp_path)
+
+
 def test_other_scores_one_seed_and_measurements_alone_are_told_as_they_are(tmp_path: Path) -> None:
     text = methods_of(write_comparison(tmp_path / "answers", archs=["mamba"], seeds=1, context=[96], score=ACCURACY))
     assert "trained by the objective invented from stdlib" in text
