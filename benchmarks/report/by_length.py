@@ -9,11 +9,12 @@ from typing import Any
 from ..harness.format import DASH
 from .criteria import Criterion
 from .crossovers import crossover
-from .document import Block, Heading, Paragraph, Table
-from .results import Comparison, Run
+from .document import Block, Figures, Heading, Paragraph, Table
+from .positions import position_figure, profiles_of, square_figure, square_sentence, square_table
+from .results import Comparison
 from .words import and_list, span_of, status_words
 
-__all__ = ["length_blocks"]
+__all__ = ["length_blocks", "longer_windows_sentence"]
 
 
 def length_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list[Block]:
@@ -21,32 +22,38 @@ def length_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list[Bl
     lengths = sorted({run.seq_len for run in comparison.runs if run.quality is not None})
     blocks: list[Block] = []
     if len(lengths) > 1:
-        blocks += [
-            Paragraph(text=_about_lengths(comparison, lengths)),
-            *_crossings(comparison, found),
-            *_squares(comparison, lengths),
-        ]
+        blocks += [Paragraph(text=_ABOUT_LENGTHS), *_crossings(comparison, found), *_positions(comparison)]
     blocks += _read_at(comparison, lengths)
     blocks += _cut(comparison, lengths)
     return [Heading(text="Quality against context length"), *blocks] if blocks else []
 
 
-def _about_lengths(comparison: Comparison, lengths: Sequence[int]) -> str:
-    """How to read quality by trained length; where longer windows made models worse, why that may be."""
+_ABOUT_LENGTHS = (
+    "Every length has the same budget, so a step with longer windows holds fewer different documents. What is told by "
+    "position and with the context cut, of the same text, shows what context brings."
+)
+
+
+def longer_windows_sentence(comparison: Comparison) -> str:
+    """Where longer windows made models worse, says which, and why that may be; empty elsewhere."""
+    lengths = sorted({run.seq_len for run in comparison.runs if run.quality is not None})
+    if len(lengths) < 2:
+        return ""
     shortest, longest = (_means(comparison, length) for length in (lengths[0], lengths[-1]))
     worse = [
         comparison.label(arch)
-        for arch in shortest.keys() & longest.keys()
-        if comparison.score.best([shortest[arch], longest[arch]]) == shortest[arch] != longest[arch]
+        for arch in comparison.archs
+        if arch in shortest.keys() & longest.keys()
+        and comparison.score.best([shortest[arch], longest[arch]]) == shortest[arch] != longest[arch]
     ]
-    said = "Every length has the same budget, so a step with longer windows holds fewer different documents."
-    if worse:
-        verb = "predict" if len(worse) > 1 else "predicts"
-        said += (
-            f" Trained at {lengths[-1]:,} tokens {and_list(sorted(worse))} {verb} worse than at {lengths[0]:,}: fewer "
-            "documents do that where the budget is small, and it does not say that context hurts."
-        )
-    return f"{said} The tables by position and with the context cut, of the same text, tell what context brings."
+    if not worse:
+        return ""
+    verb = "predict" if len(worse) > 1 else "predicts"
+    return (
+        f"Trained at {lengths[-1]:,} tokens {and_list(worse)} {verb} worse than at {lengths[0]:,}, by the means. At an "
+        "equal budget a step with longer windows holds fewer different documents, which costs most where the budget is "
+        "small: it does not say that context hurts."
+    )
 
 
 def _means(comparison: Comparison, length: int) -> dict[str, float]:
@@ -82,48 +89,24 @@ def _crossings(comparison: Comparison, found: Sequence[Criterion]) -> list[Block
     return [Table(columns=["Model", "Better", "Seeds"], rows=rows, caption=caption)]
 
 
-def _squares(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
-    """Trained length by position of the same text, a table for each model."""
-    blocks: list[Block] = []
-    for arch in comparison.archs:
-        by_length = {length: _positions(comparison.runs_of(arch, length)) for length in lengths}
-        spans = sorted({span for values in by_length.values() for span in values})
-        if spans:
-            rows = [
-                [f"{length:,}", *(_value(values.get(span)) for span in spans)] for length, values in by_length.items()
-            ]
-            caption = (
-                f"{comparison.label(arch)}: bits per byte by position, the same text for every trained length. Compare "
-                "within a column: positions differ in difficulty."
-            )
-            blocks.append(
-                Table(
-                    columns=["Trained at", *(f"{start:,} to {stop:,}" for start, stop in spans)],
-                    rows=rows,
-                    caption=caption,
-                )
-            )
-    return blocks
-
-
-def _positions(runs: Sequence[Run]) -> dict[tuple[int, int], list[float]]:
-    """Bits per byte of each seed by span, from 64 tokens on, where a span holds enough to be compared."""
-    found: dict[tuple[int, int], list[float]] = {}
-    for run in runs:
-        for span in run.result.get("position_bits_per_byte") or ():
-            if span.get("bits_per_byte") is not None and span["stop"] > _SHORTEST:
-                found.setdefault((span["start"], span["stop"]), []).append(span["bits_per_byte"])
-    return found
-
-
-_SHORTEST = 64
+def _positions(comparison: Comparison) -> list[Block]:
+    """Trained length by position of the same text: what it shows, as pictures and in numbers."""
+    profiles = profiles_of(comparison)
+    said, table = square_sentence(comparison, profiles), square_table(comparison, profiles)
+    drawn = [figure for kind in (square_figure, position_figure) if (figure := kind(comparison, profiles)) is not None]
+    return [
+        *([Paragraph(text=said)] if said else []),
+        *([Figures(figures=drawn)] if drawn else []),
+        *([table] if table else []),
+    ]
 
 
 def _read_at(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
     """Held-out documents read at other lengths than the trained one."""
     what = (
-        "Bits per byte of held-out documents read from their start at the length of the column, the models trained at "
-        "that of the row. Different columns read different documents: compare within one."
+        "Bits per byte of held-out documents that are at least as long as the column says, read in windows of that "
+        "length; beyond the trained length of its row a model extrapolates. Different columns read different "
+        "documents: compare within one."
     )
     return _table(comparison, lengths, "by_length", what)
 
@@ -131,8 +114,9 @@ def _read_at(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
 def _cut(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
     """The same bytes with less context: what the longer context brought."""
     what = (
-        "What context brings: bits per byte of the same held-out bytes, the context of each model cut to the length of "
-        "the column."
+        "What context brings: bits per byte of the same held-out bytes along a row, the context cut to the length of "
+        "the column. Compare within a row, or models that were trained at one length: other lengths read other "
+        "documents."
     )
     return _table(comparison, lengths, "context_cut", what)
 

@@ -1,12 +1,14 @@
 """A document as a list of blocks, written by templates as one self-contained HTML page or as Markdown."""
 
 import base64
+import csv
 import functools
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -29,6 +31,7 @@ __all__ = [
     "Preformatted",
     "Table",
     "plain",
+    "to_csv",
     "to_html",
     "to_markdown",
 ]
@@ -147,9 +150,20 @@ class Map:
     """Criteria by column, each cell in words. On a narrow page the cells of a row stand below one another."""
 
     kind: ClassVar[str] = "map"
+    name: ClassVar[str] = "winner-map"
+    """File name of its data without the ending."""
     columns: Sequence[str]
     rows: Sequence[MapRow]
     caption: str
+
+    @property
+    def data(self) -> list[dict[str, str]]:
+        """What it shows, as rows with the same keys; a page links it as CSV."""
+        return [
+            {"criterion": row.title, "note": row.note, "column": column, "models": cell.text, "says": cell.note}
+            for row in self.rows
+            for column, cell in zip(self.columns, row.cells, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +171,14 @@ class Figure:
     """An SVG picture, once for light and once for dark paper."""
 
     name: str
-    """File name without its ending, for the Markdown version."""
+    """File name of the picture and of its data without the ending."""
     caption: str
     alt: str
     """Description of the picture for those who do not see it."""
     light: bytes
     dark: bytes
+    data: Sequence[Mapping[str, Any]]
+    """What is drawn, as rows with the same keys; a page links it as CSV."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +210,28 @@ class Details:
 Block = Heading | Lead | Map | Paragraph | Items | Links | Table | Figures | Preformatted | Details
 
 
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Writes rows as CSV with a header: these columns of them, or all that the first has."""
+    rows = list(rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(
+        table, list(rows[0]) if columns is None else columns, extrasaction="ignore", lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
+
+
 def to_html(title: str, subtitle: str, blocks: Iterable[Block]) -> str:
-    """Writes one HTML file without scripts; its content-security policy forbids every outside request."""
+    """Writes one HTML file without scripts; its content-security policy forbids every outside request.
+
+    The data of its figures are in the file too, as CSV to download.
+    """
     return _templates().get_template("page.html.j2").render(title=title, subtitle=subtitle, blocks=blocks)
 
 
 def to_markdown(title: str, subtitle: str, blocks: Iterable[Block], figure_folder: str) -> str:
-    """Writes the same content as Markdown; pictures are links into `figure_folder`."""
+    """Writes the same content as Markdown; pictures and their data are links into `figure_folder`."""
     template = _templates().get_template("page.md.j2")
     return template.render(title=title, subtitle=subtitle, blocks=blocks, figure_folder=figure_folder)
 
@@ -216,13 +247,14 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: printable(value) if type(value) is str else value,  # and not what templates have made
     )
-    environment.filters |= {"data_uri": _data_uri, "plain": plain}
+    environment.filters |= {"data_uri": _data_uri, "csv": to_csv, "plain": plain}
     environment.globals["palette"] = PALETTE
     return environment
 
 
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+def _data_uri(content: bytes | str, media: str) -> str:
+    content = content.encode() if isinstance(content, str) else content
+    return f"data:{media};base64,{base64.b64encode(content).decode()}"
 
 
 def plain(text: str) -> str:

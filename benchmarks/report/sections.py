@@ -9,9 +9,10 @@ from .by_length import length_blocks
 from .criteria import Criterion
 from .crossovers import Crossover
 from .document import Block, Details, Figures, Heading, Items, Lead, Paragraph, Preformatted, Table
-from .figures import context_figure, learning_figure, position_figure, quality_figure
+from .figures import context_figure, learning_figure, quality_figure
 from .limits import limits_section
 from .methods import methods, references
+from .positions import position_figure, profiles_of
 from .results import METRICS, Check, Comparison, Metric
 from .winner_map import criterion_blocks, winner_map
 from .words import (
@@ -76,7 +77,7 @@ def _quality_section(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) 
     figures = [quality_figure(comparison, rows)] if known else []
     if any(run.curve() for run in comparison.runs):
         figures += [learning_figure(comparison, "tokens"), learning_figure(comparison, "seconds")]
-    position = None if several else position_figure(comparison)  # of several lengths the tables tell more
+    position = None if several else position_figure(comparison, profiles_of(comparison))  # several: beside the squares
     figures += [position] if position else []
     little = "differences of a few hundredths" if comparison.predicts_text else "small differences"
     one_seed = max(row["n_seeds"] for row in rows) <= 1

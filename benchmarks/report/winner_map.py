@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..harness.format import format_bytes, number, whole
+from .by_length import longer_windows_sentence
 from .criteria import Criterion, undominated
 from .document import Block, Heading, Map, MapCell, MapRow, Paragraph, Table
 from .results import Comparison
@@ -18,7 +18,6 @@ __all__ = [
     "entry",
     "how_to_read",
     "is_strong",
-    "map_rows",
     "verdict",
     "winner_map",
 ]
@@ -59,15 +58,6 @@ def winner_map(comparison: Comparison, found: Sequence[Criterion], lengths: Sequ
         rows=rows,
         caption=_caption(comparison, found),
     )
-
-
-def map_rows(block: Map) -> list[dict[str, Any]]:
-    """The map as rows of a CSV file."""
-    return [
-        {"criterion": row.title, "note": row.note, "column": column, "models": cell.text, "says": cell.note}
-        for row in block.rows
-        for column, cell in zip(block.columns, row.cells, strict=True)
-    ]
 
 
 def _cell(comparison: Comparison, criterion: Criterion, length: int) -> MapCell:
@@ -180,8 +170,9 @@ def criterion_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list
     blocks: list[Block] = [Heading(text="Each criterion")]
     for criterion in found:
         blocks.append(_table(comparison, criterion))
-        if said := _shown_sentence(comparison, criterion):
-            blocks.append(Paragraph(text=said))
+        said = [_shown_sentence(comparison, criterion)]
+        said += [longer_windows_sentence(comparison)] if criterion.kind == "quality" else []
+        blocks += [Paragraph(text=text) for text in said if text]
     return blocks
 
 

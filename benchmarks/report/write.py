@@ -1,9 +1,7 @@
 """Builds reports from files: report.html, report.md, the tables as CSV, and summary.json. That of a comparison lies in
 its folder, that of several in another."""
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ from ...files import remove_drafts, write_json, write_text
 from .between import BETWEEN_COLUMNS, between, criteria_rows, load_sides, summary_between
 from .criteria import CRITERIA_COLUMNS, criteria, crossings_of_quality
 from .crossovers import Crossover
-from .document import Block, Figure, Figures, Map, plain, to_html, to_markdown
+from .document import Block, Figure, Figures, Map, plain, to_csv, to_html, to_markdown
 from .methods import methods, references
 from .results import Check, Comparison, budget_checks, crossovers_of, load_comparison, quality
 from .rows import CONTEXT_COLUMNS, context_rows
 from .sections import sections
-from .winner_map import map_rows, verdict
+from .winner_map import verdict
 from .words import headline, title, training_sentence
 
 __all__ = ["write_between", "write_report"]
@@ -42,8 +40,8 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     blocks = sections(comparison, rows, crossings, checks, found, lead, statements)
     heading, subtitle = title(comparison, checks)
     columns = [key for key in rows[0] if key != "score"] if rows else ["arch"]
-    _write_csv(folder / "quality.csv", columns, rows)
-    _write_csv(folder / "context.csv", CONTEXT_COLUMNS, context_rows(comparison))
+    write_text(folder / "quality.csv", to_csv(rows, columns))
+    write_text(folder / "context.csv", to_csv(context_rows(comparison), CONTEXT_COLUMNS))
     write_json(
         folder / "summary.json",
         _summary(
@@ -54,7 +52,9 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
             [*filter(None, [verdict(comparison, found)]), *statements],
         ),
     )
-    _write_csv(folder / "criteria.csv", CRITERIA_COLUMNS, [row for criterion in found for row in criterion.rows()])
+    write_text(
+        folder / "criteria.csv", to_csv([row for criterion in found for row in criterion.rows()], CRITERIA_COLUMNS)
+    )
     write_text(folder / "methods.md", methods(comparison, checks, quote=plain))
     write_text(folder / "references.bib", references(methods(comparison, checks)))
     return _write_page(folder, heading, subtitle, blocks)
@@ -76,7 +76,7 @@ def write_between(folders: Sequence[Path], out: Path, *, baseline: str | None = 
     sides = load_sides(folders, baseline=baseline)
     heading, subtitle, blocks = between(sides, out)
     out.mkdir(parents=True, exist_ok=True)
-    _write_csv(out / "criteria.csv", BETWEEN_COLUMNS, criteria_rows(sides))
+    write_text(out / "criteria.csv", to_csv(criteria_rows(sides), BETWEEN_COLUMNS))
     write_json(out / "summary.json", summary_between(sides))
     return _write_page(out, heading, subtitle, blocks)
 
@@ -86,30 +86,22 @@ def _write_page(folder: Path, heading: str, subtitle: str, blocks: Sequence[Bloc
     (folder / "figures").mkdir(exist_ok=True)
     for place in (folder, folder / "figures"):
         remove_drafts(place)
-    for block in blocks:
-        if isinstance(block, Map):
-            rows_of_map = map_rows(block)
-            _write_csv(folder / "figures" / "winner-map.csv", list(rows_of_map[0]), rows_of_map)
     for figure in _figures_in(blocks):
-        write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
+        if isinstance(figure, Figure):
+            write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
+        write_text(folder / "figures" / f"{figure.name}.csv", to_csv(figure.data))
     write_text(folder / "report.md", to_markdown(heading, subtitle, blocks, "figures"))
     page = folder / "report.html"
     write_text(page, to_html(heading, subtitle, blocks))
     return page
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, table.getvalue())
-
-
-def _figures_in(blocks: Iterable[Block]) -> Iterable[Figure]:
+def _figures_in(blocks: Iterable[Block]) -> Iterable[Figure | Map]:
     for block in blocks:
         if isinstance(block, Figures):
             yield from block.figures
+        elif isinstance(block, Map):
+            yield block
 
 
 def _summary(

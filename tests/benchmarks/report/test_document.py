@@ -1,3 +1,4 @@
+import base64
 import re
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ from crossover.benchmarks.report.document import (
     Paragraph,
     Preformatted,
     Table,
+    to_csv,
     to_html,
     to_markdown,
 )
@@ -24,7 +26,9 @@ from crossover.benchmarks.report.document import (
 pytestmark = pytest.mark.quick
 
 MARKUP = "a < b & 'c' *d* _e_ | `f` [g](h) #i \"j\""
-FIGURE = Figure(name="speed", caption="What it *shows*.", alt="Lines", light=b"<svg/>", dark=b"<svg></svg>")
+DATA = [{"model": "Mamba, 2", "speed": 0.5}, {"model": MARKUP, "speed": None}]
+CSV = 'model,speed\n"Mamba, 2",0.5\n"a < b & \'c\' *d* _e_ | `f` [g](h) #i ""j""",\n'
+FIGURE = Figure(name="speed", caption="What it *shows*.", alt="Lines", light=b"<svg/>", dark=b"<svg></svg>", data=DATA)
 BLOCKS: list[Block] = [
     Lead(paragraphs=["First.", MARKUP]),
     Heading(text="A heading"),
@@ -95,9 +99,23 @@ def test_markdown_is_laid_out_as_markdown_is_read() -> None:
     text = to_markdown("Title", "more", BLOCKS, "figures")
     assert "- plain\n- **loud**\n\n" in text
     assert "In bytes.\n\n| Model | Speed | Where |\n|---|---:|---|\n| Mamba | **1,234** | \\> 5 |\n| a" in text
-    assert "\n\n![Lines](figures/speed.svg)\n\n*What it \\*shows\\*.*\n\n![Lines]" in text
+    assert (
+        "\n\n![Lines](figures/speed.svg)\n\n*What it \\*shows\\*.* Data: [speed.csv](figures/speed.csv)\n\n![Lines]"
+        in text
+    )
     assert r"\#i \"j\"](../a%20b/re%7Cport.html)".replace('\\"', '"') in text
     assert "### A sample\n\n    def f():\n    \n        return '<b>'\n\n## More\n\nInside.\n\n- deep\n" in text
+
+
+def test_pictures_and_maps_link_what_they_show_as_csv() -> None:
+    assert to_csv(DATA) == CSV
+    assert to_csv(DATA, ["speed"]) == 'speed\n0.5\n""\n'
+    links = re.findall(r'<a download="(.*?)" href="data:text/csv;charset=utf-8;base64,(.*?)"', to_html("", "", BLOCKS))
+    assert [name for name, _ in links] == ["winner-map.csv", "speed.csv", "speed.csv"]
+    of_map, *of_figures = (base64.b64decode(content).decode() for _, content in links)
+    assert of_map.startswith("criterion,note,column,models,says\nTrains fastest,tokens,128 tokens,Mamba,2 x\n")
+    assert of_figures == [CSV, CSV]
+    assert "*How to read it.* Data: [winner-map.csv](figures/winner-map.csv)" in to_markdown("", "", BLOCKS, "figures")
 
 
 def test_columns_of_numbers_are_set_to_the_right() -> None:

@@ -144,8 +144,26 @@ def test_markdown_has_the_same_findings_and_links_its_figures(folder: Path, page
     assert first is not None
     assert first[1] in text.replace("\\", "")
     links = re.findall(r"\]\((figures/[^)]*)\)", text)
-    assert len(links) == 9
+    assert [Path(link).suffix for link in links] == [".csv", *[".svg", ".csv"] * 9]
     assert all((folder / link).exists() for link in links)
+
+
+def test_what_every_picture_shows_is_beside_it_and_in_the_page(folder: Path, page: str) -> None:
+    linked = {a["download"]: a["href"] or "" for tag, a in _Elements(page).found if tag == "a"}
+    pictures = {path.stem for path in (folder / "figures").glob("*.svg")}
+    assert linked.keys() == {f"{name}.csv" for name in pictures | {"winner-map"}}
+    for name, href in linked.items():
+        text = (folder / "figures" / str(name)).read_text()
+        assert base64.b64decode(href.partition("base64,")[2]).decode() == text
+        assert len(text.splitlines()) > len(ARCHS)
+    speeds = list(csv.DictReader((folder / "figures" / "context-train-speed.csv").open()))
+    assert [row["status"] for row in speeds if row["context_len"] == "8192"].count("out_of_memory") == 2
+    assert speeds[0] == {"label": "Transformer", "arch": "transformer", "context_len": "128", "status": "done"} | {
+        key: str(value) for key, value in zip(("tokens_per_second", "spread_low", "spread_high"), _SPEEDS, strict=True)
+    }
+
+
+_SPEEDS = (40e3 / 1.256, 40e3 / 1.256 * 0.96, 40e3 / 1.256 * 1.05)
 
 
 @pytest.mark.quick
@@ -337,7 +355,8 @@ def test_what_files_of_others_say_is_text_and_never_markup(tmp_path: Path) -> No
     write_report(tmp_path)
 
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not {"script", "a"} & {tag for tag, _ in _Elements(page).found}
+    assert "script" not in {tag for tag, _ in _Elements(page).found}
+    assert all((a["href"] or "").startswith("data:text/csv") for tag, a in _Elements(page).found if tag == "a")
     assert "&lt;script&gt;" in page
     pictures = [file.read_text(encoding="utf-8") for file in (tmp_path / "figures").glob("*.svg")]
     tags = {element.tag for picture in pictures for element in ElementTree.fromstring(picture).iter()}
@@ -348,7 +367,7 @@ def test_what_files_of_others_say_is_text_and_never_markup(tmp_path: Path) -> No
     lines = [re.sub(r"\\[^\w\s]", "", line) for line in text.splitlines() if not line.startswith("    ")]
     for line in lines:
         assert not re.search(r"[<`$~&]", line), line
-        assert not re.search(r"\]\((?!figures/[\w-]+\.svg\))", line), line
+        assert not re.search(r"\]\((?!figures/[\w-]+\.(?:svg|csv)\))", line), line
         assert not re.match(r"#+ z|- w", line), line
     rows = [line.count("|") for line in lines if line.startswith("|")]
     assert len({*rows}) <= 6  # kinds of tables
