@@ -9,6 +9,7 @@ has several trained lengths, trials have the shortest.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,8 +244,10 @@ class Search:
         held = read_json(path)
         check_table(held, {"settings": Mapping, "rates": dict[str, float]}, path)
         found = held["settings"]
-        recorded = RunConfig.from_dict({name: found[name] for name in _DECIDING if name in found})
-        if {**found, **_deciding(recorded)} != self._settings:
+        with contextlib.suppress(ValueError):  # settings that are none of today's are others
+            recorded = RunConfig.from_dict({name: found[name] for name in _DECIDING if name in found})
+            found = {**found, **_deciding(recorded)}
+        if found != self._settings:
             raise ValueError(
                 f"{self._out} holds a search for learning rates with other settings; "
                 "give the same options, another --out, or --fresh to start over"

@@ -855,11 +855,11 @@ def test_an_interrupted_run_continues_its_time(tmp_path: Path, corpus: Corpus, m
         fit(straight, corpus, clock=Clock(patch, DURATIONS))
     with monkeypatch.context() as patch:
         clock = Clock(patch, DURATIONS)
-        patch.setattr(Turns, "pass_on", lambda *_: clock.now > 4 and signal.raise_signal(signal.SIGTERM))
+        patch.setattr(Turns, "pass_on", lambda _, seconds: seconds == 5.0 and signal.raise_signal(signal.SIGTERM))
         assert fit(broken, corpus, clock=clock).exit_code == 143
     with monkeypatch.context() as patch:
-        assert fit(broken, corpus, clock=Clock(patch, DURATIONS[3:])).exit_code == 0
-    assert read_json(broken.directory / "run.json")["resumed_from_step"] == 3
+        assert fit(broken, corpus, clock=Clock(patch, DURATIONS[4:])).exit_code == 0
+    assert read_json(broken.directory / "run.json")["resumed_from_step"] == 4
     for key in ("seconds", "train/lr", "train/loss", "val/loss"):
         assert metrics(broken, key) == metrics(straight, key), key
     with pytest.raises(ResumeError, match=r"optim\.schedule_seconds 10\.0 -> 20\.0"):

@@ -177,7 +177,7 @@ def test_a_search_that_was_stopped_goes_on_and_its_progress_counts_what_there_is
     del held["settings"]["train"]["seconds"]  # as a search of before there was such an option
     write_json(path, held)
     assert found()[0] == rates
-    held["settings"]["train"]["seconds"] = 7.0
-    write_json(path, held)
-    with pytest.raises(ValueError, match="a search for learning rates with other settings"):
-        found()
+    for other in ("seconds", "an option of the future"):
+        write_json(path, held | {"settings": held["settings"] | {"train": held["settings"]["train"] | {other: 7.0}}})
+        with pytest.raises(ValueError, match="a search for learning rates with other settings"):
+            found()
