@@ -37,9 +37,9 @@ def test_the_cpu_matches_the_definition_where_channels_fill_no_whole_vectors(L: 
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("L", [7, 13, 61])
-def test_the_usual_taps_on_the_cpu_match_the_definition_wherever_documents_begin(L: int, density: float) -> None:
-    E, K = 43, 4
+@pytest.mark.parametrize(("L", "K"), [(7, 4), (13, 4), (61, 4), (150, 70)])  # more taps than tokens of a chunk
+def test_the_cpu_matches_the_definition_wherever_documents_begin(L: int, K: int, density: float) -> None:
+    E = 43
     tensors = ops.causal_conv1d.cases.example(B=3, L=L, E=E, N=K)
     tensors["x"] = torch.randn(3, L, 2 * E + 5, dtype=torch.float64)[..., 3 : E + 3]  # part of a projection
     tensors["starts"] = torch.rand(3, L) < density
@@ -50,8 +50,9 @@ def test_the_usual_taps_on_the_cpu_match_the_definition_wherever_documents_begin
     assert_same(actual, expected, 1e-6)
 
 
-def test_what_is_no_number_stays_in_its_document_on_the_cpu() -> None:
-    x, weight = torch.randn(1, 41, 19, requires_grad=True), torch.randn(19, 4)
+@pytest.mark.parametrize("K", [4, 9])
+def test_what_is_no_number_stays_in_its_document_on_the_cpu(K: int) -> None:
+    x, weight = torch.randn(1, 41, 19, requires_grad=True), torch.randn(19, K)
     starts = torch.zeros(1, 41, dtype=torch.bool)
     starts[:, [11, 23]] = True
     with use_backend("cpu"):
