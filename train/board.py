@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import naming, remove_drafts
 from .score import Score
 
-__all__ = ["Board", "layout"]
+__all__ = ["Board", "layout", "write_images"]
 
 _BUDGETS = {"tokens": "tokens", "gflops": "GFLOPs of training", "seconds": "seconds of training"}
 """What `vs_NAME/...` has as its step, in words."""
@@ -164,6 +165,29 @@ class Board:
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def write_images(directory: Path, images: Mapping[str, bytes]) -> None:
+    """Writes PNG images by tag as all of TensorBoard's events of a folder, in the place of those of an earlier call."""
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    directory.mkdir(exist_ok=True)
+    remove_drafts(directory)
+    path = directory / "events.out.tfevents.0000000000.report"
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            with contextlib.closing(RecordWriter(draft.open("wb"))) as writer:
+                for tag, png in images.items():
+                    width, height = (int.from_bytes(png[i : i + 4]) for i in (16, 20))  # of its first chunk, IHDR
+                    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+                    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+                    writer.write(Event(wall_time=time.time(), step=0, summary=summary).SerializeToString())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _hparams(score: Score, options: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -5,7 +5,7 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -168,7 +168,7 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """An SVG picture, once for light and once for dark paper."""
+    """An SVG picture, once for light and once for dark paper, and as pixels where somebody wants them."""
 
     name: str
     """File name of the picture and of its data without the ending."""
@@ -179,6 +179,8 @@ class Figure:
     dark: bytes
     data: Sequence[Mapping[str, Any]]
     """What is drawn, as rows with the same keys; a page links it as CSV."""
+    png: Callable[[], bytes] | None = None
+    """Draws it on light paper once more."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,12 +106,20 @@ def draw(
         height: of the axes of all panels in inches.
     """
     paints = [paint] if callable(paint) else paint
-    light, dark = (_svg(paints, _THEMES[theme], axis_labels, height) for theme in ("light", "dark"))
-    return Figure(name=name, caption=caption, alt=alt, light=light, dark=dark, data=data)
+    light, dark = (_drawn(paints, _THEMES[theme], axis_labels, height) for theme in ("light", "dark"))
+
+    def png() -> bytes:
+        return _drawn(paints, _THEMES["light"], axis_labels, height, pixels=True)
+
+    return Figure(name=name, caption=caption, alt=alt, light=light, dark=dark, data=data, png=png)
 
 
-def _svg(paints: Sequence[Paint], theme: Theme, axis_labels: tuple[str, str], height: float) -> bytes:
+def _drawn(
+    paints: Sequence[Paint], theme: Theme, axis_labels: tuple[str, str], height: float, *, pixels: bool = False
+) -> bytes:
+    """A figure as SVG without paper, or as PNG on white."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
     from matplotlib.text import Text
@@ -120,7 +128,7 @@ def _svg(paints: Sequence[Paint], theme: Theme, axis_labels: tuple[str, str], he
         # text stays text in the file, so the fonts of the reader count and not those of this machine
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
-        FigureCanvasSVG(canvas)
+        (FigureCanvasAgg if pixels else FigureCanvasSVG)(canvas)
         panels = canvas.subplots(len(paints), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, paint in zip(panels, paints, strict=True):
             axes.grid(visible=True, which="major")
@@ -143,7 +151,10 @@ def _svg(paints: Sequence[Paint], theme: Theme, axis_labels: tuple[str, str], he
             assert isinstance(text, Text)
             text.set_text(printable(text.get_text()))
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        if pixels:
+            canvas.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+        else:
+            canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

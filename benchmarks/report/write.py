@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import remove_drafts, write_json, write_text
+from ...train.board import write_images
 from .between import BETWEEN_COLUMNS, between, criteria_rows, load_sides, summary_between
 from .criteria import CRITERIA_COLUMNS, criteria, crossings_of_quality
 from .crossovers import Crossover
@@ -24,7 +25,8 @@ __all__ = ["write_between", "write_report"]
 def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     """Rebuilds every derived file of a comparison folder and returns the path of report.html.
 
-    The result depends on the files of the folder and the baseline alone: the same files give the same bytes.
+    The result depends on the files of the folder and the baseline alone: the same files give the same bytes. Where the
+    runs have TensorBoard's events in tb, the figures go to tb/report, with the time.
 
     Args:
         folder: of a comparison, or of runs.
@@ -90,6 +92,10 @@ def _write_page(folder: Path, heading: str, subtitle: str, blocks: Sequence[Bloc
         if isinstance(figure, Figure):
             write_text(folder / "figures" / f"{figure.name}.svg", figure.light.decode())
         write_text(folder / "figures" / f"{figure.name}.csv", to_csv(figure.data))
+    if (folder / "tb").is_dir():
+        drawn = [figure for figure in _figures_in(blocks) if isinstance(figure, Figure)]
+        pictures = {f"report/{figure.name}": figure.png() for figure in drawn if figure.png is not None}
+        write_images(folder / "tb" / "report", pictures)
     write_text(folder / "report.md", to_markdown(heading, subtitle, blocks, "figures"))
     page = folder / "report.html"
     write_text(page, to_html(heading, subtitle, blocks))

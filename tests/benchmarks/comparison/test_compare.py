@@ -91,7 +91,7 @@ def test_several_lengths_at_equal_flops_from_training_to_report(
     for result in results:
         assert [entry["context_len"] for entry in result["by_length"]] == [32, 64]
         assert {entry["status"] for entry in result["by_length"]} == {"too_little_text"}
-    assert {path.name for path in (tmp_path / "out" / "tb").iterdir()} == set(names)
+    assert {path.name for path in (tmp_path / "out" / "tb").iterdir()} == {*names, "report"}
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     kinds = [(row["arch"], row["seq_len"], row["n_seeds"]) for row in summary["quality"]]
     assert kinds == [(arch, length, 1) for arch in ("lstm", "transformer") for length in (32, 64)]

@@ -1,5 +1,6 @@
 import base64
 import csv
+import io
 import json
 import re
 import warnings
@@ -13,6 +14,8 @@ from crossover.benchmarks.report.figures import learning_figure, quality_figure
 from crossover.benchmarks.report.results import load_comparison, quality
 from crossover.benchmarks.report.write import write_report
 from crossover.train.score import BITS_PER_BYTE
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ..fake_runs import ACCURACY, ARCHS, CONTEXT, append_cells, cell, write_comparison, write_json, write_run
 
@@ -393,3 +396,18 @@ def test_names_of_compressors_stand_apart_and_within_the_picture(values: tuple[f
         assert len(labels) == 2
         assert abs(x[0] - x[1]) > 45 or abs(y[0] - y[1]) > 8
         assert all(0 <= place <= 360 for place in (*x, *y))
+
+
+def test_figures_are_images_in_tensorboard_where_runs_are_once_for_all_reports(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    write_report(tmp_path)
+    assert not (tmp_path / "tb").exists()
+    (tmp_path / "tb").mkdir()
+    for _ in range(2):
+        write_report(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tb" / "report")).Reload()
+    assert set(events.Tags()["images"]) == {f"report/{path.stem}" for path in (tmp_path / "figures").glob("*.svg")}
+    (image,) = events.Images("report/learning-tokens")
+    with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
+        assert (image.width, image.height) == picture.size == (750, 525)
+        assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
