@@ -5,7 +5,8 @@ import dataclasses
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from ..harness.precision import decide_precision
 from ..harness.processes import module_command
 from ..harness.progress import Progress, Schedule
 from ..harness.sizes import SizedArch, size_arch
+from ..harness.tables import print_table
 from ..report.results import baseline_among, load_run
 from ..report.write import write_report
+from .forecast import forecast, print_forecast
 from .options import CompareConfig
 from .runs import arguments, check_resumable, is_done, share_threads, train_in_turns, train_runs, training_tasks
 from .tuning import Search
@@ -40,7 +43,6 @@ __all__ = [
     "check_archs",
     "compare",
     "open_objective",
-    "print_table",
     "run_configs",
     "sizes_of",
     "steps_of",
@@ -59,11 +61,12 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         ValueError: before any work is done, if the configuration cannot be run.
     """
     check_archs(config)
-    with folder_for(config.out, fresh=config.fresh) as logs:
+    with _nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
         print_sizes(list(sizes.values()))
-        precision = decide_precision(config, [sized.config.d_model for sized in sizes.values()])
+        widths = [sized.config.d_model for sized in sizes.values()]
+        precision = decide_precision(config, widths, keep=not config.dry_run)
         config = dataclasses.replace(config, precision=precision.name)
         n_runs = len(config.archs) * len(config.seq_len) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
@@ -78,6 +81,10 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, list(sizes.values()), provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
+        if config.dry_run:
+            path = config.out / "context.jsonl"
+            print_forecast(forecast(runs, search, jobs, sizes, at_once=at_once, cells=path, logs=logs))
+            return 0
         if search is None:
             print(_by_hand(runs[0]), flush=True)
 
@@ -111,6 +118,13 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
         _print_failures(failed)
         return 1 if record["failures"] or failed else 0
+
+
+@contextlib.contextmanager
+def _nowhere() -> Iterator[Path]:
+    """A folder for logs in the place of that of a comparison, which is left alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
@@ -387,15 +401,6 @@ def print_sizes(sizes: Sequence[SizedArch]) -> None:
             for sized in sizes
         ],
     )
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table whose first column is words and whose others are numbers."""
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        first, *others = (cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row))
-        print("  ".join([first, *others]))
-    sys.stdout.flush()
 
 
 def _by_hand(run: RunConfig) -> str:

@@ -64,6 +64,10 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     tune_share: Annotated[float, Range(above=0, at_most=1)] = 0.25
     """Share of --steps that a trial of the last round of --tune-lr takes; those before take 1/2 and 1/4 of it."""
 
+    dry_run: bool = False
+    """Print what is to be done and how long it takes here, and do nothing. Where no finished run in --out tells, models
+    train some steps for that; what they show is kept in the cache folder."""
+
     out: Path = Path("runs/compare")
     """Folder of the comparison."""
 
@@ -72,6 +76,8 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
             part.__post_init__(self)
         if self.baseline is not None and self.baseline not in self.archs:
             raise ValueError(f"--baseline {self.baseline} is not among --archs {' '.join(self.archs)}")
+        if self.dry_run and self.fresh:
+            raise ValueError("--dry-run says what is left to do in --out: leave --fresh out")
         if self.tune_lr and self.optim.lr is not None:
             raise ValueError(f"--tune-lr finds a rate for each model: leave --optim.lr {self.optim.lr:g} out")
         if (self.equal == "seconds") != (self.seconds is not None):

@@ -130,6 +130,21 @@ class Search:
             for name in self._expected(arch, number)
         ]
 
+    def expected(self) -> list[tuple[RunConfig, int, list[Run]]]:
+        """Of each round of a model whose rate is not found: a trial, how many there may be, and which are finished."""
+        done = [run for run in self._trials() if run.status == "done"]
+        return [
+            (
+                self._trial(arch, 0, steps),
+                max(len(self._expected(arch, number)), len(of_round)),
+                of_round,
+            )
+            for arch in self._sizes
+            if arch not in self.rates
+            for number, steps in enumerate(self._rounds)
+            for of_round in [[r for r in done if (r.arch, r.info["config"]["train"]["steps"]) == (arch, steps)]]
+        ]
+
     def run(self, progress: Progress, *, logs: Path) -> dict[str, float]:
         """Tries rates until all are found, and returns them by architecture. What was tried before is not again.
 

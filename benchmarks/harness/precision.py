@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["decide_precision"]
 
 
-def decide_precision(config: Place, widths: Iterable[int]) -> Precision:
-    """What --precision stands for; "auto" is decided once, for the narrowest model, and kept in precision.json.
+def decide_precision(config: Place, widths: Iterable[int], *, keep: bool = True) -> Precision:
+    """What --precision stands for; "auto" is decided once, for the narrowest model; `keep` keeps it in precision.json.
 
     Raises:
         ValueError: if the device cannot be used, or the file is none of this.
@@ -30,6 +30,7 @@ def decide_precision(config: Place, widths: Iterable[int]) -> Precision:
         return Precision(held["name"], held["reason"], held.get("speedup"))
     found = choose_precision(config.precision, choose_device(config.device), d_model=min(widths))
     if config.precision == "auto":
-        write_json(path, vars(found))
+        if keep:
+            write_json(path, vars(found))
         print(f"Precision: {found.name} ({found.reason}).\n", flush=True)
     return found
