@@ -42,7 +42,7 @@ lint: .venv/.dev  ## style and types
 
 smoke:  ## a shortened `make compare` from scratch, for checks: one minute or two instead of eight
 	@rm -rf runs/smoke
-	@$(MAKE) --no-print-directory compare COMPARE="--params 300k --steps 30 --context 128 512 --out runs/smoke"
+	@$(MAKE) --no-print-directory compare COMPARE="--seeds 1 --steps 30 --context 128 512 --out runs/smoke"
 
 clean:  ## remove the environment; runs/ stays
 	rm -rf .venv .ide build *.egg-info

@@ -20,6 +20,9 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     the same settings are kept, so the same command goes on where it stopped.
     """
 
+    params: Count = 300_000
+    """Parameters of every model, reached within 2 % (1M, 500k)."""
+
     repeats: Size = 1
     """Processes that measure the same, one after the other, each after all models have had the one before: 3 or more
     where speeds are to be told apart, for which the demo has no time."""
@@ -31,7 +34,7 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     eval_tokens: Count = 8_192
     """Held-out tokens read by one validation on the way, always the same ones; the final one reads eight times more."""
 
-    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (256,)
+    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (128, 512)
     """Tokens per training sequence. With several lengths every model is trained at each of them, on as many tokens in
     a step and in all, and reads held-out documents at each, also beyond the trained one. A length is reported where
     8 held-out documents have so many tokens: of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have

@@ -289,7 +289,7 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, *, targets: Tensor, starts: None = None) -> LMLoss:
+    def forward(self, tokens: Tensor, state: None = None, *, targets: Tensor, starts: None = None) -> LMLoss:
         logits = _logits(self.model(tokens))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return LMLoss(loss, torch.zeros((), device=loss.device))

@@ -22,6 +22,9 @@ __all__ = [
 
 ARCHS = ("transformer", "s4d", "mamba", "jamba", "lstm")
 
+_TOKENS_PER_STEP = 2048
+"""When nothing else is asked for."""
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 ByteSize = Annotated[
@@ -73,16 +76,17 @@ class Models:
 class Budget:
     """Budget of every run of a comparison, and what it learns."""
 
-    seeds: Length = 1
-    """Runs of each kind, with seeds 0, 1, ..."""
+    seeds: Length = 3
+    """Runs of each kind, with seeds 0, 1, ...; fewer than 3 say nothing of noise."""
 
-    steps: Count = 450
+    steps: Count = 150
     """Optimizer steps of every run."""
 
     batch_size: Size | None = None
-    """Sequences per step, of the shortest --seq-len; when not given 4, or as many as the longest --seq-len needs."""
+    """Sequences per step, of the shortest --seq-len; when not given, as many as one of the longest --seq-len has
+    tokens, or several of it up to 2,048."""
 
-    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (256,)
+    seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (128, 512)
     """Tokens per training sequence."""
 
     eval_tokens: Count = 8_192
@@ -101,8 +105,9 @@ class Budget:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of an optimizer step, of every run."""
-        shortest = self.seq_len[0]
-        return shortest * (self.batch_size or max(4, -(-self.seq_len[-1] // shortest)))
+        shortest, longest = self.seq_len[0], self.seq_len[-1]
+        tokens = max(1, _TOKENS_PER_STEP // longest) * longest
+        return shortest * (self.batch_size or -(-tokens // shortest))
 
     def _check_divides(self, length: int) -> None:
         tokens = self.tokens_per_step

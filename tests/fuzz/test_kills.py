@@ -17,8 +17,8 @@ from crossover.benchmarks.harness.processes import Child
 from ..benchmarks.scripts import Script
 
 OPTIONS = shlex.split(
-    "--archs lstm transformer --params 60k --steps 3 --batch-size 2 --seq-len 16 --eval-tokens 64 --position-len 32 "
-    "--context 16 32 --threads 1 --precision fp32"
+    "--archs lstm transformer --params 60k --seeds 1 --steps 3 --batch-size 2 --seq-len 16 --eval-tokens 64 "
+    "--position-len 32 --context 16 32 --threads 1 --precision fp32"
 )
 PRELOAD = (
     "crossover.benchmarks.cli", "crossover.benchmarks.comparison.compare", "crossover.benchmarks.report.write",

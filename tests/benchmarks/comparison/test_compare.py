@@ -20,8 +20,8 @@ from crossover.train.run import train
 from ..fake_runs import write_comparison
 
 OPTIONS = shlex.split(
-    "--archs transformer mamba --params 60k --steps 10 --batch-size 2 --seq-len 32 --eval-tokens 256 --threads 1 "
-    "--context 16 32 --time-box 0.02 --min-repeats 2 --decode-tokens 2 --tokens-per-batch 32"
+    "--archs transformer mamba --params 60k --steps 10 --seeds 1 --batch-size 2 --seq-len 32 --eval-tokens 256 "
+    "--threads 1 --context 16 32 --time-box 0.02 --min-repeats 2 --decode-tokens 2 --tokens-per-batch 32"
 )
 
 
@@ -174,6 +174,6 @@ def test_a_measurement_that_fails_makes_the_comparison_fail(
     monkeypatch.setattr(compare, "train_runs", lambda *_, **__: {})
     monkeypatch.setattr(compare, "measure_cells", nothing_but_a_failure)
     data = DataConfig(source=str(text))
-    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=(32,), data=data, out=tmp_path, threads=1)
+    config = CompareConfig(archs=("mamba",), params=60_000, seq_len=(32,), seeds=1, data=data, out=tmp_path, threads=1)
     assert compare.compare(config, command=["crossover", "compare"]) == 1
     assert f"Mamba at 16 tokens, train: failed: no such thing (log: {failure.log})" in capsys.readouterr().err

@@ -43,7 +43,9 @@ DIGEST = "c0ffee" * 10 + "abcd"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[RunConfig]:
-    config = CompareConfig(archs=("mamba", "lstm"), params=100_000, seeds=2, steps=20, out=tmp_path, threads=1)
+    config = CompareConfig(
+        archs=("mamba", "lstm"), params=100_000, seeds=2, steps=20, seq_len=(256,), out=tmp_path, threads=1
+    )
     sizes = {arch: size_arch(arch, n_params=100_000, vocab_size=256, seq_len=64) for arch in config.archs}
     return run_configs(config, sizes, longest=10_000)
 
@@ -75,7 +77,7 @@ def test_runs_of_a_comparison_differ_in_model_seed_and_rate_only(runs: list[RunC
 
 
 def test_loss_by_position_stays_within_the_held_out_text(tmp_path: Path) -> None:
-    config = CompareConfig(archs=("mamba",), seq_len=(64,), out=tmp_path)
+    config = CompareConfig(archs=("mamba",), seeds=1, seq_len=(64,), out=tmp_path)
     sizes = {"mamba": size_arch("mamba", n_params=100_000, vocab_size=256, seq_len=64)}
     assert run_configs(config, sizes, longest=10_000)[0].train.position_len == 256
     assert run_configs(config, sizes, longest=100)[0].train.position_len == 100
@@ -108,10 +110,10 @@ def test_every_model_is_trained_at_every_length_on_as_many_tokens(tmp_path: Path
 
 
 def test_one_length_keeps_names_batch_and_model(tmp_path: Path) -> None:
-    runs, _ = at_lengths(tmp_path, 96)
+    runs, _ = at_lengths(tmp_path, 96, seeds=1)
     assert [run.name for run in runs] == ["gpt2-s0", "lstm-s0"]
     assert {(run.train.batch_size, run.train.lengths, run.model.set, run.train.carry) for run in runs} == {
-        (4, (), (), False)
+        (2048 // 96, (), (), False)
     }
     assert all(run.train.carry for run in at_lengths(tmp_path, 96, carry=True)[0])
 
@@ -132,7 +134,7 @@ def test_lengths_that_do_not_fit_a_step_are_refused_with_what_would(options: Any
 def test_equal_flops_are_equal_within_two_percent_over_models_and_lengths(tmp_path: Path) -> None:
     runs, sizes = at_lengths(tmp_path, 64, 512, archs=("transformer", "mamba", "lstm"), equal="flops", steps=60)
     spent = [sizes[run.model.preset].flops_at[run.train.seq_len] * run.train.n_tokens for run in runs]
-    budget = 60 * 512 * sizes["transformer"].flops_per_token
+    budget = 60 * 2048 * sizes["transformer"].flops_per_token
     assert all(abs(flops / budget - 1) <= 0.02 for flops in spent)
     assert len({run.train.steps for run in runs}) > 2
     for run in runs:  # what the trainer counts as spent

@@ -92,7 +92,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-WORDS = ("--params", "60k", "--steps", "12", "--batch-size", "2", "--seq-len", "32", "--eval-tokens", "64")
+WORDS = (
+    "--params",
+    "60k",
+    "--steps",
+    "12",
+    "--seeds",
+    "1",
+    "--batch-size",
+    "2",
+    "--seq-len",
+    "32",
+    "--eval-tokens",
+    "64",
+)
 
 
 @pytest.mark.slow
@@ -131,7 +144,9 @@ def test_a_comparison_finds_its_rates_trains_with_them_and_does_nothing_twice(
 def test_a_search_that_was_stopped_goes_on_and_its_progress_counts_what_there_is(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompareConfig(archs=("mamba", "lstm"), params=60_000, steps=400, seq_len=(32,), out=tmp_path, threads=1)
+    config = CompareConfig(
+        archs=("mamba", "lstm"), params=60_000, steps=400, seeds=1, seq_len=(32,), out=tmp_path, threads=1
+    )
     data = type(config.data)(source=str(text), held_out="tuning", cache=tmp_path / "cache")
     objective = open_objective(RunConfig(data=data, train=TrainConfig(seq_len=32, position_len=0)))
     sizes = {arch: size_arch(arch, n_params=60_000, vocab_size=256, seq_len=32) for arch in config.archs}
