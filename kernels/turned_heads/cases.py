@@ -31,7 +31,7 @@ turned_heads = Cases(
         {"L": 256, "E": 8, "N": 64, "optional": False},
     ),
     inputs=_inputs,
-    cpu=lambda B, L, E: {"B": B, "L": L, "H": E // 64, "N": 128},
+    cpu=lambda B, L, E: {"B": B, "L": L, "H": max(1, E // 64), "N": min(128, 4 * E)},
     gpu=(size(B=8, L=2048, H=24, N=128),),
     quick=(size(B=2, L=32, H=2, N=16),),
 )

@@ -13,7 +13,7 @@ from typing import Any
 from crossover.benchmarks import cli
 from crossover.benchmarks.comparison import runs
 from crossover.benchmarks.context import cells
-from crossover.benchmarks.report import figures
+from crossover.benchmarks.report import drawing
 from crossover.train.__main__ import main as train
 from crossover.train.objectives.next_token import NextToken
 from crossover.train.record import MetricsLog
@@ -101,6 +101,6 @@ def main(words: list[str], folder: str, fatal: int | None, fault: int | None) ->
     runs.Child = Trained  # pyright: ignore[reportAttributeAccessIssue]
     cells.Child = Measured  # pyright: ignore[reportAttributeAccessIssue]
     # what takes most of the time and writes nothing itself
-    figures._svg = lambda *_: b"<svg></svg>"  # pyright: ignore[reportPrivateUsage]
+    drawing._drawn = lambda *_, **__: b"<svg></svg>"  # pyright: ignore[reportPrivateUsage]
     NextToken.sample_len = lambda *_: 3  # pyright: ignore[reportAttributeAccessIssue]
     return cli.main(words), points.seen

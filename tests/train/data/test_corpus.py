@@ -323,7 +323,7 @@ def test_training_windows_are_contiguous_and_stay_inside(seed: int, step: int, b
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
     def batch(**change: int) -> np.ndarray:
-        options = {"seed": 1, "step": 2, "batch_size": 8, "seq_len": 16} | change
+        options: dict[str, Any] = {"seed": 1, "step": 2, "batch_size": 8, "seq_len": 16} | change
         return train_batch(stream(100_000), **options)
 
     first = batch()
