@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..harness.format import DASH
-from .criteria import Criterion
-from .crossovers import crossover
+from .criteria import Criterion, crossings_of_quality
 from .document import Block, Figures, Heading, Paragraph, Table
 from .positions import position_figure, profiles_of, square_figure, square_sentence, square_table
 from .results import Comparison
@@ -70,14 +69,12 @@ def _crossings(comparison: Comparison, found: Sequence[Criterion]) -> list[Block
     quality = next((criterion for criterion in found if criterion.kind == "quality"), None)
     if quality is None or not quality.decided or comparison.baseline not in comparison.archs:
         return []
-    curves = {arch: [point for (name, _), point in quality.points.items() if name == arch] for arch in comparison.archs}
+    crossings = {(crossing.a, crossing.b): crossing for crossing in crossings_of_quality([quality])}
     rows = []
     for arch in comparison.others:
-        there, back = (
-            crossover(quality.name, a, b, curves, quality.direction, quality.scale)
-            for a, b in ((comparison.baseline, arch), (arch, comparison.baseline))
-        )
-        if there.verdict != "unknown":
+        there = crossings.get((comparison.baseline, arch))
+        if there is not None and there.verdict != "unknown":
+            back = crossings[arch, comparison.baseline]
             rows.append([comparison.label(arch), span_of(there, back, comparison.label).in_text(), str(there.n_pairs)])
     if not rows:
         return []
