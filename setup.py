@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "dev": [
-            "pytest>=8.0",
+            "pytest>=9.0",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.8",

@@ -611,6 +611,7 @@ def test_a_run_stopped_at_its_end_leaves_what_an_unbroken_one_does(
     assert read_json(broken.directory / "run.json")["backends"] == outcome.result["backend"] != {}
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_during_validation_keeps_the_last_step(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
