@@ -148,6 +148,11 @@ class Kernel(_Dispatcher):
         with contextlib.suppress(OSError):
             self._cache = _File(function)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether it can be called without compiling it or reading it from the disk."""
+        return not self._can_compile
+
     def make(self) -> CompileResult:
         """Compiles it, or reads it from the disk, unless that has been done."""
         with self._cache.locked() if isinstance(self._cache, _File) else contextlib.nullcontext(), global_compiler_lock:

@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ def run(kernel: Callable[..., None], n_tasks: int, *arguments: object) -> None:
     """
     if not kernels_run():
         return
+    compiled = cast(Any, kernel)
+    if not compiled.is_made:  # numba fails the call of a thread that looks for the code while another one completes it
+        compiled.make()
     arguments = tuple([as_array(x) if isinstance(x, Tensor) else x for x in arguments])
     n_threads = min(torch.get_num_threads(), n_tasks)
     if n_threads <= 1:

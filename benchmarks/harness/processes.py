@@ -201,7 +201,7 @@ def _start(process: BaseProcess) -> None:
             try:
                 process.start()
                 return
-            except ConnectionRefusedError:
+            except (ConnectionError, EOFError):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_TICK)

@@ -9,6 +9,7 @@ Launches are recorded with tensors on the meta device, so what is compiled is wh
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -269,7 +270,8 @@ def costs_of(index: int) -> dict[str, dict[str, Any]]:
 
 def costs() -> dict[str, dict[str, Any]]:
     """The costs of every launch."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    # compilers have threads and locks of their own, which a fork may find in any state
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(costs_of, range(len(list(launches())))))
     return {name: value for by_name in found for name, value in by_name.items()}
 

@@ -23,6 +23,7 @@ def test_kernels_cost_what_the_table_says(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=280,
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr

@@ -137,12 +137,13 @@ def test_without_a_variable_of_numba_code_lies_in_the_users_cache(
 def test_processes_and_threads_that_start_together_compile_once(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "kernel_to_cache.py").write_text(SOURCE)
     program = """if True:
-        import threading, numpy as np, kernel_to_cache
-        x = np.ones(2, np.float32)
-        threads = [threading.Thread(target=kernel_to_cache.twice, args=(i, i + 1, x)) for i in range(2)]
+        import threading, torch, kernel_to_cache
+        from crossover.kernels.parallel import run
+        x = torch.ones(2, 3)
+        threads = [threading.Thread(target=run, args=(kernel_to_cache.twice, 3, row)) for row in x]
         for t in threads: t.start()
         for t in threads: t.join()
-        assert x.tolist() == [2, 2]
+        assert x.tolist() == [[2, 2, 2]] * 2
         print(kernel_to_cache.twice.stats.cache_misses.total())"""
     children = [
         subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
