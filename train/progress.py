@@ -93,12 +93,12 @@ class Display:
 def greeting(record: Mapping[str, Any], directory: Path) -> str:
     """Says what is about to be trained, from run.json."""
     corpus, machine = record["corpus"], record["provenance"]
+    held = f"{corpus['train_bytes'] / 1e6:.2f} MB to train on, {corpus['val_bytes'] / 1e6:.2f} MB held out"
     active = "" if record["n_active_params"] == record["n_params"] else f" ({record['n_active_params']:,} active)"
     lines = [
         f"{directory}: {record['arch']}, {record['n_params']:,} parameters{active}, "
         f"{record['flops_per_token'] / 1e6:.1f} MFLOPs per trained token",
-        f"{corpus['name']}: {corpus['train_bytes'] / 1e6:.2f} MB to train on, "
-        f"{corpus['val_bytes'] / 1e6:.2f} MB held out{_references(record)}",
+        f"{corpus['name']}: {corpus.get('made') or held}{_references(record)}",
         f"{machine['device']}, {machine['threads']} threads, {machine['precision']} ({machine['precision_reason']})",
     ]
     if record["resumed_from_step"]:

@@ -183,10 +183,11 @@ def open_objective(config: CompareConfig) -> "Objective[Any, Any]":
             f"--objective {config.objective.kind} has rows of their own lengths: several --seq-len and --equal flops "
             "are for objectives of running text, such as next_token"
         )
-    print(
-        f"Data: {data.name}, {data.n_documents:,} documents, {data.train_bytes / 1e6:.1f} MB to train on, "
-        f"{data.val_bytes / 1e6:.2f} MB held out (digest {data.digest[:12]})."
+    held = (
+        f"{data.n_documents:,} documents, {data.train_bytes / 1e6:.1f} MB to train on, {data.val_bytes / 1e6:.2f} MB "
+        "held out"
     )
+    print(f"Data: {data.name}, {data.made or held} (digest {data.digest[:12]}).")
     if objective.score == BITS_PER_BYTE:
         references = ", ".join(f"{name} {value:.2f}" for name, value in data.reference_bits_per_byte.items())
         print(f"Compressors on the held-out text, in bits per byte: {references}.")
@@ -202,9 +203,10 @@ def open_tuning(config: CompareConfig) -> "Objective[Any, Any]":
     """
     objective = _objective_at(config, config.seq_len[0], dataclasses.replace(config.data, held_out="tuning"))
     found = objective.data
+    others = f"{found.n_val_documents:,} other documents ({found.val_bytes / 1e6:.2f} MB)"
     print(
-        f"\nLearning rates are judged on {found.n_val_documents:,} other documents ({found.val_bytes / 1e6:.2f} MB), "
-        "from which no number of the report comes.",
+        f"\nLearning rates are judged on {'other rows' if found.made else others}, from which no number of the report "
+        "comes.",
         flush=True,
     )
     return objective

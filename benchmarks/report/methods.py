@@ -84,6 +84,9 @@ def _data(comparison: Comparison, quote: Quote) -> Iterator[str]:
     tokenizer = (corpus.get("tokenizer") or {}).get("name")
     how = f", tokenized as {quote(tokenizer)}" if tokenizer else ""
     yield f"They were trained {does} {quote(corpus['name'])}{how}."
+    if corpus.get("made"):
+        yield f"There are {corpus['made']} (SHA-256 of what they are made by: {quote(corpus['digest'][:16])})."
+        return
     yield (
         f"Of {corpus['n_documents']:,} documents {corpus['n_val_documents']:,} were held out: "
         f"{count(corpus['train_bytes'])}B for training and {count(corpus['val_bytes'])}B to judge by (SHA-256 of the "

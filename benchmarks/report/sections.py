@@ -316,11 +316,11 @@ def _provenance_items(comparison: Comparison) -> Items:
     ]
     corpus = comparison.corpus
     if corpus:
-        items.append(
-            f"corpus: {corpus['name']}, {corpus['n_documents']:,} documents ({corpus['n_val_documents']:,} held out), "
-            f"{corpus['train_bytes']:,} bytes for training, {corpus['val_bytes']:,} for validation, "
-            f"digest {corpus['digest']}"
+        held = (
+            f"{corpus['n_documents']:,} documents ({corpus['n_val_documents']:,} held out), "
+            f"{corpus['train_bytes']:,} bytes for training, {corpus['val_bytes']:,} for validation"
         )
+        items.append(f"corpus: {corpus['name']}, {corpus.get('made') or held}, digest {corpus['digest']}")
     if comparison.cells:
         items += [f"measurements: {key}: {value}" for key, value in comparison.cells[0].settings.items()]
     return Items(items=items)

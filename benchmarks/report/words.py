@@ -490,7 +490,8 @@ def title(comparison: Comparison, checks: Sequence[Check]) -> tuple[str, str]:
     parts = [", ".join(map(comparison.label, comparison.archs))]
     corpus = comparison.corpus
     if corpus:
-        parts.append(f"trained on {corpus['name']} ({count(corpus['train_bytes'])}B)")
+        size = "" if corpus.get("made") else f" ({count(corpus['train_bytes'])}B)"
+        parts.append(f"trained on {corpus['name']}{size}")
     precisions = {run.info["provenance"].get("precision") for run in comparison.runs}
     if "bf16" in precisions | {cell.dtype for cell in comparison.cells}:
         parts.append("products in bfloat16")
@@ -542,9 +543,15 @@ def choice_of_rates(comparison: Comparison) -> str:
     if tuning is None:
         return "The peak learning rates of the presets were chosen for predicting text, not for this score."
     steps = and_list([f"{steps:,}" for steps in tuning["rounds"]])
+    n_documents = tuning["n_documents"]
+    judged_on = (
+        f"{n_documents:,} documents that were held out from their training for that"
+        if n_documents
+        else "rows that were made for that"
+    )
     return (
         f"The peak learning rate of each model was found by this comparison in {tuning['n_trials']} trials of {steps} "
         "steps, at rates a factor of two apart, of which the better half went on to the longer ones, and the best has "
-        f"a worse neighbour on either side. Trials were judged on {tuning['n_documents']:,} documents that were held "
-        "out from their training for that, and that no number here comes from; every one is in tuning/trials.csv."
+        f"a worse neighbour on either side. Trials were judged on {judged_on}, and that no number here comes from; "
+        "every one is in tuning/trials.csv."
     )

@@ -66,6 +66,8 @@ class Data:
     val_bytes: int
     reference_bits_per_byte: dict[str, float]
     """Bits per byte of general compressors on the validation bytes: zlib level 9, xz preset 6."""
+    made: str = ""
+    """How rows are made, in words, where no documents hold them."""
 
     @property
     def n_documents(self) -> int:
@@ -104,6 +106,7 @@ class Data:
             "train_bytes": self.train_bytes,
             "val_bytes": self.val_bytes,
             "reference_bits_per_byte": self.reference_bits_per_byte,
+            **({"made": self.made} if self.made else {}),
         }
 
 

@@ -22,7 +22,7 @@ from .cache import DataError, expanded, is_whole, locked, publish
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["BpeTokenizer", "BytesTokenizer", "Tokenizer", "load_tokenizer", "open_tokenizer"]
+__all__ = ["BpeTokenizer", "BytesTokenizer", "SymbolTokenizer", "Tokenizer", "load_tokenizer", "open_tokenizer"]
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """Special tokens that can separate documents, in order of preference; the first is what we train with."""
@@ -91,6 +91,32 @@ class BytesTokenizer(Tokenizer):
     def save(self, path: Path) -> None:
         """Writes a note that there is nothing to know."""
         write_json(path, {"type": "bytes"})
+
+
+class SymbolTokenizer(Tokenizer):
+    """Symbols that stand for no text, as synthetic tasks have them: their numbers in words, 0 separates rows."""
+
+    def __init__(self, n: int) -> None:
+        self.name = f"symbols:{n}"
+        self.vocab_size = n
+        self.separator = 0
+        self.digest = hashlib.sha256(self.name.encode()).hexdigest()
+        self.bytes_per_token = np.array([len(str(i)) + 1 for i in range(n)], dtype=np.int64)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the numbers that `text` names; a ValueError for other words."""
+        ids = np.array([int(word) for word in text.split()], dtype=np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"{text!r} names symbols beyond 0 to {self.vocab_size - 1}")
+        return ids
+
+    def to_bytes(self, ids: Ids) -> bytes:
+        """Returns the numbers, each with a space after it."""
+        return "".join(f"{i} " for i in np.asarray(ids)).encode()
+
+    def save(self, path: Path) -> None:
+        """Writes how many there are."""
+        write_json(path, {"type": "symbols", "n": self.vocab_size})
 
 
 class BpeTokenizer(Tokenizer):
@@ -198,6 +224,8 @@ def load_tokenizer(path: Path, *, name: str | None = None) -> Tokenizer:
         raise DataError(f"{error}: {REMEDY}") from error
     if description == {"type": "bytes"}:
         return BytesTokenizer()
+    if description.keys() == {"type", "n"} and description["type"] == "symbols" and isinstance(description["n"], int):
+        return SymbolTokenizer(description["n"])
     model = description.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise DataError(f"{path} is not a tokenizer.json (it has no model with a vocabulary): {REMEDY}")

@@ -10,12 +10,14 @@ from ..config import RunConfig
 from ..objective import Objective
 from .next_token import NextToken
 from .pairs import Pairs
+from .recall import TASKS
 
 __all__ = ["OBJECTIVES", "open_objective", "register_objective"]
 
 OBJECTIVES: dict[str, type[Objective[Any, Any]]] = {
     "next_token": NextToken,
     "pairs": Pairs,
+    **TASKS,
 }
 
 
