@@ -77,6 +77,9 @@ class Objective(abc.ABC, Generic[Row, B]):
     has_windows: ClassVar[bool] = False
     """Whether every row is train.seq_len tokens of running text, so that the length of rows is free to choose."""
 
+    seq_len: ClassVar[int] = 128
+    """Where it has no windows, train.seq_len of a comparison that is told none."""
+
     carries: ClassVar[bool] = False
     """Whether it follows train.carry: then rows read on from step to step, and it has `begins` and `terms_from`."""
 

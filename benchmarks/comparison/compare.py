@@ -61,6 +61,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         ValueError: before any work is done, if the configuration cannot be run.
     """
     check_archs(config)
+    config = _with_lengths_of_objective(config)
     with _nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
@@ -70,7 +71,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         config = dataclasses.replace(config, precision=precision.name)
         n_runs = len(config.archs) * len(config.seq_len) * config.seeds
         at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=n_runs)
-        runs = run_configs(config, sizes, longest=objective.data.n_tokens[1] - 1, threads=threads)
+        runs = run_configs(config, sizes, longest=max(0, objective.data.n_tokens[1] - 1), threads=threads)
         search = None
         if config.tune_lr:
             search = Search(config, sizes, open_tuning(config), at_once=at_once, threads=threads)
@@ -167,6 +168,16 @@ def check_archs(config: CompareConfig | ContextConfig) -> None:
     with explaining(config.out):
         for arch in config.archs:
             find(arch)
+
+
+def _with_lengths_of_objective(config: CompareConfig) -> CompareConfig:
+    """Where no length is given, one that suits objectives which take only one."""
+    from ...train.objectives import OBJECTIVES
+
+    objective = OBJECTIVES.get(config.objective.kind)
+    if objective is None or objective.has_windows or config.seq_len != CompareConfig.seq_len:
+        return config
+    return dataclasses.replace(config, seq_len=(objective.seq_len,))
 
 
 def open_objective(config: CompareConfig) -> "Objective[Any, Any]":

@@ -37,7 +37,8 @@ class CompareConfig(CellsConfig, Place, Budget, Models):
     seq_len: Annotated[tuple[int, ...], Range(1, 2**32)] = (128, 512)
     """Tokens per training sequence. With several lengths every model is trained at each of them, on as many tokens in
     a step and in all, and reads held-out documents at each, also beyond the trained one. A length is reported where
-    8 held-out documents have so many tokens: of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have
+    8 held-out documents have so many tokens. Objectives with rows of their own, such as tasks of recall, take one
+    length: 64 or 128 when none is given. Of stdlib, 26 of 30 have 1,024, 21 have 4,096, 10 have 16,384, 6 have
     32,768 and 3 have 65,536."""
 
     carry: bool = False

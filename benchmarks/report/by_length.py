@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...train.score import Score
 from ..harness.format import DASH
 from .criteria import Criterion, crossings_of_quality
 from .document import Block, Figures, Heading, Paragraph, Table
@@ -24,6 +26,7 @@ def length_blocks(comparison: Comparison, found: Sequence[Criterion]) -> list[Bl
         blocks += [Paragraph(text=_ABOUT_LENGTHS), *_crossings(comparison, found), *_positions(comparison)]
     blocks += _read_at(comparison, lengths)
     blocks += _cut(comparison, lengths)
+    blocks += _answered(comparison, lengths)
     return [Heading(text="Quality against context length"), *blocks] if blocks else []
 
 
@@ -98,7 +101,7 @@ def _positions(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _read_at(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
+def _read_at(comparison: Comparison, lengths: Sequence[int]) -> Sequence[Block]:
     """Held-out documents read at other lengths than the trained one."""
     what = (
         "Bits per byte of held-out documents that are at least as long as the column says, read in windows of that "
@@ -108,7 +111,7 @@ def _read_at(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
     return _table(comparison, lengths, "by_length", what)
 
 
-def _cut(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
+def _cut(comparison: Comparison, lengths: Sequence[int]) -> Sequence[Block]:
     """The same bytes with less context: what the longer context brought."""
     what = (
         "What context brings: bits per byte of the same held-out bytes along a row, the context cut to the length of "
@@ -118,12 +121,26 @@ def _cut(comparison: Comparison, lengths: Sequence[int]) -> list[Block]:
     return _table(comparison, lengths, "context_cut", what)
 
 
+def _answered(comparison: Comparison, lengths: Sequence[int]) -> Sequence[Block]:
+    """Accuracy of a task at the trained length and beyond, with what guessing reaches."""
+    what = (
+        "Accuracy of the answers in rows as long as the column says; beyond the trained length a model extrapolates. "
+        "Without recall: the best of three guesses that use no place of a symbol, the most frequent answer, the one "
+        "most frequent after the symbol that asks, and the symbol most frequent in the row."
+    )
+    answered = [entry for run in comparison.runs for entry in run.result.get("accuracy_by_length") or ()]
+    floors = {entry["context_len"]: entry["floor"] for entry in answered}
+    guessed = ["Without recall", "", *(f"{floors[at]:.3f}" for at in sorted(floors))]
+    tables = _table(comparison, lengths, "accuracy_by_length", what)
+    return [dataclasses.replace(table, rows=[*table.rows, guessed]) for table in tables]
+
+
 def _table(
     comparison: Comparison,
     lengths: Sequence[int],
     key: str,
     caption: str,
-) -> list[Block]:
+) -> Sequence[Table]:
     rows: dict[tuple[str, int], dict[int, list[Mapping[str, Any]]]] = {}
     for arch in comparison.archs:
         for length in lengths:
@@ -137,16 +154,16 @@ def _table(
         Table(
             columns=["Model", "Trained at", *(f"{at:,}" for at in columns)],
             rows=[
-                [comparison.label(arch), f"{length:,}", *(_entry(found.get(at, [])) for at in columns)]
-                for (arch, length), found in rows.items()
+                [comparison.label(arch), f"{length:,}", *(_entry(read.get(at, []), comparison.score) for at in columns)]
+                for (arch, length), read in rows.items()
             ],
             caption=f"{caption} Means over the seeds.",
         )
     ]
 
 
-def _entry(entries: Sequence[Mapping[str, Any]]) -> str:
-    values = [entry["bits_per_byte"] for entry in entries if entry.get("bits_per_byte") is not None]
+def _entry(entries: Sequence[Mapping[str, Any]], score: Score) -> str:
+    values = [entry[score.name] for entry in entries if entry.get(score.name) is not None]
     if values or not entries:
         return _value(values)
     return status_words(str(entries[0].get("status") or DASH))

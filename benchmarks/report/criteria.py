@@ -170,7 +170,7 @@ def quality_criterion(comparison: Comparison) -> Criterion:
     equal = f"at equal {comparison.equal}"
     return Criterion(
         name=f"{unit} {equal}",
-        title="Predicts best" if comparison.predicts_text else f"Best {score.unit}",
+        title="Predicts best" if comparison.predicts_text else "Scores best",
         note=f"{unit} {equal}, {most} seed{'s' if most != 1 else ''}",
         kind="quality",
         direction=score.better,

@@ -128,6 +128,9 @@ def _data(comparison: Comparison) -> Iterator[str]:
     corpus = comparison.corpus or {}
     read = {run.result.get("val_bytes") for run in comparison.runs} - {None}
     part = f", of which {read.pop():,} of {corpus['val_bytes']:,} bytes were read" if len(read) == 1 else ""
+    if corpus.get("made"):
+        yield f"Data: {corpus['name']} alone, {corpus['made']}."
+        return
     yield f"Data: {corpus['name']} alone, judged on {corpus['n_val_documents']:,} documents{part}."
 
 

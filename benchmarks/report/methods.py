@@ -83,10 +83,11 @@ def _data(comparison: Comparison, quote: Quote) -> Iterator[str]:
     does = "to predict the next token of" if objective == "next_token" else f"by the objective {quote(objective)} from"
     tokenizer = (corpus.get("tokenizer") or {}).get("name")
     how = f", tokenized as {quote(tokenizer)}" if tokenizer else ""
-    yield f"They were trained {does} {quote(corpus['name'])}{how}."
     if corpus.get("made"):
-        yield f"There are {corpus['made']} (SHA-256 of what they are made by: {quote(corpus['digest'][:16])})."
+        made_by = f"(SHA-256 of what they are made by: {quote(corpus['digest'][:16])})"
+        yield f"They were trained on the task {quote(corpus['name'])}: {corpus['made']} {made_by}."
         return
+    yield f"They were trained {does} {quote(corpus['name'])}{how}."
     yield (
         f"Of {corpus['n_documents']:,} documents {corpus['n_val_documents']:,} were held out: "
         f"{count(corpus['train_bytes'])}B for training and {count(corpus['val_bytes'])}B to judge by (SHA-256 of the "

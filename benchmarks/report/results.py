@@ -200,6 +200,7 @@ _RESULT: dict[str, Any] = {
     "position_bits_per_byte": list[dict[str, Any]] | None,
     "by_length": list[dict[str, Any]] | None,
     "context_cut": list[dict[str, Any]] | None,
+    "accuracy_by_length": list[dict[str, Any]] | None,
 }
 """What they read of result.json."""
 
@@ -208,6 +209,8 @@ _DONE: dict[str, Any] = {"tokens": _COUNT, "steps": _COUNT, "train_seconds": _NU
 _SPAN: dict[str, Any] = {"start": _NUMBER, "stop": _COUNT, "bits_per_byte": float | None}
 
 _READ: dict[str, Any] = {"context_len": _COUNT, "bits_per_byte": float | None, "status": str | None}
+
+_ANSWERED: dict[str, Any] = {"context_len": _COUNT, "accuracy": float | None, "floor": _NUMBER, "status": str | None}
 
 _VALIDATION: dict[str, Any] = {"tokens": _NUMBER, "seconds": _NUMBER}
 """What they read of a line of metrics.jsonl that has the score."""
@@ -457,9 +460,9 @@ def _check_run(run: Run) -> None:
     check_table(run.result, _RESULT | done, run.folder / "result.json")
     for span in run.result.get("position_bits_per_byte") or ():
         check_table(span, _SPAN, f"{run.folder / 'result.json'}: position_bits_per_byte")
-    for key in ("by_length", "context_cut"):
+    for key, wanted in (("by_length", _READ), ("context_cut", _READ), ("accuracy_by_length", _ANSWERED)):
         for entry in run.result.get(key) or ():
-            check_table(entry, _READ, f"{run.folder / 'result.json'}: {key}")
+            check_table(entry, wanted, f"{run.folder / 'result.json'}: {key}")
     for number, line in enumerate(run.metrics, 1):
         validation = _VALIDATION | {run.score.tag: float} if line.get(run.score.tag) is not None else {}
         check_table(line, {"step": int} | validation, f"{run.folder / 'metrics.jsonl'}, record {number}")

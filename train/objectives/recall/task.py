@@ -78,6 +78,7 @@ class Task(Objective[Row, Tokens]):
     Config: ClassVar[type[Any]] = TaskConfig
     score = Score(name="accuracy", unit="accuracy", words="accuracy of the answers", better="higher")
     weights: ClassVar[Mapping[str, float]] = {"accuracy": 0.0}
+    seq_len = 64
     name: ClassVar[str]
     """Name of the task, by which `--objective` knows it."""
 
