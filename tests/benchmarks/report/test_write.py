@@ -410,3 +410,29 @@ def test_figures_are_images_in_tensorboard_where_runs_are_once_for_all_reports(t
     with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
         assert (image.width, image.height) == picture.size == (750, 525)
         assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_a_task_is_reported_with_its_accuracy_at_longer_lengths_and_without_documents(tmp_path: Path) -> None:
+    for arch, right in (("transformer", 0.75), ("lstm", 0.25)):
+        home = write_run(tmp_path, arch, seq_len=64, score=ACCURACY)
+        info, result = (json.loads((home / name).read_text()) for name in ("run.json", "result.json"))
+        info["corpus"] |= {"name": "mqar", "made": "rows that are made (pairs 8)", "n_documents": 0, "train_bytes": 0}
+        tested = [
+            {"context_len": length, "accuracy": right / (length / 64), "floor": 0.125, "status": "done"}
+            for length in (64, 128)
+        ]
+        beyond = {"context_len": 256, "accuracy": None, "floor": 0.126, "status": "beyond_positions"}
+        write_json(home / "run.json", info)
+        write_json(home / "result.json", result | {"accuracy_by_length": [*tested, beyond]})
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| Transformer | 64", "| LSTM | 64", "| Without"))]
+    assert sorted(rows) == [
+        "| LSTM | 64 | 0.250 | 0.125 | beyond its positions |",
+        "| Transformer | 64 | 0.750 | 0.375 | beyond its positions |",
+        "| Without recall |  | 0.125 | 0.125 | 0.126 |",
+    ]
+    assert "- Data: mqar alone, rows that are made (pairs 8)." in text
+    assert "trained on mqar ·" in text
+    assert "They were trained on the task mqar: rows that are made (pairs 8)" in (tmp_path / "methods.md").read_text()
+    assert "0 documents" not in text
