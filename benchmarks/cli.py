@@ -14,6 +14,7 @@ from ..train.streams import lasting_streams, one_line_warnings
 from .comparison.options import CompareConfig
 from .context.options import ContextConfig
 from .operations.options import DoctorConfig, KernelsConfig
+from .recall.options import RecallConfig
 from .report.options import ReportConfig
 from .trained.options import ConvertConfig, GenerateConfig
 
@@ -37,10 +38,12 @@ class _LmEval:
 
 @dataclass(frozen=True)
 class _Bench:
-    """Measure one thing: speed and memory against context length, or operations against their peers."""
+    """Measure one thing: speed and memory against context length, recall, or operations against their peers."""
 
     what: Annotated[
-        Annotated[ContextConfig, subcommand("context")] | Annotated[KernelsConfig, subcommand("kernels")],
+        Annotated[ContextConfig, subcommand("context")]
+        | Annotated[RecallConfig, subcommand("recall")]
+        | Annotated[KernelsConfig, subcommand("kernels")],
         arg(name=""),
     ]
 
@@ -109,6 +112,10 @@ def _run(command: object, words: Sequence[str]) -> int:
             from .comparison.compare import bench_context
 
             return bench_context(command, command=words)
+        case RecallConfig():
+            from .recall.bench import bench_recall
+
+            return bench_recall(command, command=words)
         case KernelsConfig():
             from .operations.bench import bench_kernels
 

@@ -284,6 +284,8 @@ class TrainConfig:
     of this time, held-out text is read after each fifth of it and a checkpoint saved after each tenth, unless
     eval_every or checkpoint_every is 0. What counts is training alone, not evaluation, saving, start-up or waiting; a
     resumed run goes on counting."""
+    stop_at: float | None = None
+    """Score at which training ends before that: when a validation is as good, 0.999 of a task for example."""
     batch_size: Count = 8
     """Sequences per update."""
     seq_len: Count = 256

@@ -23,6 +23,8 @@ class Course:
     """Seconds of training that they took."""
     before: float = 0.0
     """The same before the last of them."""
+    has_arrived: bool = False
+    """Whether the score is as good as `train.stop_at` asks for."""
 
     @property
     def share(self) -> float:
@@ -31,8 +33,8 @@ class Course:
 
     @property
     def is_over(self) -> bool:
-        """Whether training ends here: at the last step, or at the end of the one in which the time ran out."""
-        return self.share >= 1
+        """Whether training ends here: at the last step, at the end of the one in which the time ran out, or before."""
+        return self.has_arrived or self.share >= 1
 
     @property
     def is_beyond(self) -> bool:

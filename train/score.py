@@ -50,6 +50,10 @@ class Score:
         """The best of some values; a ValueError where there is none."""
         return min(values) if self.better == "lower" else max(values)
 
+    def reaches(self, value: float, goal: float) -> bool:
+        """Whether a value is as good as another one."""
+        return value <= goal if self.better == "lower" else value >= goal
+
     def text(self, value: float, digits: int = 3) -> str:
         """A value with its unit, as a sentence says it."""
         return f"{value:.{digits}f} {self.unit}"

@@ -262,8 +262,21 @@ class Trainer:
 
     @property
     def _course(self) -> Course:
-        watch = self._watch
-        return Course(train=self.run.train, step=self._state.step, seconds=watch.seconds, before=watch.before)
+        watch, train = self._watch, self.run.train
+        return Course(
+            train=train,
+            step=self._state.step,
+            seconds=watch.seconds,
+            before=watch.before,
+            has_arrived=self._has_arrived,
+        )
+
+    @property
+    def _has_arrived(self) -> bool:
+        """Whether this step has been found as good as it is to become."""
+        score, goal = self.objective.score, self.run.train.stop_at
+        found = self._state.validation if self._is_validated() else None
+        return goal is not None and found is not None and score.reaches(found[score.name], goal)
 
     def _is_logged(self) -> bool:
         step = self._state.step

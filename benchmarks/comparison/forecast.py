@@ -20,7 +20,7 @@ from pathlib import Path
 from ...files import read_json, write_json
 from ...options import check_table
 from ...train import plugins
-from ...train.config import RunConfig, TrainConfig
+from ...train.config import RunConfig, TrainConfig, plain
 from ...train.data.cache import cache_folder
 from ...train.progress import duration
 from ...train.runtime import choose_device, signals_held
@@ -133,7 +133,7 @@ def forecast(
     unknown = [kind for kind in of_runs if len(done[kind]) < len(of_runs[kind]) and real_seconds(done[kind]) is None]
     unknown += [_kind(run) for run, _, _ in trials if _kind(run) not in unknown]
     some = [of_runs[kind][0] for kind in dict.fromkeys(unknown)]
-    pace = dict(zip(map(_kind, some), paces_of(some, sizes, at_once=at_once, logs=logs), strict=True))
+    pace = dict(zip(map(_kind, some), paces_of(some, at_once=at_once, logs=logs), strict=True))
 
     def row(name: str, finished: Sequence[Run], run: RunConfig, n_left: int) -> Row:
         each = 0.0
@@ -209,14 +209,14 @@ def real_seconds(runs: Sequence[Run]) -> float | None:
     return max(0.5, statistics.fmean(found)) if found else None
 
 
-def paces_of(runs: Sequence[RunConfig], sizes: Mapping[str, SizedArch], *, at_once: int, logs: Path) -> list[Pace]:
+def paces_of(runs: Sequence[RunConfig], *, at_once: int, logs: Path) -> list[Pace]:
     """How fast each run trains and reads, measured where it has not been: `at_once` of them side by side.
 
     Raises:
         ValueError: if a model cannot be trained here.
     """
     folder = cache_folder(None) / "paces"
-    paths = [folder / f"{_digest(run, sizes, at_once)}.json" for run in runs]
+    paths = [folder / f"{_digest(run, at_once)}.json" for run in runs]
     missing = [(run, path) for run, path in zip(runs, paths, strict=True) if not path.exists()]
     with StatusLine() as line:
         for first in range(0, len(missing), at_once):
@@ -234,10 +234,10 @@ def _read(path: Path) -> Pace:
     return Pace(**held)
 
 
-def _digest(run: RunConfig, sizes: Mapping[str, SizedArch], at_once: int) -> str:
+def _digest(run: RunConfig, at_once: int) -> str:
     train = run.train
     decides = (
-        sizes[run.model.preset].config.to_dict(), run.objective.kind, run.objective.all_options(), at_once,
+        plain(run.model), run.objective.kind, run.objective.all_options(), at_once,
         train.batch_size, train.seq_len, train.grad_accumulation, train.precision, train.threads, train.device,
         train.sample_tokens, identity(),
     )  # fmt: skip

@@ -611,6 +611,22 @@ def test_a_run_stopped_at_its_end_leaves_what_an_unbroken_one_does(
     assert read_json(broken.directory / "run.json")["backends"] == outcome.result["backend"] != {}
 
 
+def test_training_ends_where_a_validation_is_as_good_as_asked_for(tmp_path: Path, corpus: Corpus) -> None:
+    options = {"eval_every": 2, "schedule": "constant"}
+    whole = config(tmp_path / "whole", **options)
+    fit(whole, corpus)
+    found = dict(metrics(whole, "val/bits_per_byte"))
+    assert found[2] > found[4] > found[6]
+    run = config(tmp_path / "short", stop_at=found[4], **options)
+    first = fit(run, corpus)
+    assert (first.exit_code, first.result["status"], first.result["steps"]) == (0, "done", 4)
+    assert first.result["val_bits_per_byte"] == found[4]
+    assert newest(run.directory / "checkpoints") == run.directory / "checkpoints" / "step-00000004"
+    assert fit(run, corpus) == first
+    assert fit(config(tmp_path / "short", **options), corpus).result["steps"] == 6  # and can go on
+    assert dict(metrics(run, "val/bits_per_byte")) == found
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_signal_during_validation_keeps_the_last_step(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch

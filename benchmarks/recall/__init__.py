@@ -1,0 +1,1 @@
+"""Recall and state tracking: tasks x models x learning rates x seeds."""
