@@ -42,7 +42,7 @@ MODELS: dict[str, _Model] = {
     "mamba": _layers_of("Mamba", "mamba"),
     "mamba2": _layers_of("Mamba-2", "mamba2"),
     "gated_deltanet": _layers_of("Gated DeltaNet", "gated_deltanet"),
-    "hybrid": _layers_of("Mamba, then attention without positions", "mamba", "transformer", rope=False),
+    "hybrid": _layers_of("Mamba, then Attention without positions", "mamba", "transformer", rope=False),
     "lstm": _layers_of("LSTM", "lstm"),
 }
 """Models of the mixers of presets; none has feed-forward blocks, which recall nothing."""
