@@ -49,6 +49,10 @@ loaded again, the weights are the same: True
 token by token equals the full pass: largest difference (?P<error>.*)
 ema\+mlp \| attention\+mlp: loss (?P<before>[\d.]+) -> (?P<after>[\d.]+) nats per token in 50 steps
 """,
+    "new_task.py": r"""
+\d+(?: \d+){12} -> \d+
+(?P<accuracy>[\d.]+) of the answers are right; (?P<floor>[\d.]+) without recall
+""",
     "plain_loop.py": r"""
 [\d,]+ parameters: loss (?P<before>[\d.]+) -> (?P<after>[\d.]+) nats per byte in 40 steps
 b'the cat.*'
@@ -88,6 +92,8 @@ def test_an_example_prints_what_it_promises(path: Path, tmp_path: Path) -> None:
             assert float(found["error"]) < 1e-5
         case "time_series.py":
             assert float(found["percent"]) > 95
+        case "new_task.py":
+            assert float(found["accuracy"]) > 2 * float(found["floor"])
     if "after" in found.groupdict():  # a loss in nats, of which guessing is more than 2.7
         assert float(found["after"]) < 0.5 * float(found.groupdict().get("before", 2.7))
     assert not any(tmp_path.iterdir())  # nothing is left behind

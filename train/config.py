@@ -191,7 +191,9 @@ class ObjectiveSpec:
     kind: Annotated[
         str, tyro.conf.arg(aliases=("--objective",), metavar="NAME", help_behavior_hint=_beside("objective"))
     ] = "next_token"
-    """Name of the objective: next_token, or pairs (a target from its source, both columns of the data)."""
+    """Name of the objective: next_token, pairs (a target from its source, both columns of the data), or a task of
+    recall: mqar, selective_copying, copying, induction, palindrome, parity, word_problem, stack, phonebook, multikey,
+    variable_tracking."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Any option of the objective, as key=TOML value: --objective.set packing=reset (next_token: forget at the start of
     each document in a window), --objective.set target=summary (pairs: the column)."""

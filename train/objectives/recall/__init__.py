@@ -6,10 +6,10 @@ of `Task`, then add its line to TASKS; from outside the package, see examples/ne
 
 from .copying import Copying, Induction, Palindrome, SelectiveCopying
 from .lookup import Mqar, MultiKey, Phonebook, VariableTracking
-from .task import Row, Task, TaskConfig
+from .task import NOT_ASKED, Row, Task, TaskConfig
 from .tracking import Parity, Stack, WordProblem
 
-__all__ = ["TASKS", "Row", "Task", "TaskConfig"]
+__all__ = ["NOT_ASKED", "TASKS", "Row", "Task", "TaskConfig"]
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
