@@ -193,7 +193,7 @@ class ObjectiveSpec:
     ] = "next_token"
     """Name of the objective: next_token, pairs (a target from its source, both columns of the data), or a task of
     recall: mqar, selective_copying, copying, induction, palindrome, parity, word_problem, stack, phonebook, multikey,
-    variable_tracking."""
+    variable_tracking, needle."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Any option of the objective, as key=TOML value: --objective.set packing=reset (next_token: forget at the start of
     each document in a window), --objective.set target=summary (pairs: the column)."""

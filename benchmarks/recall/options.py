@@ -29,7 +29,7 @@ class RecallConfig(Place):
 
     tasks: tuple[str, ...] = ()
     """Tasks: mqar, selective_copying, copying, induction, palindrome, parity, word_problem, stack, phonebook, multikey,
-    variable_tracking, and those that --import brings."""
+    variable_tracking, needle, and those that --import brings."""
 
     models: tuple[str, ...] = tuple(MODELS)
     """Models: of which presets their layers have the mixers."""

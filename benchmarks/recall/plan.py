@@ -73,6 +73,7 @@ SETTINGS: dict[str, Setting] = {
     "phonebook": _setting(64),
     "multikey": _setting(64),
     "variable_tracking": _setting(32, hops=1),
+    "needle": _setting(128),
 }
 """Settings by task; those that --import brings have 64 symbols and their own options."""
 

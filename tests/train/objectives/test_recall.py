@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from crossover.train.data import DataError
 from crossover.train.data.tokenizer import load_tokenizer
 from crossover.train.objectives import open_objective
 from crossover.train.objectives.recall import TASKS, Task
+from crossover.train.objectives.recall.needle import Needle
 from crossover.train.trainer import Trainer
 from torch import Tensor
 
@@ -25,6 +27,21 @@ pytestmark = pytest.mark.quick
 
 ALL = pytest.mark.parametrize("name", TASKS)
 ASKED = -100
+
+
+TEXTS: list[Path] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _texts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Documents for the one task that needs them."""
+    TEXTS[:] = [tmp_path_factory.mktemp("texts")]
+    for i in range(40):
+        (TEXTS[0] / f"{i}.txt").write_text(f"Document {i} says that {i * i} is the square of {i}. " * 12)
+
+
+def data(name: str, **options: Any) -> DataConfig:
+    return DataConfig(**options, **({"source": str(TEXTS[0]), "val_fraction": 0.25} if name == "needle" else {}))
 
 
 def task(name: str, length: int = 64, **options: Any) -> Task:
@@ -38,6 +55,7 @@ def run(name: str, length: int, folder: Path = Path("runs"), **options: Any) -> 
         name="run",
         out=folder,
         model=ModelSpec(preset="gpt2", d_model=32, n_layers=1, set=(f"max_positions={2 * length}",)),
+        data=data(name),
         objective=ObjectiveSpec(kind=name, options=options),
         train=TrainConfig(batch_size=5, seq_len=length, steps=2, sample_tokens=16, final_eval_tokens=400),
     )
@@ -87,6 +105,11 @@ def solve(t: Task, before: list[int]) -> int:
         return value_after(before, before[colon - options.letters :])
     if t.name == "multikey":
         return value_after(before, [1, last])
+    if t.name == "needle":
+        text = t.data.tokenizer.decode(before)
+        told, question = text.rpartition(" The ")[::2]
+        key, _, digits = question.partition(" is ")
+        return ord(told.partition(f" The {key} is ")[2][len(digits)])
     assert t.name == "variable_tracking"
     given = {name: value for name, value in zip(before[:-2:2], before[1:-2:2], strict=True) if name}
     while last < 2 + options.variables:
@@ -167,7 +190,7 @@ def test_what_is_judged_was_never_learned_from(name: str) -> None:
     judged = [row[0].tobytes() for row in t.held_out(64 * 20)]
     assert not learned & set(judged)
     tuned = open_objective(
-        RunConfig(objective=ObjectiveSpec(kind=name), data=DataConfig(held_out="tuning"), train=t.train)
+        RunConfig(objective=ObjectiveSpec(kind=name), data=data(name, held_out="tuning"), train=t.train)
     )
     assert not {row[0].tobytes() for row in tuned.held_out(64 * 20)} & {*learned, *judged}
 
@@ -206,6 +229,7 @@ def test_a_run_is_tested_at_multiples_of_its_length_as_far_as_positions_go(tmp_p
     assert Trainer(config, open_objective(config)).fit().exit_code == 0
     result, info = (read_json(config.directory / name) for name in ("result.json", "run.json"))
     tested = result["accuracy_by_length"]
+    assert "accuracy_by_depth" not in result
     assert [entry["context_len"] for entry in tested] == [32, 64, 128]
     assert [entry["status"] for entry in tested] == ["done", "done", "beyond_positions"]
     assert [entry.get("n_answers") for entry in tested] == [24, 24, None]
@@ -216,6 +240,21 @@ def test_a_run_is_tested_at_multiples_of_its_length_as_far_as_positions_go(tmp_p
     tokenizer = load_tokenizer(config.directory)
     assert tokenizer.vocab_size == 64
     assert tokenizer.encode(tokenizer.decode([3, 63, 0])).tolist() == [3, 63, 0]
+
+
+def test_a_needle_is_tested_at_every_depth_of_held_out_text(tmp_path: Path) -> None:
+    config = run("needle", 80, tmp_path, longest=1, test_rows=4)
+    objective = open_objective(config)
+    assert isinstance(objective, Needle)
+    assert Trainer(config, objective).fit().exit_code == 0
+    result = read_json(config.directory / "result.json")
+    assert [entry["depth"] for entry in result["accuracy_by_depth"]] == [0, 0.25, 0.5, 0.75, 1]
+    held_out = objective.corpus.val.tobytes()
+    for tokens, _ in objective.held_out(80 * 30):
+        around = objective.data.tokenizer.to_bytes(tokens)
+        before, behind, _ = re.split(rb" The [a-z]{3} is (?:\d{3}\. )?", around, maxsplit=2)
+        assert before in held_out
+        assert behind in held_out
 
 
 def test_answers_that_are_right_count_as_right() -> None:

@@ -6,6 +6,7 @@ of `Task`, then add its line to TASKS; from outside the package, see examples/ne
 
 from .copying import Copying, Induction, Palindrome, SelectiveCopying
 from .lookup import Mqar, MultiKey, Phonebook, VariableTracking
+from .needle import Needle
 from .task import NOT_ASKED, Row, Task, TaskConfig
 from .tracking import Parity, Stack, WordProblem
 
@@ -25,5 +26,6 @@ TASKS: dict[str, type[Task]] = {
         Phonebook,
         MultiKey,
         VariableTracking,
+        Needle,
     )
 }

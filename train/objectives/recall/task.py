@@ -87,7 +87,11 @@ class Task(Objective[Row, Tokens]):
     ) -> None:
         self.options, self.seed, self.train = options, seed, train
         self._judged = _TUNING if held_out == "tuning" else _HELD_OUT
-        self.data = _data(self.name, self.made_of(), self.vocab_size)
+        self.data = self.opened()
+
+    def opened(self) -> Data:
+        """What rows are made of: nothing but the vocabulary, unless a task has documents."""
+        return _data(self.name, self.made_of(), self.vocab_size)
 
     @classmethod
     def load(cls, run: RunConfig, options: Any, *, progress: bool = False) -> Self:
