@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...archs import build
-from ...files import write_json, write_text
+from ...files import write_json
 from ...options import nearest
 from ...train.config import RunConfig, plain
 from ...train.objective import Objective
@@ -21,10 +22,12 @@ from ..comparison import forecast
 from ..comparison.runs import check_resumable, is_done, share_threads, train_runs
 from ..harness.folder import folder_for
 from ..harness.progress import Progress, Schedule, Task
+from ..harness.tables import print_table
 from ..report.results import load_run
 from .options import RecallConfig
 from .plan import Kind, kinds_of
-from .table import rows_of, to_csv, to_markdown
+from .report import write_recall
+from .rows import rows_of
 
 __all__ = ["bench_recall"]
 
@@ -53,12 +56,11 @@ def bench_recall(config: RecallConfig, *, command: Sequence[str]) -> int:
             with stop_signals(at_once=True), progress:
                 record["failures"] = train_runs([kind.run for kind in kinds], progress, logs=logs, jobs=at_once)
         except Interrupted as stop:
-            _write(kinds, config)
+            _report(kinds, config, record)
             print(f"Stopped. The same command goes on from here: {shlex.join(command)}")
             return stop.exit_code
         write_json(config.out / "recall.json", record)
-        print("\n" + _write(kinds, config))
-        print(f"Report: {config.out / 'recall.md'}")
+        _report(kinds, config, record)
         for name, reason in record["failures"].items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
         return 1 if record["failures"] else 0
@@ -122,11 +124,26 @@ def _print_forecast(kinds: Sequence[Kind], *, at_once: int, logs: Path) -> None:
     print("A run that solves its task ends before.")
 
 
-def _write(kinds: Sequence[Kind], config: RecallConfig) -> str:
-    """Writes recall.md and recall.csv of the runs that are done; returns what the first holds."""
+def _report(kinds: Sequence[Kind], config: RecallConfig, record: Mapping[str, Any]) -> None:
+    """Writes and prints what the runs that are done found."""
     finished = [(kind, load_run(kind.run.directory)) for kind in kinds if is_done(kind.run)]
+    if not finished:
+        print("\nNo run has finished, so there is nothing to report yet.")
+        return
     rows = rows_of(finished, solved=config.solved)
-    text = to_markdown(rows)
-    write_text(config.out / "recall.md", text)
-    write_text(config.out / "recall.csv", to_csv(rows))
-    return text
+    for task in dict.fromkeys(row.task for row in rows):
+        print(f"\n{task}")
+        print_table(
+            ("model", "rate", "accuracy", "steps to solve"),
+            [
+                (
+                    row.label,
+                    f"{row.lr:g}{' (edge)' if row.at_edge else ''}",
+                    f"{statistics.fmean(row.accuracy):.3f}",
+                    ", ".join("-" if step is None else str(step) for step in row.steps),
+                )
+                for row in rows
+                if row.task == task
+            ],
+        )
+    print(f"\nReport: {write_recall(rows, config.out, provenance=record['provenance'])}")

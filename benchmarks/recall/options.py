@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ...options import Length, Positive, Range, Size, nearest
+from ...options import Length, Positive, Range, Size
 from ...train.config import Count
 from ..harness.options import Place
-from .plan import MODELS, SETTINGS
+from .plan import PRESETS, find_model
 
 __all__ = ["RecallConfig"]
-
-QUICK_TASKS = ("mqar", "selective_copying", "induction", "parity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +21,19 @@ class RecallConfig(Place):
     the same command goes on where it stopped.
     """
 
-    preset: Literal["cpu", "all"] = "cpu"
-    """Tasks that are taken where --tasks names none: 'cpu' are mqar, selective_copying, induction and parity, 'all' are
-    all."""
+    preset: Literal["cpu", "all", "frontier"] = "cpu"
+    """What is taken where --tasks or --models names none: 'cpu', nine models on mqar, selective_copying, induction and
+    parity; 'all', on all tasks; 'frontier', models that differ in the size of their state on mqar with eight pairs, for
+    what is recalled against bytes of state."""
 
     tasks: tuple[str, ...] = ()
     """Tasks: mqar, selective_copying, copying, induction, palindrome, parity, word_problem, stack, phonebook, multikey,
     variable_tracking, needle, and those that --import brings."""
 
-    models: tuple[str, ...] = tuple(MODELS)
-    """Models: of which presets their layers have the mixers."""
+    models: tuple[str, ...] = ()
+    """Models, by what their layers are: transformer, transformer_nope (without positions), s4d, h3, mamba, mamba2,
+    gated_deltanet, hybrid (mamba, then attention without positions), lstm; with other options of their mixers as
+    NAME@KEY=VALUE (mamba@d_state=64)."""
 
     lrs: Annotated[tuple[float, ...], Range(above=0)] = (1e-3, 3e-3, 1e-2)
     """Peak learning rates, in increasing order; the best of a model counts."""
@@ -64,14 +65,13 @@ class RecallConfig(Place):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.models:
-            if name not in MODELS:
-                raise ValueError(f"--models {name} is unknown{nearest(name, MODELS)}")
+            find_model(name)
         for option in ("tasks", "models", "lrs"):
             values = getattr(self, option)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{option} names one twice: {' '.join(map(str, values))}")
-        if not self.models or not self.lrs:
-            raise ValueError(f"--{'lrs' if self.models else 'models'} names none")
+        if not self.lrs:
+            raise ValueError("--lrs names none")
         if list(self.lrs) != sorted(self.lrs):
             raise ValueError(f"--lrs must increase, got {' '.join(f'{lr:g}' for lr in self.lrs)}")
         if self.dry_run and self.fresh:
@@ -80,4 +80,9 @@ class RecallConfig(Place):
     @property
     def chosen_tasks(self) -> tuple[str, ...]:
         """The tasks to be learned."""
-        return self.tasks or (QUICK_TASKS if self.preset == "cpu" else tuple(SETTINGS))
+        return self.tasks or PRESETS[self.preset].tasks
+
+    @property
+    def chosen_models(self) -> tuple[str, ...]:
+        """The models that learn them."""
+        return self.models or PRESETS[self.preset].models

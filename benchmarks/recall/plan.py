@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...options import nearest
 from ...train.config import ModelSpec, ObjectiveSpec, OptimConfig, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     from .options import RecallConfig
 
-__all__ = ["MODELS", "SETTINGS", "Kind", "Setting", "kinds_of", "name_of"]
+__all__ = ["MODELS", "PRESETS", "SETTINGS", "Kind", "Model", "Preset", "Setting", "find_model", "kinds_of", "name_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model:
+class Model:
+    """Layers of the mixers of presets, without feed-forward blocks, which recall nothing."""
+
+    base: str
+    """Its name in MODELS."""
     label: str
     presets: tuple[str, ...]
     """Presets whose mixers its layers have, one after the other."""
@@ -24,28 +31,49 @@ class _Model:
 
     @property
     def pattern(self) -> list[str]:
+        """Layers of the model, as ModelConfig takes them."""
         from ...archs.presets import find
 
         entries = (entry for name in self.presets for entry in find(name).make()["pattern"])
         return [entry.partition("+")[0] for entry in entries]
 
 
-def _layers_of(label: str, *presets: str, **options: Any) -> _Model:
-    return _Model(label=label, presets=presets, options=options)
+def _layers_of(name: str, label: str, *presets: str, **options: Any) -> Model:
+    return Model(base=name, label=label, presets=presets or (name,), options=options)
 
 
-MODELS: dict[str, _Model] = {
-    "transformer": _layers_of("Attention", "transformer"),
-    "transformer_nope": _layers_of("Attention without positions", "transformer", rope=False),
-    "s4d": _layers_of("S4D", "s4d"),
-    "h3": _layers_of("H3", "h3"),
-    "mamba": _layers_of("Mamba", "mamba"),
-    "mamba2": _layers_of("Mamba-2", "mamba2"),
-    "gated_deltanet": _layers_of("Gated DeltaNet", "gated_deltanet"),
-    "hybrid": _layers_of("Mamba, then Attention without positions", "mamba", "transformer", rope=False),
-    "lstm": _layers_of("LSTM", "lstm"),
+MODELS: dict[str, Model] = {
+    model.base: model
+    for model in (
+        _layers_of("transformer", "Attention"),
+        _layers_of("transformer_nope", "Attention without positions", "transformer", rope=False),
+        _layers_of("s4d", "S4D"),
+        _layers_of("h3", "H3"),
+        _layers_of("mamba", "Mamba"),
+        _layers_of("mamba2", "Mamba-2"),
+        _layers_of("gated_deltanet", "Gated DeltaNet"),
+        _layers_of("hybrid", "Mamba, then Attention without positions", "mamba", "transformer", rope=False),
+        _layers_of("lstm", "LSTM"),
+    )
 }
-"""Models of the mixers of presets; none has feed-forward blocks, which recall nothing."""
+"""Models that are compared unless others are asked for."""
+
+
+def find_model(name: str) -> Model:
+    """The model NAME, or NAME@KEY=VALUE,...: with other options of its mixers, such as mamba@d_state=64.
+
+    Raises:
+        ValueError: if there is none, or its options cannot be read.
+    """
+    base, _, words = name.partition("@")
+    if base not in MODELS:
+        raise ValueError(f"--models {name} is unknown{nearest(base, MODELS)}")
+    if not words:
+        return MODELS[base]
+    options = ModelSpec(set=tuple(words.split(","))).all_options()
+    told = ", ".join(f"{key} {value}" for key, value in options.items())
+    model = MODELS[base]
+    return dataclasses.replace(model, label=f"{model.label}, {told}", options={**model.options, **options})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +105,41 @@ SETTINGS: dict[str, Setting] = {
 }
 """Settings by task; those that --import brings have 64 symbols and their own options."""
 
+QUICK = ("mqar", "selective_copying", "induction", "parity")
+"""Tasks of `--preset cpu`."""
+
+FRONTIER = (
+    *(f"mamba2@d_state={n}" for n in (4, 16, 64)),
+    *(f"mamba@d_state={n}" for n in (4, 16, 64)),
+    *(f"gated_deltanet@d_state={n}" for n in (4, 8, 16)),
+    *(f"s4d@d_state={n}" for n in (16, 64, 256)),
+    *(f"transformer@window={n}" for n in (8, 16, 32)),
+    "transformer",
+)
+"""Models of `--preset frontier`: of each kind some that differ in the size of their state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What is trained where options do not say it."""
+
+    tasks: tuple[str, ...]
+    models: tuple[str, ...] = tuple(MODELS)
+    settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    """In the place of SETTINGS."""
+
+    def setting(self, task: str) -> Setting:
+        """The sizes of a task."""
+        return self.settings.get(task) or SETTINGS.get(task) or _setting(64)
+
+
+PRESETS = {
+    "cpu": Preset(tasks=QUICK),
+    "all": Preset(tasks=tuple(SETTINGS)),
+    "frontier": Preset(tasks=("mqar",), models=FRONTIER, settings={"mqar": _setting(64, 2000, pairs=8, vocab=64)}),
+}
+"""By name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
@@ -96,17 +159,17 @@ def kinds_of(config: RecallConfig, *, threads: int | None = None) -> list[Kind]:
         for seed in range(config.seeds)
         for task in config.chosen_tasks
         for lr in config.lrs
-        for model in config.models
+        for model in config.chosen_models
     ]
 
 
 def name_of(task: str, model: str, lr: float, seed: int) -> str:
     """Name of a run."""
-    return f"{task}-{model}-r{lr:g}-s{seed}"
+    return f"{task}-{re.sub('[^A-Za-z0-9_.]+', '-', model)}-r{lr:g}-s{seed}"
 
 
 def _run(config: RecallConfig, task: str, model: str, lr: float, seed: int, threads: int | None) -> RunConfig:
-    setting, spec = SETTINGS.get(task, _setting(64)), MODELS[model]
+    setting, spec = PRESETS[config.preset].setting(task), find_model(model)
     steps, name = config.steps or setting.steps, name_of(task, model, lr, seed)
     return RunConfig(
         name=name,

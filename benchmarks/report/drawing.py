@@ -20,18 +20,20 @@ __all__ = [
     "Theme",
     "context_tick",
     "count_tick",
+    "bytes_axis",
     "draw",
     "line",
     "log2_axis",
     "log_bytes",
     "log_speed",
     "pens",
+    "pens_of",
     "reference_lines",
 ]
 
 _LIGHT, _DARK = zip(*PALETTE, strict=True)
 # Every line also has its own marker and dashes, for print and for lines that lie on one another.
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 _DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.6, 1.2, 1.6)), (0, (3, 1.2)), "-", (0, (5, 1.6)), (0, (1, 1)))
 _WIDTH, _HEIGHT = 5.0, 3.5  # inches; shown at 360 to 540 pixels, where 10 points stay readable
 _LONG_LABEL = 13  # letters of a label, of which three fit side by side in the width
@@ -67,9 +69,14 @@ class Pen:
 
 def pens(comparison: Comparison, theme: Theme) -> dict[str, Pen]:
     """The pen of every architecture."""
+    return pens_of({arch: comparison.label(arch) for arch in comparison.archs}, theme)
+
+
+def pens_of(labels: Mapping[str, str], theme: Theme) -> dict[str, Pen]:
+    """A pen for each of these labels, under its key."""
     return {
-        arch: Pen(_short(comparison.label(arch)), theme.colors[i % 8], _MARKERS[i % 8], _DASHES[i % 8])
-        for i, arch in enumerate(comparison.archs)
+        key: Pen(_short(label), theme.colors[i % 8], _MARKERS[i % 9], _DASHES[i % 8])
+        for i, (key, label) in enumerate(labels.items())
     }
 
 
@@ -233,17 +240,27 @@ def log_speed(axes: "Axes") -> None:
 
 
 def log_bytes(axes: "Axes") -> None:
-    """Logarithmic bytes, labelled at powers of two."""
+    """Logarithmic bytes on the y axis, labelled at powers of two."""
+    axes.set_yscale("log", base=2)
+    _label_bytes(axes.yaxis, axes.get_ylim())
+
+
+def bytes_axis(axes: "Axes") -> None:
+    """The same on the x axis."""
+    axes.set_xscale("log", base=2)
+    _label_bytes(axes.xaxis, axes.get_xlim())
+
+
+def _label_bytes(axis: Any, limits: tuple[float, float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    axes.set_yscale("log", base=2)
-    low, high = (math.log2(max(limit, 1)) for limit in axes.get_ylim())
+    low, high = (math.log2(max(limit, 1)) for limit in limits)
     stride = max(1, math.ceil((high - low) / 6))
     octaves = [2.0**k for k in range(math.floor(low / stride) * stride, math.ceil(high) + stride, stride)]
     between = [1.5 * size for size in octaves] if high - low < 3 else []
-    axes.yaxis.set_major_locator(FixedLocator(sorted(octaves + between)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    axis.set_major_locator(FixedLocator(sorted(octaves + between)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
 
 
 def reference_lines(axes: "Axes", theme: Theme, references: Mapping[str, float], *, vertical: bool = False) -> None:

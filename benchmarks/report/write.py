@@ -19,7 +19,7 @@ from .sections import sections
 from .winner_map import verdict
 from .words import headline, title, training_sentence
 
-__all__ = ["write_between", "write_report"]
+__all__ = ["write_between", "write_page", "write_report"]
 
 
 def write_report(folder: Path, *, baseline: str | None = None) -> Path:
@@ -59,7 +59,7 @@ def write_report(folder: Path, *, baseline: str | None = None) -> Path:
     )
     write_text(folder / "methods.md", methods(comparison, checks, quote=plain))
     write_text(folder / "references.bib", references(methods(comparison, checks)))
-    return _write_page(folder, heading, subtitle, blocks)
+    return write_page(folder, heading, subtitle, blocks)
 
 
 def write_between(folders: Sequence[Path], out: Path, *, baseline: str | None = None) -> Path:
@@ -80,11 +80,11 @@ def write_between(folders: Sequence[Path], out: Path, *, baseline: str | None = 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "criteria.csv", to_csv(criteria_rows(sides), BETWEEN_COLUMNS))
     write_json(out / "summary.json", summary_between(sides))
-    return _write_page(out, heading, subtitle, blocks)
+    return write_page(out, heading, subtitle, blocks)
 
 
-def _write_page(folder: Path, heading: str, subtitle: str, blocks: Sequence[Block]) -> Path:
-    """Writes a document as HTML and as Markdown, and its map and figures beside them."""
+def write_page(folder: Path, heading: str, subtitle: str, blocks: Sequence[Block]) -> Path:
+    """Writes a document as report.html, whose path it returns, and report.md, and its map and figures beside them."""
     (folder / "figures").mkdir(exist_ok=True)
     for place in (folder, folder / "figures"):
         remove_drafts(place)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crossover.archs import build
 from crossover.benchmarks.cli import main
 from crossover.benchmarks.recall import bench
 from crossover.benchmarks.recall.options import RecallConfig
-from crossover.benchmarks.recall.plan import SETTINGS, Kind, kinds_of, name_of
-from crossover.benchmarks.recall.table import rows_of, to_csv, to_markdown
+from crossover.benchmarks.recall.plan import SETTINGS, Kind, find_model, kinds_of, name_of
+from crossover.benchmarks.recall.report import write_recall
+from crossover.benchmarks.recall.rows import Row, rows_of
 from crossover.benchmarks.report.results import Run
 from crossover.train.config import RunConfig
 from crossover.train.objectives.recall import TASKS
@@ -53,12 +55,17 @@ def found(model: str, lr: float, *accuracies: float, seed: int = 0, beyond: floa
     return kind, run
 
 
-def cells(text: str) -> dict[str, list[str]]:
+def cells(rows: list[Row], folder: Path) -> dict[str, list[str]]:
+    """The table of the report by the first cell of its rows."""
+    return cells_in(write_recall(rows, folder, provenance={"torch": "2.13"}).with_suffix(".md").read_text())
+
+
+def cells_in(text: str) -> dict[str, list[str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_the_best_rate_of_a_model_counts_and_is_marked_where_a_better_one_may_lie_beyond() -> None:
+def test_the_best_rate_of_a_model_counts_and_is_marked_where_a_better_one_may_lie_beyond(tmp_path: Path) -> None:
     rows = rows_of(
         [
             found("mamba", 1e-3, 0.3, 0.5, 0.6, 0.7),
@@ -77,27 +84,56 @@ def test_the_best_rate_of_a_model_counts_and_is_marked_where_a_better_one_may_li
         ("s4d", 1e-3, True, [None]),
         ("lstm", 3e-3, False, [None]),
     ]
-    text = to_markdown(rows)
-    assert list(cells(text)) == ["Mamba", "LSTM", "S4D", "Without recall"]  # from the best
-    assert cells(text)["Mamba"] == ["50,000", "2 KiB", "0.01", "200", "0.980", "0.500"]
-    assert cells(text)["S4D"][2:4] == ["0.001 (edge)", "not in 400 at these 2 rates"]
-    assert cells(text)["LSTM"][2:] == ["0.003", "not in 400 at these 3 rates", "0.600", "-"]
-    assert cells(text)["Without recall"][-2:] == ["0.250", "0.240"]
+    table = cells(rows, tmp_path)
+    assert list(table) == ["Mamba", "LSTM", "S4D", "Without recall"]  # from the best
+    assert table["Mamba"] == ["50,000", "2 KiB", "0.01", "200", "0.980", "0.500"]
+    assert table["S4D"][2:4] == ["0.001 (edge)", "not in 400 at these 2 rates"]
+    assert table["LSTM"][2:] == ["0.003", "not in 400 at these 3 rates", "0.600", "-"]
+    assert table["Without recall"][-2:] == ["0.250", "0.240"]
+    text = (tmp_path / "report.md").read_text()
     assert "one seed, so nothing is said of noise" in text
+    assert "figures/mqar-lengths.svg" in text
+    assert "mqar-frontier" not in text
 
 
-def test_seeds_have_intervals_and_say_how_many_solved_the_task() -> None:
+def test_seeds_have_intervals_and_say_how_many_solved_the_task(tmp_path: Path) -> None:
     rows = rows_of(
         [found("mamba", 1e-3, 0.5, accuracy, seed=seed) for seed, accuracy in enumerate((0.98, 0.9, 0.97))], solved=0.97
     )
     assert rows[0].steps == [200, None, 200]
-    assert cells(to_markdown(rows))["Mamba"][3:5] == ["200 (2 of 3 seeds)", "0.950 ± 0.108"]
-    lines = list(csv.DictReader(to_csv(rows).splitlines()))
+    assert cells(rows, tmp_path)["Mamba"][3:5] == ["200 (2 of 3 seeds)", "0.950 ± 0.108"]
+    lines = list(csv.DictReader((tmp_path / "recall.csv").read_text().splitlines()))
     assert [(line["seed"], line["steps_to_solve"], line["context_len"]) for line in lines[::2]] == [
         ("0", "200", "32"),
         ("1", "", "32"),
         ("2", "200", "32"),
     ]
+
+
+def test_what_is_recalled_is_drawn_against_bytes_of_state(tmp_path: Path) -> None:
+    names = ("mamba2@d_state=4", "mamba2@d_state=16", "mamba2@d_state=64", "transformer")
+    finished = [found(name, 1e-3, accuracy) for name, accuracy in zip(names, (0.3, 0.6, 0.9, 1.0), strict=True)]
+    for i, (_, run) in enumerate(finished):
+        run.info["state_bytes"] = 1024 * 4**i  # pyright: ignore[reportIndexIssue]
+    table = cells(rows_of(finished, solved=0.97), tmp_path)
+    assert list(table)[:3] == ["Attention", r"Mamba-2, d\_state 64", r"Mamba-2, d\_state 16"]
+    lines = list(csv.DictReader((tmp_path / "figures" / "mqar-frontier.csv").read_text().splitlines()))
+    assert [(line["model"], line["state_bytes"], line["accuracy"]) for line in lines] == [
+        (name, str(1024 * 4**i), accuracy)
+        for i, (name, accuracy) in enumerate(zip(names, ("0.3", "0.6", "0.9", "1.0"), strict=True))
+    ]
+
+
+def test_models_of_the_frontier_differ_in_the_size_of_their_state_alone() -> None:
+    kinds = kinds_of(RecallConfig(preset="frontier", lrs=(1e-3,)))
+    by_base: dict[str, list[tuple[int, int]]] = {}
+    for kind in kinds:
+        model = build(kind.run.model.configure(64), device="meta")
+        size = (model.init_state(1, 64).nbytes, sum(p.numel() for p in model.parameters()))
+        by_base.setdefault(find_model(kind.model).base, []).append(size)
+    for sizes in by_base.values():
+        assert len({state for state, _ in sizes}) == len(sizes) >= 3
+    assert len({kind.run.name for kind in kinds}) == len(kinds)
 
 
 def test_every_model_learns_every_task_at_every_rate() -> None:
@@ -149,11 +185,11 @@ def test_a_toy_benchmark_leaves_its_tables_and_is_not_done_twice(
     words += ["--lrs", "0.01", "--steps", "4", "--batch-size", "4", "--d-model", "32", "--threads", "1"]
     assert main(words) == 0
     assert trained == ["parity-transformer-r0.01-s0", "parity-lstm-r0.01-s0"]
-    table = cells((tmp_path / "recall.md").read_text())
+    table = cells_in((tmp_path / "report.md").read_text())
     assert table.keys() == {"Attention", "LSTM", "Without recall"}
     assert all(0.3 < float(row[4]) < 0.7 for row in table.values())
     assert json.loads((tmp_path / "recall.json").read_text())["failures"] == {}
-    assert "## parity" in capsys.readouterr().out
+    assert "\nparity\n" in capsys.readouterr().out
     assert main(words) == 0
     assert len(trained) == 2
     assert main([*words, "--batch-size", "5"]) == 2
