@@ -92,9 +92,10 @@ def _line(record: Mapping[str, Any]) -> str:
 def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
     """Says where numbers come from: code, command, versions, machine, time.
 
-    The host is named by a hash only. `git_commit` and `git_dirty` are None outside a git checkout.
+    The host is named by a hash only. `git_commit` and `git_dirty`, whether code is not as in that commit, are None
+    outside a git checkout.
     """
-    status = _git("status", "--porcelain")
+    status = _git("status", "--porcelain", "--", *_CODE)
     is_cuda = device.type == "cuda"
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -111,6 +112,10 @@ def provenance(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "hostname_hash": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
     }
+
+
+_CODE = (":/*.py", ":/*.toml", ":/constraints.txt")
+"""What decides results, among all that git may find changed: not those of an earlier run."""
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import threading
 import warnings
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from crossover.files import read_json_lines
+from crossover.train import record
 from crossover.train.board import Board
 from crossover.train.record import MetricsLog, provenance
 from crossover.train.score import BITS_PER_BYTE
@@ -162,6 +164,23 @@ def test_numbers_that_json_lacks_are_never_recorded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         log.append({"step": 1, "train/loss": float("nan")})
     log.close()
+
+
+def test_code_that_no_commit_has_is_told_from_results_that_none_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_dirty() -> bool | None:
+        return provenance(torch.device("cpu"), ["crossover"])["git_dirty"]
+
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "train" / "record.py"))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "results").mkdir()
+    assert is_dirty() is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "results" / "result.json").touch()
+    assert is_dirty() is False
+    (tmp_path / "new.py").touch()
+    assert is_dirty() is True
 
 
 def test_provenance_names_code_command_versions_and_machine_but_not_the_host() -> None:
