@@ -42,8 +42,8 @@ class Preset:
     make: Callable[..., Mapping[str, Any]]
     """Its own options -> ModelConfig fields."""
     learning_rate: float
-    """Peak learning rate of AdamW, tuned at the demo's size (results/cpu-demo/lr.csv), or UNTUNED; `crossover compare
-    --tune-lr` finds one anew."""
+    """Peak learning rate of AdamW, found by `crossover compare --tune-lr` at the demo's size (results/README.md), or
+    UNTUNED."""
     n_layers_at_1m: float
     """Depth of the architecture at one million parameters; it grows with their fourth root."""
     d_model_multiple: int
@@ -119,15 +119,15 @@ def _preset(**fields: Any) -> Callable[[Callable[..., Mapping[str, Any]]], Calla
     return register
 
 
-@_preset(label="Transformer", learning_rate=2e-3, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="Transformer", learning_rate=4e-3, n_layers_at_1m=4, d_model_multiple=32)
 def transformer() -> Mapping[str, Any]:
     """Transformer in the Llama layout: RMSNorm, rotary positions, SwiGLU."""
     return {"pattern": ("attention+mlp",)}
 
 
-@_preset(label="GPT-2", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="GPT-2", learning_rate=8e-3, n_layers_at_1m=4, d_model_multiple=32)
 def gpt2() -> Mapping[str, Any]:
-    """GPT-2: a Transformer with learned positions, LayerNorm, GELU and biases. Its learning rate is not tuned."""
+    """GPT-2: a Transformer with learned positions, LayerNorm, GELU and biases."""
     return {
         "pattern": ("attention+mlp",),
         "norm": "layernorm",
@@ -147,13 +147,13 @@ def s4d() -> Mapping[str, Any]:
 
 @_preset(label="S4", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
 def s4() -> Mapping[str, Any]:
-    """S4: a state space model that remembers by HiPPO-LegS, with SwiGLU. Its learning rate is S4D's, not tuned."""
+    """S4: a state space model that remembers by HiPPO-LegS, with SwiGLU."""
     return {"pattern": ("s4+mlp",)}
 
 
 @_preset(label="H3", learning_rate=1.6e-2, n_layers_at_1m=4, d_model_multiple=8)
 def h3(attention_every: int | None = None) -> Mapping[str, Any]:
-    """H3: keys and values gated through two state space models, with SwiGLU. Its learning rate is S4D's, not tuned.
+    """H3: keys and values gated through two state space models, with SwiGLU.
 
     With `attention_every` the second layer of each such group has attention; n_layers / 2 gives the two layers of the
     paper's hybrids (arXiv:2212.14052, section 5.1).
@@ -165,31 +165,31 @@ def h3(attention_every: int | None = None) -> Mapping[str, Any]:
     return {"pattern": ("h3+mlp", "attention+mlp", *["h3+mlp"] * (attention_every - 2))}
 
 
-@_preset(label="Mamba", learning_rate=4e-3, n_layers_at_1m=8, d_model_multiple=4)
+@_preset(label="Mamba", learning_rate=8e-3, n_layers_at_1m=8, d_model_multiple=4)
 def mamba() -> Mapping[str, Any]:
     """Mamba: a selective state space model, no other channel mixing."""
     return {"pattern": ("mamba",)}
 
 
-@_preset(label="Mamba-2", learning_rate=4e-3, n_layers_at_1m=8, d_model_multiple=8)
+@_preset(label="Mamba-2", learning_rate=8e-3, n_layers_at_1m=8, d_model_multiple=8)
 def mamba2() -> Mapping[str, Any]:
     """Mamba-2: one decay per head, so that the scan is made of matrix products."""
     return {"pattern": ("mamba2",)}
 
 
-@_preset(label="Mamba-3", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="Mamba-3", learning_rate=8e-3, n_layers_at_1m=4, d_model_multiple=32)
 def mamba3() -> Mapping[str, Any]:
-    """Mamba-3: states that rotate, driven by a trapezoidal rule, with SwiGLU. Its learning rate is not tuned."""
+    """Mamba-3: states that rotate, driven by a trapezoidal rule, with SwiGLU."""
     return {"pattern": ("mamba3+mlp",)}
 
 
-@_preset(label="Gated DeltaNet", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="Gated DeltaNet", learning_rate=8e-3, n_layers_at_1m=4, d_model_multiple=32)
 def gated_deltanet() -> Mapping[str, Any]:
-    """Gated DeltaNet: a memory that forgets, and revises what it holds for a key. Its learning rate is not tuned."""
+    """Gated DeltaNet: a memory that forgets, and revises what it holds for a key."""
     return {"pattern": ("gated_deltanet+mlp",)}
 
 
-@_preset(label="Jamba", learning_rate=8e-3, n_layers_at_1m=8, d_model_multiple=32)
+@_preset(label="Jamba", learning_rate=1.6e-2, n_layers_at_1m=8, d_model_multiple=32)
 def jamba(
     attention_every: int = 8, attention_offset: int = 4, moe_every: int = 2, moe_offset: int = 1, ssm: str = "mamba"
 ) -> Mapping[str, Any]:
@@ -214,9 +214,9 @@ def jamba(
     return {"pattern": pattern, "mixer": options, "ffn": {"moe": {"n_experts": 4, "top_k": 2}}, "norm_eps": 1e-6}
 
 
-@_preset(label="Samba", learning_rate=UNTUNED, n_layers_at_1m=4, d_model_multiple=32)
+@_preset(label="Samba", learning_rate=8e-3, n_layers_at_1m=4, d_model_multiple=32)
 def samba() -> Mapping[str, Any]:
-    """Samba: Mamba and attention in a sliding window by turns (arXiv:2406.07522). Its learning rate is not tuned."""
+    """Samba: Mamba and attention in a sliding window by turns (arXiv:2406.07522)."""
     return {"pattern": ("mamba+mlp", "attention+mlp"), "mixer": {"attention": {"window": 2048}}}
 
 

@@ -153,7 +153,7 @@ def _rates(comparison: Comparison, quote: Quote) -> Iterator[str]:
         at = f", with sequences of {lengths[0]:,} tokens" if len(lengths) > 1 else ""
         yield f"{choice_of_rates(comparison)} The search is successive halving{_cite('jamieson2016halving')}{at}."
     elif (comparison.info.get("config", {}).get("optim") or {}).get("lr") is None:
-        yield "They are those of the presets, chosen at one million parameters."
+        yield "They are those of the presets, found at 300,000 parameters in 150 steps of 2,048 tokens."
 
 
 def _quality(comparison: Comparison, checks: Sequence[Check], quote: Quote) -> str:

@@ -40,8 +40,8 @@ def test_every_sentence_comes_from_the_files(tmp_path: Path) -> None:
         "24 sequences of 100 tokens and 8 sequences of 300 tokens (by trained length), 614,400 tokens in all: 0.61 "
         "tokens per parameter. We used AdamW [@loshchilov2019adamw] with weight decay 0.1, gradients clipped at a "
         "norm of 1, a warm-up of 5 % and a cosine schedule [@loshchilov2017sgdr], in float32. Peak "
-        "learning rates: 0.001 (Transformer), 0.003 (Mamba), 0.005 (LSTM). They are those of the presets, chosen at "
-        "one million parameters."
+        "learning rates: 0.001 (Transformer), 0.003 (Mamba), 0.005 (LSTM). They are those of the presets, found at "
+        "300,000 parameters in 150 steps of 2,048 tokens."
     )
     assert quality == (
         "3 seeds (0, 1, 2) set weights and the order of the data, which is a function of seed and step alone "
