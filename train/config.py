@@ -287,7 +287,8 @@ class TrainConfig:
     eval_every or checkpoint_every is 0. What counts is training alone, not evaluation, saving, start-up or waiting; a
     resumed run goes on counting."""
     stop_at: float | None = None
-    """Score at which training ends before that: when a validation is as good, 0.999 of a task for example."""
+    """Score at which training ends before that: when a validation of eval_tokens and then one of final_eval_tokens are
+    as good, 0.999 of a task for example."""
     batch_size: Count = 8
     """Sequences per update."""
     seq_len: Count = 256

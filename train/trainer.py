@@ -229,6 +229,8 @@ class Trainer:
                 if self._course.is_due(run.train.eval_every, parts=_VALIDATIONS) and not self._is_validated():
                     with _losing_no_step(save):
                         self._validate(learner, log, display, poll)
+                        if self._has_arrived and run.train.final_eval_tokens > run.train.eval_tokens:
+                            self._validate(learner, log, display, poll)  # the last one reads more, and may disagree
                 if self._course.is_due(run.train.checkpoint_every, parts=_CHECKPOINTS):
                     save()
                 if self._course.is_over:

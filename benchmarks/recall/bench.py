@@ -81,7 +81,9 @@ def _checked(kinds: Sequence[Kind]) -> dict[str, Objective[Any, Any]]:
     """The objective of every task, which every model can learn."""
     objectives: dict[str, Objective[Any, Any]] = {}
     for kind in kinds:
-        objective = objectives.setdefault(kind.task, open_objective(kind.run))
+        if kind.task not in objectives:
+            objectives[kind.task] = open_objective(kind.run)
+        objective = objectives[kind.task]
         try:
             objective.check(kind.run.model.configure(objective.data.tokenizer.vocab_size))
         except ValueError as error:
@@ -130,7 +132,7 @@ def _report(kinds: Sequence[Kind], config: RecallConfig, record: Mapping[str, An
     if not finished:
         print("\nNo run has finished, so there is nothing to report yet.")
         return
-    rows = rows_of(finished, solved=config.solved)
+    rows = rows_of(finished, lrs=config.lrs, solved=config.solved)
     for task in dict.fromkeys(row.task for row in rows):
         print(f"\n{task}")
         print_table(
@@ -146,4 +148,4 @@ def _report(kinds: Sequence[Kind], config: RecallConfig, record: Mapping[str, An
                 if row.task == task
             ],
         )
-    print(f"\nReport: {write_recall(rows, config.out, provenance=record['provenance'])}")
+    print(f"\nReport: {write_recall(rows, config.out, record=record)}")

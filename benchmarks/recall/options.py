@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ...options import Length, Positive, Range, Size
+from ...options import Length, Range, Size
 from ...train.config import Count
 from ..harness.options import Place
 from .plan import PRESETS, find_model
@@ -53,7 +53,7 @@ class RecallConfig(Place):
     n_layers: Size = 2
     """Layers of every model."""
 
-    solved: Positive = 0.97
+    solved: Annotated[float, Range(above=0, at_most=0.999)] = 0.97
     """Accuracy from which on a task is called solved."""
 
     dry_run: bool = False
@@ -65,11 +65,11 @@ class RecallConfig(Place):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.models:
-            find_model(name)
-        for option in ("tasks", "models", "lrs"):
-            values = getattr(self, option)
+            if self.n_layers < (least := len(find_model(name).presets)):
+                raise ValueError(f"--models {name} has {least} kinds of layers: give --n-layers {least} or more")
+        for option, values in (("tasks", self.tasks), ("models", self.models), ("lrs", [f"{lr:g}" for lr in self.lrs])):
             if len(set(values)) < len(values):
-                raise ValueError(f"--{option} names one twice: {' '.join(map(str, values))}")
+                raise ValueError(f"--{option} names one twice: {' '.join(values)}")
         if not self.lrs:
             raise ValueError("--lrs names none")
         if list(self.lrs) != sorted(self.lrs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,19 @@ __all__ = ["write_recall"]
 _TITLE = "Recall and state tracking"
 
 
-def write_recall(rows: Sequence[Row], folder: Path, *, provenance: dict[str, Any]) -> Path:
-    """Writes report.html, report.md, recall.csv and figures/ into a folder; returns the path of the first."""
+def write_recall(rows: Sequence[Row], folder: Path, *, record: Mapping[str, Any]) -> Path:
+    """Writes report.html, report.md, recall.csv and figures/ into a folder; returns the path of the first.
+
+    `record` is what recall.json holds: provenance, and failures by the name of the run.
+    """
     blocks: list[Block] = [Paragraph(text=_ABOUT)]
     for task in dict.fromkeys(row.task for row in rows):
         blocks += _task([row for row in rows if row.task == task])
-    blocks += [Heading(text="Provenance"), Items(items=[f"{key}: {value}" for key, value in provenance.items()])]
+    if record["failures"]:
+        failed = [f"{name}: {reason}" for name, reason in record["failures"].items()]
+        blocks += [Heading(text="Did not finish"), Items(items=failed, warnings=frozenset(range(len(failed))))]
+    items = [f"{key}: {value}" for key, value in record["provenance"].items()]
+    blocks += [Heading(text="Provenance"), Items(items=items)]
     write_text(folder / "recall.csv", to_csv(csv_rows(rows), _COLUMNS))
     models = list(dict.fromkeys(row.label for row in rows))
     return write_page(folder, _TITLE, ", ".join(models), blocks)
@@ -43,11 +50,12 @@ _COLUMNS = (
 
 _ABOUT = (
     "Accuracy is the share of answers that are right, in rows that are made for the test; beyond the trained length a "
-    "model extrapolates. Without recall: the best of three guesses that use no place of a symbol, the most frequent "
-    "answer, the one most frequent after the symbol that asks, and the symbol most frequent in the row. State is what "
-    "one sequence of the trained length carries while decoding, in float32. A model counts at the best of the rates "
-    "that were tried; where that is the lowest or highest of them and the task is not solved, marked (edge), another "
-    "rate may do better. That a task was not solved in so many steps does not say that a model cannot."
+    "model extrapolates. Without recall: the best of four guesses, the most frequent answer, the one most frequent "
+    "after the symbol that asks, the symbol most frequent in the row, and the last one read. State is what one "
+    "sequence of the trained length carries while decoding, in float32. A model counts at the best of the rates that "
+    "were tried, by other rows than those of the test; where that is the lowest or highest of them and the task is not "
+    "solved, marked (edge), another rate may do better. That a task was not solved in so many steps does not say that "
+    "a model cannot."
 )
 
 
@@ -135,7 +143,7 @@ def _lengths(rows: Sequence[Row]) -> Figure:
 
 
 def _frontier(rows: Sequence[Row]) -> Figure | None:
-    """Accuracy against bytes of state, a curve for models that differ in the size of their state alone."""
+    """Accuracy against bytes of state: a curve for each kind of model of which there are several."""
     by_base: dict[str, list[Row]] = {}
     for row in rows:
         by_base.setdefault(find_model(row.model).base, []).append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Row:
     runs: Sequence[Run]
     """Of the seeds, at that rate."""
     n_rates: int
-    """Rates that were tried."""
+    """Rates among which it is the best."""
     solved: float
 
     @property
@@ -35,8 +36,8 @@ class Row:
 
     @property
     def accuracy(self) -> list[float]:
-        """Final accuracy at the trained length, by seed."""
-        return [run.quality for run in self.runs if run.quality is not None]
+        """Accuracy at the trained length, by seed: of the rows of the test, by which no rate was chosen."""
+        return self.at(self.runs[0].seq_len)
 
     @property
     def steps(self) -> list[int | None]:
@@ -70,17 +71,27 @@ def _steps_until(run: Run, accuracy: float) -> int | None:
     return next((step for step, found in validations if found is not None and found >= accuracy), None)
 
 
-def rows_of(finished: Sequence[tuple[Kind, Run]], *, solved: float) -> list[Row]:
-    """The best rate of every task and model, of runs that are done: by mean accuracy, and then by the steps it took."""
+def rows_of(finished: Sequence[tuple[Kind, Run]], *, lrs: Sequence[float], solved: float) -> list[Row]:
+    """The best rate of every task and model: by mean accuracy of validations, and then by the steps it took.
+
+    A rate at which seeds are missing, as a run has failed or is still to come, is passed over where others have more.
+
+    Args:
+        finished: the runs that are done.
+        lrs: all rates, also those of runs that are not.
+        solved: accuracy from which on a task is solved.
+    """
     by_kind: dict[tuple[str, str], dict[float, list[Run]]] = {}
     for kind, run in finished:
         by_kind.setdefault((kind.task, kind.model), {}).setdefault(kind.lr, []).append(run)
     rows = []
     for (task, model), by_rate in by_kind.items():
-        lr = max(by_rate, key=lambda lr: _merit(by_rate[lr], solved))
-        row = Row(task=task, model=model, lr=lr, at_edge=False, runs=by_rate[lr], n_rates=len(by_rate), solved=solved)
-        at_edge = lr in (min(by_rate), max(by_rate)) and None in row.steps
-        rows.append(Row(**{**vars(row), "at_edge": at_edge}))
+        n_seeds = max(map(len, by_rate.values()))
+        whole = {lr: runs for lr, runs in by_rate.items() if len(runs) == n_seeds}
+        lr = max(whole, key=lambda lr: _merit(whole[lr], solved))
+        row = Row(task=task, model=model, lr=lr, at_edge=False, runs=whole[lr], n_rates=len(whole), solved=solved)
+        at_edge = lr in (min(lrs), max(lrs)) and None in row.steps
+        rows.append(dataclasses.replace(row, at_edge=at_edge))
     return rows
 
 

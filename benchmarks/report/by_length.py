@@ -125,8 +125,8 @@ def _answered(comparison: Comparison, lengths: Sequence[int]) -> Sequence[Block]
     """Accuracy of a task at the trained length and beyond, with what guessing reaches."""
     what = (
         "Accuracy of the answers in rows as long as the column says; beyond the trained length a model extrapolates. "
-        "Without recall: the best of three guesses that use no place of a symbol, the most frequent answer, the one "
-        "most frequent after the symbol that asks, and the symbol most frequent in the row."
+        "Without recall: the best of four guesses, the most frequent answer, the one most frequent after the symbol "
+        "that asks, the symbol most frequent in the row, and the last one read."
     )
     answered = [entry for run in comparison.runs for entry in run.result.get("accuracy_by_length") or ()]
     floors = {entry["context_len"]: entry["floor"] for entry in answered}

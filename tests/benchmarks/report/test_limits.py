@@ -37,8 +37,8 @@ def test_what_was_measured_little_is_told_with_its_numbers(tmp_path: Path) -> No
         "smaller than the interval (Mamba at 300).",
         "Budget": "0.61 tokens per parameter. About 20 give a Transformer the lowest loss for its FLOPs (Hoffmann et "
         "al. 2022, arXiv:2203.15556): what is ranked is how fast models begin.",
-        "Learning rates": "those of the presets, found at 300,000 parameters in 150 steps of 2,048 tokens; another size or "
-        "budget may want others.",
+        "Learning rates": "those of the presets, found at 300,000 parameters in 150 steps of 2,048 tokens; another "
+        "size or budget may want others.",
         "Data": "stdlib of Python 3.11.7 alone, judged on 27 documents, of which 65,536 of 520,000 bytes were read.",
         "Lengths": "trained at 100 and 300 tokens; at 900 speed is measured and no quality.",
         "Speeds": "each is of one process, 2 of 8 differences to Transformer are not shown and other work disturbed 1 "

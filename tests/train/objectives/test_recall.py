@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import math
 import re
@@ -167,6 +168,7 @@ def most_common_share(n: int, symbols: int) -> float:
         ("parity", 10, 1 / 2 + 1 / 20, 4),
         ("word_problem", 30, (1 + 29 / 120) / 30, 1),
         ("multikey", 64, 1 / 4, 1),
+        ("stack", 64, 0.327, 4),
         ("variable_tracking", 64, 1 / 2, 1),
     ],
 )
@@ -176,6 +178,20 @@ def test_without_recall_no_more_than_the_floor_can_be_had(name: str, length: int
         floor * (1 - floor) / (512 * n_answers)
     )  # answers of a row that depend on each other count as one
     assert abs(found - floor) < 3.5 * error
+
+
+def test_floors_know_symbols_that_are_rarely_an_answer() -> None:
+    assert task("multikey", values=4096).floor(64) == pytest.approx(1 / 4, abs=0.06)
+    assert task("variable_tracking", values=4096).floor(64) == pytest.approx(1 / 2, abs=0.08)
+
+
+def test_a_value_is_not_told_by_its_place() -> None:
+    t, right, n_rows = task("variable_tracking", 32, hops=1), 0, 600
+    for tokens, answers in (t.row(np.random.default_rng(i), 32) for i in range(n_rows)):
+        place = int(np.flatnonzero(tokens[:-2:2] == tokens[-1])[0])
+        given = [int(value) for value in tokens[1 : 2 * place : 2] if value >= 2 + t.options.variables]
+        right += given[-1] == answers[-1]  # what was assigned last before the variable
+    assert abs(right / n_rows - 1 / 2) < 3.5 * math.sqrt(1 / 4 / n_rows)
 
 
 @ALL
@@ -204,6 +220,8 @@ def test_what_is_judged_was_never_learned_from(name: str) -> None:
         ("variable_tracking", 64, {"chains": 17}, "need 51 variables and 17 values.*variables=32"),
         ("stack", 64, {"stacks": 0}, "objective.stacks=0 must be at least 1"),
         ("parity", 2, {}, "parity needs rows of 3"),
+        ("multikey", 64, {"needles": 1}, "objective.needles=1 must be at least 2"),
+        ("copying", 64, {"longest": 100}, "objective.longest=100 must be at most 64"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name: str, length: int, options: dict[str, Any], said: str) -> None:
@@ -240,6 +258,14 @@ def test_a_run_is_tested_at_multiples_of_its_length_as_far_as_positions_go(tmp_p
     tokenizer = load_tokenizer(config.directory)
     assert tokenizer.vocab_size == 64
     assert tokenizer.encode(tokenizer.decode([3, 63, 0])).tolist() == [3, 63, 0]
+
+
+def test_lengths_that_rows_do_not_fill_are_said_to_be(tmp_path: Path) -> None:
+    config = run("phonebook", 64, tmp_path, letters=1, longest=4, test_rows=3)
+    config = dataclasses.replace(config, model=ModelSpec(preset="lstm", d_model=16, n_layers=1))
+    assert Trainer(config, open_objective(config)).fit().exit_code == 0
+    tested = read_json(config.directory / "result.json")["accuracy_by_length"]
+    assert [entry["status"] for entry in tested] == ["done", "done", "rows_are_shorter"]  # of 26 names
 
 
 def test_a_needle_is_tested_at_every_depth_of_held_out_text(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ from .task import FILLER, NOT_ASKED, Row, Task, TaskConfig
 
 __all__ = ["Mqar", "MultiKey", "Phonebook", "VariableTracking"]
 
-Few = Annotated[int, Range(1, 2**12)]
+Several = Annotated[int, Range(2, 2**12)]
+"""Of one alone a guess would be the answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MqarConfig(TaskConfig):
     """Options of Mqar."""
 
-    pairs: Few = 8
+    pairs: Several = 8
     """Pairs of a key and its value in a row."""
     vocab: Annotated[int, Range(4, 2**16)] = 64
     """Symbols, one half of them keys and the other half values."""
@@ -35,8 +36,9 @@ class MqarConfig(TaskConfig):
 class Mqar(Task):
     """Multi-query associative recall: pairs of key and value, then every key once more, at which its value is asked.
 
-    As in Zoology (2312.04927), with keys at random even places among filler, in random order. Values of a row
-    differ from each other: with equal ones among them, guessing would do better than one in `pairs`.
+    As in Zoology (2312.04927), but keys are at even places among filler that are drawn evenly, and in random order: by
+    its power law the order of the keys tells some of the answers. Values of a row differ from each other: with equal
+    ones among them, guessing would do better than one in `pairs`.
     """
 
     Config = MqarConfig
@@ -124,7 +126,7 @@ class Phonebook(Task):
 class MultiKeyConfig(TaskConfig):
     """Options of MultiKey."""
 
-    needles: Few = 4
+    needles: Several = 4
     """Needles in a row, of which one is asked for."""
     keys: Annotated[int, Range(1, 2**12)] = 32
     """Different keys."""
@@ -183,7 +185,7 @@ class MultiKey(Task):
 class VariableTrackingConfig(TaskConfig):
     """Options of VariableTracking."""
 
-    chains: Few = 2
+    chains: Several = 2
     """Values that are assigned to variables."""
     hops: Annotated[int, Range(0, 64)] = 2
     """Assignments from variable to variable after each."""
@@ -206,8 +208,9 @@ class VariableTracking(Task):
     """Values assigned to variables, and these to others; the value of a variable at the end of a chain is asked.
 
     The form that a small model can learn of "variable tracking" of RULER (2404.06654): an assignment is two
-    symbols, the variable and what it gets, at random places among filler; chains are mixed, each in its order. RULER
-    asks for all variables of a value, which takes several answers.
+    symbols, the variable and what it gets, at random places among filler; values are assigned first, or what was
+    assigned last before a variable would often be its value, and then the chains go on by turns. RULER asks for all
+    variables of a value, which takes several answers.
     """
 
     Config = VariableTrackingConfig
@@ -234,7 +237,7 @@ class VariableTracking(Task):
         values = 2 + n_variables + rng.choice(self.options.values, n, replace=False)
         given = np.concatenate([values[:, None], variables[:, :-1]], axis=1)
         # which chain goes on at each of the places, in their order
-        turns = rng.permutation(np.repeat(np.arange(n), n_links))
+        turns = np.append(rng.permutation(n), rng.permutation(np.repeat(np.arange(n), n_links - 1)))
         places = 2 * np.sort(rng.choice(length // 2 - 1, n * n_links, replace=False))
         tokens, answers = np.full(length // 2 * 2, FILLER), np.full(length // 2 * 2, NOT_ASKED)
         for chain in range(n):

@@ -13,7 +13,7 @@ from ....options import Range
 from ...config import RunConfig
 from ...data import Corpus, check_lengths, load_corpus
 from ...objective import Judge
-from .task import NOT_ASKED, Row, Task, TaskConfig
+from .task import BY_DEPTH, NOT_ASKED, Row, Task, TaskConfig
 
 __all__ = ["Needle"]
 
@@ -69,10 +69,9 @@ class Needle(Task):
         return self.corpus.tokenizer.vocab_size
 
     def least_length(self) -> int:
-        """The needle and the question, without text."""
-        rng = np.random.default_rng(0)
-        needle, question, answer = self._sentences(rng)
-        return len(needle) + len(question) + len(answer) - 1
+        """The needle and the question, without text: the longest of many, as tokens may be of several bytes."""
+        drawn = (self._sentences(np.random.default_rng(i)) for i in range(200))
+        return max(len(needle) + len(question) + len(answer) - 1 for needle, question, answer in drawn)
 
     def check(self, config: Any) -> None:
         """See Objective.check."""
@@ -90,7 +89,7 @@ class Needle(Task):
     def _hidden(self, rng: np.random.Generator, stream: np.ndarray, length: int, depth: float) -> Row:
         needle, question, answer = self._sentences(rng)
         asked = np.concatenate([question, answer[:-1]])
-        n_text = min(length - len(needle) - len(asked), len(stream))
+        n_text = max(0, min(length - len(needle) - len(asked), len(stream)))
         first = rng.integers(len(stream) - n_text + 1)
         text = stream[first : first + n_text].astype(np.int64)
         cut = round(depth * n_text)
@@ -111,7 +110,7 @@ class Needle(Task):
         found = super().examine(model, judge=judge, poll=poll)
         length, by_depth = self.train.seq_len, []
         for depth in DEPTHS:
-            rngs = (np.random.default_rng([int(100 * depth), i]) for i in range(self.options.test_rows))
+            rngs = (np.random.default_rng([BY_DEPTH, int(100 * depth), i]) for i in range(self.options.test_rows))
             rows = [self._hidden(rng, self.corpus.val, length, depth) for rng in rngs]
             judged = judge(rows, rows_at_once=self.train.batch_size, what=f"answering at depth {depth:.0%}")
             by_depth.append({"depth": depth, "accuracy": judged["accuracy"]})

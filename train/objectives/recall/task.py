@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
@@ -27,7 +27,7 @@ from ..next_token import Tokens
 if TYPE_CHECKING:
     from ....archs import ModelConfig
 
-__all__ = ["NOT_ASKED", "Row", "Task", "TaskConfig"]
+__all__ = ["BY_DEPTH", "NOT_ASKED", "Row", "Task", "TaskConfig"]
 
 FORMAT = "task 1"
 """Part of every digest; changed when rows are made in another way."""
@@ -38,8 +38,12 @@ NOT_ASKED = -100
 FILLER = 0
 """The symbol that means nothing, in every vocabulary."""
 
-_TRAINING, _HELD_OUT, _TUNING, _TESTED, _GUESSED = range(5)
-"""Streams of random numbers; no row of one is a row of another but by chance."""
+_TRAINING, _HELD_OUT, _TUNING, _TESTED, _GUESSED, BY_DEPTH = range(1, 7)
+"""Streams of random numbers, the first of the numbers that seed a row: no row of one is a row of another but by chance.
+"""
+
+_NEARLY = 0.8
+"""Share of a tested length that rows must fill: a shorter one tests less than it says."""
 
 _GUESSES = 512
 """Rows by which a guess is judged, and as many that it is learned from."""
@@ -52,7 +56,7 @@ Row: TypeAlias = tuple[np.ndarray, np.ndarray]
 class TaskConfig:
     """Options of every task."""
 
-    longest: Annotated[int, Range(1, 2**12)] = 16
+    longest: Annotated[int, Range(1, 64)] = 16
     """Longest length that is tested in the end, in trained lengths: 1, 2, 4, ... of them up to this one."""
     test_rows: Annotated[int, Range(1, 2**20)] = 256
     """Rows that are tested at each length."""
@@ -153,10 +157,10 @@ class Task(Objective[Row, Tokens]):
     def held_out(self, max_tokens: int) -> list[Row]:
         """Rows of the trained length, the same for every seed."""
         n_rows = max(1, max_tokens // self.train.seq_len)
-        return self._rows_of(self._judged, self.train.seq_len, n_rows)
+        return list(self._drawn(self._judged, self.train.seq_len, range(n_rows)))
 
-    def _rows_of(self, stream: int, length: int, n_rows: int) -> list[Row]:
-        return [self.row(np.random.default_rng([stream, length, i]), length) for i in range(n_rows)]
+    def _drawn(self, stream: int, length: int, numbers: Iterable[int]) -> Iterator[Row]:
+        return (self.row(np.random.default_rng([stream, length, i]), length) for i in numbers)
 
     def collate(self, rows: Sequence[Row]) -> Tokens:
         """Fills up at the end, where no causal model sees it."""
@@ -205,7 +209,10 @@ class Task(Objective[Row, Tokens]):
             if n_positions is not None and length > n_positions:
                 found.append({**entry, "status": "beyond_positions"})
                 continue
-            rows = self._rows_of(_TESTED, length, self.options.test_rows)
+            rows = list(self._drawn(_TESTED, length, range(self.options.test_rows)))
+            if max(len(tokens) for tokens, _ in rows) < _NEARLY * length:
+                found.append({**entry, "status": "rows_are_shorter"})
+                continue
             rows_at_once = max(1, self.forward_tokens // length)
             accuracy = judge(rows, rows_at_once=rows_at_once, what=f"answering at {length:,} symbols")["accuracy"]
             n_answers = sum(int((asked != NOT_ASKED).sum()) for _, asked in rows)
@@ -213,26 +220,29 @@ class Task(Objective[Row, Tokens]):
         return {"accuracy_by_length": found}
 
     def floor(self, length: int) -> float:
-        """The accuracy without recall at a length: that of the best of three guesses, on rows that are made for it.
+        """The accuracy without recall at a length: that of the best of four guesses, on rows that are made for it.
 
         They are the answer that is most frequent, the one that is most frequent after the symbol where it is asked
-        for, and, of all symbols that are ever an answer, the one that is most frequent in the row.
+        for, and, of the symbols from the least to the greatest that is ever an answer, the one that is most frequent in
+        the row, and the last one read.
         """
-        rows = self._rows_of(_GUESSED, length, 2 * _GUESSES)
         always: collections.Counter[int] = collections.Counter()
         after: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
-        for tokens, answers in rows[:_GUESSES]:
+        for tokens, answers in self._drawn(_GUESSED, length, range(_GUESSES)):
             for i in np.flatnonzero(answers != NOT_ASKED):
                 always[int(answers[i])] += 1
                 after[int(tokens[i])][int(answers[i])] += 1
-        is_answer = np.isin(np.arange(self.vocab_size), list(always))
+        symbols = np.arange(self.vocab_size)
+        is_answer = (min(always) <= symbols) & (symbols <= max(always))
         most = always.most_common(1)[0][0]
         best = {symbol: counts.most_common(1)[0][0] for symbol, counts in after.items()}
-        right, n_asked = np.zeros(3), 0
-        for tokens, answers in rows[_GUESSES:]:
+        right, n_asked = np.zeros(4), 0
+        for tokens, answers in self._drawn(_GUESSED, length, range(_GUESSES, 2 * _GUESSES)):
             where = np.flatnonzero(answers != NOT_ASKED)
             in_row = int((np.bincount(tokens, minlength=self.vocab_size) * is_answer).argmax())
-            guesses = (most, [best.get(int(symbol), most) for symbol in tokens[where]], in_row)
+            places = np.maximum.accumulate(np.where(is_answer[tokens], np.arange(len(tokens)), 0))
+            asked_after = [best.get(int(symbol), most) for symbol in tokens[where]]
+            guesses = (most, asked_after, in_row, tokens[places[where]])
             right += [(answers[where] == guess).sum() for guess in guesses]
             n_asked += len(where)
         return float(right.max() / n_asked)

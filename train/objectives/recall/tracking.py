@@ -47,7 +47,8 @@ class WordProblemConfig(TaskConfig):
     """Options of WordProblem."""
 
     things: Annotated[int, Range(2, 6)] = 5
-    """Things that are permuted: 5 is the group S5, which no circuit of constant depth follows, 3 is S3."""
+    """Things that are permuted: 5 is the group S5, which threshold circuits of constant depth cannot follow unless
+    TC0 = NC1; 3 is S3, which they can."""
 
 
 class WordProblem(Task):
