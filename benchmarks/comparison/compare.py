@@ -29,7 +29,7 @@ from ..harness.sizes import SizedArch, size_arch
 from ..harness.tables import print_table
 from ..report.results import baseline_among, load_run
 from ..report.write import write_report
-from .forecast import forecast, print_forecast
+from .forecast import forecast, forecast_cells, print_forecast
 from .options import CompareConfig
 from .runs import arguments, check_resumable, is_done, share_threads, train_in_turns, train_runs, training_tasks
 from .tuning import Search
@@ -135,16 +135,21 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         ValueError: before any work is done, if the configuration cannot be run.
     """
     check_archs(config)
-    with folder_for(config.out, fresh=config.fresh) as logs:
+    with _nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         sizes = [
             size_arch(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
             for arch in config.archs
         ]
-        precision = decide_precision(config, [sized.config.d_model for sized in sizes])
+        widths = [sized.config.d_model for sized in sizes]
+        precision = decide_precision(config, widths, keep=not config.dry_run)
         config = dataclasses.replace(config, precision=precision.name)
         provenance = _provenance(config, command)
         jobs = _context_jobs(config, sizes, provenance)
         reusable_cells(config.out / "context.jsonl", jobs)
+        if config.dry_run:
+            by_arch, path = {sized.arch: sized for sized in sizes}, config.out / "context.jsonl"
+            print_forecast(forecast_cells(jobs, by_arch, n_params=config.params, cells=path, logs=logs))
+            return 0
         labels = {sized.arch: sized.label for sized in sizes}
         record = _record(config, precision, labels, provenance)
         write_json(config.out / "compare.json", record)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
 from ...files import read_json, write_json
 from ...options import check_table
 from ...train import plugins
-from ...train.config import RunConfig, TrainConfig, plain
+from ...train.config import ModelSpec, ObjectiveSpec, RunConfig, TrainConfig, plain
 from ...train.data.cache import cache_folder
 from ...train.progress import duration
 from ...train.runtime import choose_device, signals_held
@@ -35,7 +36,7 @@ from ..report.results import Run, load_run
 from .runs import is_done
 from .tuning import Search
 
-__all__ = ["Pace", "Row", "forecast", "paces_of", "print_forecast", "real_seconds"]
+__all__ = ["Pace", "Row", "forecast", "forecast_cells", "paces_of", "print_forecast", "real_seconds"]
 
 _N_STEPS = 4  # the first of which is not counted
 _START_SECONDS = 600.0  # in which a child has compiled its kernels and made its steps
@@ -160,6 +161,38 @@ def forecast(
         if speed := finished.result.get("tokens_per_second"):
             per_flop[finished.arch] = 1 / (speed * finished.result["flops_per_token"])
     return rows + [_row_of_cells(arch, sizes[arch], jobs, cells, per_flop.get(arch)) for arch in sizes]
+
+
+def forecast_cells(
+    jobs: Sequence[ContextJob], sizes: Mapping[str, SizedArch], *, n_params: int, cells: Path, logs: Path
+) -> list[Row]:
+    """What is done and to do of measurements alone, with the time of each; see `forecast` for arguments and errors."""
+    existing, job = reusable_cells(cells, jobs), jobs[0]
+    left = {j.arch for j in jobs if any((j.arch, phase, j.context_len, j.repeat) not in existing for phase in j.phases)}
+    seq_len = job.context_len
+    some = [
+        RunConfig(
+            name=arch,
+            model=ModelSpec(preset=arch, n_params=n_params),
+            # needs no documents, and has the vocabulary of the models but for one symbol at most
+            objective=ObjectiveSpec(kind="copying", options={"symbols": max(2, sizes[arch].config.vocab_size - 2)}),
+            train=TrainConfig(
+                batch_size=max(1, 2048 // seq_len),
+                seq_len=seq_len,
+                precision=cast(Any, job.precision),
+                device=job.device,
+                threads=job.threads,
+            ),
+        )
+        for arch in sizes
+        if arch in left
+    ]
+    paces = dict(zip((run.name for run in some), paces_of(some, at_once=1, logs=logs), strict=True))
+    per_flop = {
+        run.name: paces[run.name].step / (run.train.batch_size * seq_len * sizes[run.name].flops_at[seq_len])
+        for run in some
+    }
+    return [_row_of_cells(arch, sizes[arch], jobs, cells, per_flop.get(arch)) for arch in sizes]
 
 
 _Kind = tuple[str, int]

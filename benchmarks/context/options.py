@@ -86,6 +86,9 @@ class ContextConfig(CellsConfig, Place, Models):
     vocab_size: Length = 256
     """Vocabulary of the models; tokens are drawn at random."""
 
+    dry_run: bool = False
+    """Print what is to be measured and how long it takes here, and do nothing."""
+
     out: Path = Path("runs/context")
     """Folder that gets context.jsonl, context.csv and the report."""
 
@@ -95,3 +98,5 @@ class ContextConfig(CellsConfig, Place, Models):
     def __post_init__(self) -> None:
         for part in (Models, Place, CellsConfig):
             part.__post_init__(self)
+        if self.dry_run and self.fresh:
+            raise ValueError("--dry-run says what is left to do in --out: leave --fresh out")

@@ -11,6 +11,7 @@ from crossover.benchmarks.comparison import forecast as forecasting
 from crossover.benchmarks.comparison.forecast import Pace, Row, print_forecast
 from crossover.files import read_json
 from crossover.train.config import RunConfig, TrainConfig
+from crossover.train.objectives import open_objective
 
 from ..fake_runs import write_json
 
@@ -107,3 +108,32 @@ def test_the_pace_of_a_model_is_measured_by_training_it(
     assert all(0 < seconds < 300 for seconds in pace.values())
     assert pace["token"] < pace["step"] < pace["start"] + 60
     assert "training, LSTM" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_measurements_alone_measures_a_pace_of_every_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(runs: list[RunConfig], logs: Path) -> list[dict[str, float]]:
+        for run in runs:  # which must be able to learn what they are given
+            open_objective(run).check(run.model.configure(100))
+        return [PACE | {"step": 4e4} for _ in runs]
+
+    monkeypatch.setattr(forecasting, "_measure", measured)
+    words = [
+        "bench",
+        "context",
+        "--dry-run",
+        "--archs",
+        "transformer",
+        "lstm",
+        "--params",
+        "60k",
+        "--vocab-size",
+        "100",
+    ]
+    words += ["--context", "16", "64", "--phases", "train", "--repeats", "2", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    assert [rows[f"measurement, {label}"][2:4] for label in ("Transformer", "LSTM")] == [["0", "4"], ["0", "4"]]
+    assert float(rows["measurement, LSTM"][4]) > 300  # and not its box of time
+    assert not (tmp_path / "out").exists()
