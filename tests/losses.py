@@ -23,6 +23,14 @@ FIXTURES = Path(__file__).with_name("fixtures")
 TEXT = FIXTURES / "format-1/text"
 PAIRS = FIXTURES / "format-1/pairs.jsonl"
 
+RATES = {
+    **dict.fromkeys(("transformer", "gpt2", "mamba3", "gated_deltanet", "samba"), "2e-3"),
+    **dict.fromkeys(("mamba", "mamba2"), "4e-3"),
+    **dict.fromkeys(("jamba", "lstm"), "8e-3"),
+    **dict.fromkeys(("s4", "s4d", "h3"), "1.6e-2"),
+}
+"""Peak learning rates of decoder presets when losses.json was recorded; they have been tuned again."""
+
 
 def preset_losses(names: list[str] | None = None) -> dict[str, list[float]]:
     """Training losses of three steps, then the held-out loss, of runs by name; all of them unless `names` are given."""
@@ -32,7 +40,7 @@ def preset_losses(names: list[str] | None = None) -> dict[str, list[float]]:
     quick = ["--train.sample-tokens", "0", "--train.position-len", "0", "--train.final-eval-tokens", "512"]
     size = ["--params", "300k", "--train.batch-size", "4", "--train.seq-len", "64"]
     text = ["--data", str(TEXT), "--data.val-fraction", "0.3"]
-    runs = {name: ["--model.preset", name, *size, *text] for name in available()}
+    runs = {name: ["--model.preset", name, *size, *text, "--optim.lr", RATES[name]] for name in available()}
     pairs = ["--data", str(PAIRS), "--train.batch-size", "8", "--data.val-fraction", "0.2"]
     runs["encdec-1m"] = [str(ROOT / "configs/encdec-1m.toml"), *pairs]
     with tempfile.TemporaryDirectory() as out:

@@ -46,6 +46,7 @@ def test_a_report_is_made_of_an_old_comparison(folder: Path) -> None:
 def test_an_old_interrupted_run_is_continued(folder: Path) -> None:
     words = "--name interrupted --out . --model.preset mamba --params 29k --data text --train.steps 9"
     words += " --train.batch-size 2 --train.seq-len 32 --train.log-every 1 --train.eval-every 3 --train.eval-tokens 128"
+    words += " --optim.lr 4e-3"  # the preset's rate of then
     words += " --train.final-eval-tokens 256 --train.position-len 64 --train.precision fp32 --train.threads 1"
     output = crossover("train", *words.split(), "--resume", "must", cwd=folder)
     assert "continuing from step 5" in output
