@@ -205,7 +205,7 @@ def test_learning_rates_are_those_that_the_recorded_search_found() -> None:
         if rates is None:
             assert "not tuned" in (preset.make.__doc__ or "")
             continue
-        assert preset.learning_rate == min(rates, key=lambda lr: rates[lr])
+        assert preset.learning_rate == min(rates, key=rates.__getitem__)
         # the list reaches beyond the winner on both sides
         assert min(rates) < preset.learning_rate < max(rates)
     assert found.keys() == set(available())
