@@ -5,8 +5,7 @@ import dataclasses
 import shlex
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from ..context.cell import read_cells
 from ..context.cells import Failure, cell_tasks, measure_cells, reusable_cells
 from ..context.jobs import ContextJob, context_jobs
 from ..context.options import ContextConfig
-from ..harness.folder import folder_for
+from ..harness.folder import folder_for, nowhere
 from ..harness.format import format_bytes
 from ..harness.precision import decide_precision
 from ..harness.processes import module_command
@@ -62,7 +61,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
     """
     check_archs(config)
     config = _with_lengths_of_objective(config)
-    with _nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
+    with nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
         print_sizes(list(sizes.values()))
@@ -121,13 +120,6 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         return 1 if record["failures"] or failed else 0
 
 
-@contextlib.contextmanager
-def _nowhere() -> Iterator[Path]:
-    """A folder for logs in the place of that of a comparison, which is left alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
     """Measures speed and memory against the context length alone; returns the exit code.
 
@@ -135,7 +127,7 @@ def bench_context(config: ContextConfig, *, command: Sequence[str]) -> int:
         ValueError: before any work is done, if the configuration cannot be run.
     """
     check_archs(config)
-    with _nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
+    with nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         sizes = [
             size_arch(arch, n_params=config.params, vocab_size=config.vocab_size, seq_len=config.context[0])
             for arch in config.archs

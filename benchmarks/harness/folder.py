@@ -3,13 +3,14 @@
 import contextlib
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...files import naming, remove_drafts
 
-__all__ = ["append_jsonl", "folder_for"]
+__all__ = ["append_jsonl", "folder_for", "nowhere"]
 
 
 @contextlib.contextmanager
@@ -39,6 +40,13 @@ def folder_for(out: Path, *, fresh: bool) -> Iterator[Path]:
         yield logs
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def nowhere() -> Iterator[Path]:
+    """A folder for logs in the place of that of `folder_for`, for who only looks at the output folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _move_aside(out: Path) -> None:

@@ -20,7 +20,7 @@ from ...train.record import provenance
 from ...train.runtime import Interrupted, choose_device, stop_signals
 from ..comparison import forecast
 from ..comparison.runs import check_resumable, is_done, share_threads, train_runs
-from ..harness.folder import folder_for
+from ..harness.folder import folder_for, nowhere
 from ..harness.progress import Progress, Schedule, Task
 from ..harness.tables import print_table
 from ..report.results import load_run
@@ -42,14 +42,15 @@ def bench_recall(config: RecallConfig, *, command: Sequence[str]) -> int:
     kinds = kinds_of(config)
     at_once, threads = share_threads(config.jobs, config.threads, device=config.device, n_runs=len(kinds))
     kinds = kinds_of(config, threads=threads)
-    with folder_for(config.out, fresh=config.fresh) as logs:
+    with nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         objectives = _checked(kinds)
         for task, objective in objectives.items():
             check_resumable([kind.run for kind in kinds if kind.task == task], objective.data.digest)
         if config.dry_run:
             _print_forecast(kinds, at_once=at_once, logs=logs)
             return 0
-        record: dict[str, Any] = {"config": plain(config), "provenance": _provenance(config, command), "failures": {}}
+        origin = provenance(choose_device(config.device), command=command)
+        record: dict[str, Any] = {"config": plain(config), "provenance": origin, "failures": {}}
         write_json(config.out / "recall.json", record)
         progress = Progress(Schedule(_tasks(kinds, objectives), at_once={"train": at_once}))
         try:
@@ -64,10 +65,6 @@ def bench_recall(config: RecallConfig, *, command: Sequence[str]) -> int:
         for name, reason in record["failures"].items():
             print(f"crossover: {name} did not finish: {reason} (log: {logs / name}.log)", file=sys.stderr)
         return 1 if record["failures"] else 0
-
-
-def _provenance(config: RecallConfig, command: Sequence[str]) -> dict[str, Any]:
-    return provenance(choose_device(config.device), command=command)
 
 
 def _check_tasks(config: RecallConfig) -> None:
@@ -140,7 +137,7 @@ def _report(kinds: Sequence[Kind], config: RecallConfig, record: Mapping[str, An
             [
                 (
                     row.label,
-                    f"{row.lr:g}{' (edge)' if row.at_edge else ''}",
+                    row.rate,
                     f"{statistics.fmean(row.accuracy):.3f}",
                     ", ".join("-" if step is None else str(step) for step in row.steps),
                 )

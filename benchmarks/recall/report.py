@@ -79,7 +79,7 @@ def _table(rows: Sequence[Row]) -> Table:
             row.label,
             f"{row.runs[0].info['n_params']:,}",
             format_bytes(row.state_bytes),
-            f"{row.lr:g}{' (edge)' if row.at_edge else ''}",
+            row.rate,
             _steps(row),
             *(_share(row.at(length)) for length in lengths),
         ]

@@ -35,6 +35,11 @@ class Row:
         return find_model(self.model).label
 
     @property
+    def rate(self) -> str:
+        """Its rate in tables."""
+        return f"{self.lr:g}{' (edge)' if self.at_edge else ''}"
+
+    @property
     def accuracy(self) -> list[float]:
         """Accuracy at the trained length, by seed: of the rows of the test, by which no rate was chosen."""
         return self.at(self.runs[0].seq_len)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from crossover.archs import build
 from crossover.benchmarks.cli import main
+from crossover.benchmarks.comparison import forecast
 from crossover.benchmarks.recall import bench
 from crossover.benchmarks.recall.options import RecallConfig
 from crossover.benchmarks.recall.plan import SETTINGS, Kind, find_model, kinds_of, name_of
@@ -178,6 +179,18 @@ def test_what_cannot_be_run_is_refused_in_one_line(
     assert main(["bench", "recall", "--out", str(tmp_path), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_dry_run_says_what_is_left_and_leaves_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pace = {"start": 1.0, "step": 0.5, "token": 0.0, "sample": 0.0}
+    monkeypatch.setattr(forecast, "_measure", lambda runs, logs: [pace] * len(runs))
+    words = ["bench", "recall", "--dry-run", "--out", str(tmp_path / "out"), "--tasks", "parity", "--steps", "80"]
+    assert main([*words, "--models", "lstm", "--lrs", "0.001", "0.01", "--threads", "1"]) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("parity, lstm")]
+    assert row[2:] == ["0", "2", "41.0", "s", "1:22", "min"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_toy_benchmark_leaves_its_tables_and_is_not_done_twice(
