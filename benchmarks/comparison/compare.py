@@ -45,6 +45,7 @@ __all__ = [
     "run_configs",
     "sizes_of",
     "steps_of",
+    "with_lengths_of",
 ]
 
 _WITHIN = 0.02
@@ -60,7 +61,7 @@ def compare(config: CompareConfig, *, command: Sequence[str]) -> int:
         ValueError: before any work is done, if the configuration cannot be run.
     """
     check_archs(config)
-    config = _with_lengths_of_objective(config)
+    config = with_lengths_of(config)
     with nowhere() if config.dry_run else folder_for(config.out, fresh=config.fresh) as logs:
         objective = open_objective(config)
         sizes = sizes_of(config, objective)
@@ -167,8 +168,8 @@ def check_archs(config: CompareConfig | ContextConfig) -> None:
             find(arch)
 
 
-def _with_lengths_of_objective(config: CompareConfig) -> CompareConfig:
-    """Where no length is given, one that suits objectives which take only one."""
+def with_lengths_of(config: CompareConfig) -> CompareConfig:
+    """The same with the length that suits its objective, where that takes only one and none is given."""
     from ...train.objectives import OBJECTIVES
 
     objective = OBJECTIVES.get(config.objective.kind)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from crossover.archs import build
 from crossover.benchmarks.comparison import runs as training
-from crossover.benchmarks.comparison.compare import run_configs
+from crossover.benchmarks.comparison.compare import run_configs, with_lengths_of
 from crossover.benchmarks.comparison.options import CompareConfig
 from crossover.benchmarks.comparison.runs import (
     MetricsTail,
@@ -116,6 +116,15 @@ def test_one_length_keeps_names_batch_and_model(tmp_path: Path) -> None:
         (2048 // 96, (), (), False)
     }
     assert all(run.train.carry for run in at_lengths(tmp_path, 96, carry=True)[0])
+
+
+def test_an_objective_of_rows_of_its_own_has_one_length_where_none_is_given() -> None:
+    def lengths(kind: str, **options: Any) -> tuple[int, ...]:
+        return with_lengths_of(CompareConfig(objective=ObjectiveSpec(kind=kind), **options)).seq_len
+
+    assert lengths("next_token") == CompareConfig.seq_len
+    assert (lengths("induction"), lengths("needle"), lengths("pairs")) == ((64,), (128,), (128,))
+    assert lengths("induction", seq_len=(48,)) == (48,)
 
 
 @pytest.mark.parametrize(
